@@ -1,1 +1,101 @@
-//! Placeholder.
+//! A guest-side driver for the virtio-iommu, for kernels that are not Linux.
+//!
+//! A virtio-iommu stands between endpoints (devices that do DMA) and memory. Endpoints are attached to
+//! *domains*, and reach only what is *mapped* there, by addresses that mean nothing outside of it (IOVAs). What
+//! they try beyond that is blocked, and reported as a *fault*.
+//!
+//! ```text
+//!   device driver ---- DmaDevice: map, unmap, coherent memory, bounce pages
+//!                          |
+//!   kernel -------- Viommu: domains, attachment, faults       a lock, a clock, waiting
+//!                          |
+//!                   engine and queue                          records and requests: no lock, no clock
+//!                          |
+//!                   wire, ring, transport                     bytes, virtqueue, registers
+//! ```
+//!
+//! # How a kernel uses it
+//! 1. Implement [`Platform`]: a lock, memory for DMA, and a clock if there is one.
+//! 2. Find the device and its endpoints, for instance by [`topology::viot`]; turn bus mastering off for all
+//!    functions but the IOMMU.
+//! 3. [`Viommu::start`] it over a [`transport`], [`introduce`](Staged::introduce) the endpoints, and
+//!    [`go_live`](Staged::go_live).
+//! 4. [`open`](Viommu::open) each endpoint in a domain, turn its bus mastering on, and give its driver the
+//!    [`Endpoint`] as `&dyn` [`DmaDevice`], or run unmodified `virtio-drivers` devices through [`bridge`].
+//!
+//! ```no_run
+//! use virtio_iommu::{DmaDevice, Domain, EndpointId, EndpointOptions, Options, Platform, Viommu};
+//! # fn bring_up<P: Platform>(
+//! #     transport: virtio_iommu::transport::pci::PciTransport, platform: P,
+//! # ) -> Result<(), Box<dyn core::error::Error>> {
+//! let disk = EndpointId::pci(0, 0, 2, 0);
+//! let staged = Viommu::start(transport, platform, Options::default())?;
+//! staged.introduce(disk)?;
+//! let viommu = staged.go_live()?;
+//! let domain = viommu.create_domain(Default::default())?;
+//! let dma = viommu.open(disk, &domain, EndpointOptions::default())?;
+//! // Bus mastering of the disk goes on here.
+//! let ring = dma.alloc_coherent(4096)?;
+//! println!("the disk finds its ring at {}", ring.iova());
+//! # Ok(()) }
+//! ```
+//!
+//! # What it promises
+//! Memory goes back to its owner only when the device confirmed that no endpoint reaches it any more. A request
+//! that times out keeps its slot, its addresses and its memory in quarantine. Every wait has a deadline, and
+//! nothing that the device writes is trusted.
+#![no_std]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+mod addr;
+mod barrier;
+pub mod bridge;
+mod dma;
+mod domain;
+mod engine;
+mod error;
+mod exchange;
+mod fault;
+mod id;
+mod lock;
+mod options;
+mod platform;
+mod prot;
+mod queue;
+mod ring;
+mod shared_memory;
+mod start;
+#[cfg(test)]
+mod test_memory;
+pub mod topology;
+pub mod transport;
+mod viommu;
+mod wire;
+
+pub use addr::{Iova, IovaRange, PhysAddr};
+pub use dma::{CoherentMemory, DmaDevice, DmaMapping, Endpoint, HeldMemory, PhysSegment};
+pub use domain::{Domain, Translation};
+pub use engine::DomainStats;
+pub use error::{
+    AttachError, DetachError, DmaError, DomainError, MapError, RequestError, StartError, UnmapError,
+};
+pub use fault::FaultCounts;
+pub use id::{DomainId, EndpointId};
+#[cfg(feature = "lock_api")]
+pub use lock::LockApi;
+pub use lock::RawLock;
+#[cfg(feature = "spin")]
+pub use lock::SpinNotInInterrupts;
+pub use options::{DomainOptions, EndpointOptions, Options};
+pub use platform::{DmaMemory, Platform};
+pub use prot::{Direction, Prot};
+pub use start::{Introduction, Staged, Unattached};
+pub use viommu::{Interrupt, OpenError, Stats, Viommu};
+pub use wire::fault::{Fault, FaultAccess, FaultReason};
+pub use wire::feature::Features;
+pub use wire::property::{ReservedKind, ReservedRegion};
+pub use wire::request::Status;

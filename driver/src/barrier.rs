@@ -1,0 +1,29 @@
+//! The barrier between memory and a doorbell.
+
+/// Orders the ring's memory writes before a following doorbell store.
+///
+/// Atomic fences order memory with memory, which is not enough before a store to device memory on arm and
+/// riscv. On x86 stores of both kinds stay in order and only the compiler has to be told.
+#[inline(always)]
+pub(crate) fn memory_before_doorbell() {
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a barrier has no effect but ordering.
+    unsafe {
+        core::arch::asm!("dmb oshst", options(nostack, preserves_flags));
+    }
+    #[cfg(any(target_arch = "riscv64", target_arch = "riscv32"))]
+    // SAFETY: a barrier has no effect but ordering.
+    unsafe {
+        core::arch::asm!("fence w, o", options(nostack, preserves_flags));
+    }
+    #[cfg(any(target_arch = "x86_64", target_arch = "x86"))]
+    core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
+    #[cfg(not(any(
+        target_arch = "aarch64",
+        target_arch = "riscv64",
+        target_arch = "riscv32",
+        target_arch = "x86_64",
+        target_arch = "x86"
+    )))]
+    core::sync::atomic::fence(core::sync::atomic::Ordering::SeqCst);
+}

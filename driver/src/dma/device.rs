@@ -1,0 +1,181 @@
+//! One endpoint's view of its domain, as device drivers see it.
+
+use super::HeldMemory;
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::error::{DmaError, UnmapError};
+use crate::id::EndpointId;
+use crate::prot::Direction;
+use core::ptr::NonNull;
+
+/// What a device driver maps its memory through. Object-safe: drivers hold a `&dyn DmaDevice`.
+///
+/// # Context
+/// Mapping and unmapping wait for the device's answer, polling, and are bounded; they take the platform's lock
+/// for short stretches and allocate nothing. Allocating calls say so. What an error leaves behind is said at
+/// [`MapError`](crate::MapError) and [`UnmapError`]: memory whose unmapping was not confirmed never goes back.
+pub trait DmaDevice: Send + Sync {
+    /// The endpoint.
+    fn endpoint(&self) -> EndpointId;
+
+    /// The smallest mapping in bytes, a power of two. In-place mappings let the endpoint reach whole granules.
+    fn granule(&self) -> u64;
+
+    /// The highest IOVA that the endpoint can use.
+    fn limit(&self) -> Iova;
+
+    /// Allocates `len` bytes, rounded up to granules, zeroed, that endpoint and driver both read and write.
+    /// Takes memory from the platform.
+    ///
+    /// # Errors
+    /// [`DmaError::NoMemory`], or why it could not be mapped.
+    fn alloc_coherent(&self, len: usize) -> Result<CoherentMemory, DmaError>;
+
+    /// Frees coherent memory. The driver of the endpoint must not touch it any more.
+    ///
+    /// # Errors
+    /// [`UnmapError`]: the memory is then in quarantine, and goes back by itself when the device answers.
+    fn free_coherent(&self, memory: CoherentMemory) -> Result<(), UnmapError>;
+
+    /// Maps memory and keeps it until the mapping is gone for certain. Whole granules.
+    ///
+    /// # Errors
+    /// Why not, with the memory, unless the device may have mapped it: then it is in quarantine.
+    fn adopt(
+        &self,
+        memory: HeldMemory,
+        direction: Direction,
+    ) -> Result<DmaMapping, (DmaError, Option<HeldMemory>)>;
+
+    /// Maps `len` bytes from `phys` in place. Need not be whole granules: the endpoint then reaches the
+    /// neighbouring bytes of the first and last granule too.
+    ///
+    /// # Errors
+    /// [`DmaError::Map`].
+    ///
+    /// # Safety
+    /// Until the mapping is unmapped with success the memory, in whole granules, is one that the endpoint may
+    /// access at any time as `direction` says: no Rust reference depends on it, and nobody else is given it.
+    unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError>;
+
+    /// Maps a list of segments in place, with one doorbell and as few requests as their neighbourhood allows,
+    /// and writes the IOVA of each into `iovas`, which is as long as the list. All or nothing.
+    ///
+    /// # Errors
+    /// [`DmaError::ListLength`], [`DmaError::Map`]; what was mapped already is unmapped again.
+    ///
+    /// # Safety
+    /// As for [`map`](Self::map), for each segment.
+    unsafe fn map_scatter(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError>;
+
+    /// Unmaps. When this returns `Ok` the endpoint does not reach the memory any more; adopted memory went back
+    /// to its owner.
+    ///
+    /// # Errors
+    /// [`UnmapError`]: the mapping is in quarantine, and its memory must not be reused.
+    fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError>;
+
+    /// Unmaps what starts at `iova`, for interfaces that keep only an address.
+    ///
+    /// # Errors
+    /// As for [`unmap`](Self::unmap).
+    ///
+    /// # Safety
+    /// The address came from [`DmaMapping::iova`] of a mapping of whole granules by this endpoint, whose handle
+    /// was forgotten, and the caller is the one who made it.
+    unsafe fn unmap_at(&self, iova: Iova) -> Result<(), UnmapError>;
+
+    /// Lets the endpoint use a borrowed buffer through bounce pages: copies it there, unless `direction` is
+    /// `FromDevice`, in which case the pages are zeroed. Its neighbours stay invisible. Sends nothing.
+    ///
+    /// # Errors
+    /// [`DmaError::NoBounce`] when no pages are free, or the endpoint has none.
+    ///
+    /// # Safety
+    /// The buffer is valid for reads, and nobody writes to it during the call.
+    unsafe fn share(&self, buffer: NonNull<[u8]>, direction: Direction) -> Result<Iova, DmaError>;
+
+    /// Ends [`share`](Self::share): copies what the endpoint wrote back, unless `direction` is `ToDevice`, and
+    /// frees the pages. An address that did not come from `share` is ignored.
+    ///
+    /// # Safety
+    /// The buffer is the one that was shared under this address, valid for writes, and nobody accesses it
+    /// during the call. The endpoint is done with it.
+    unsafe fn unshare(&self, iova: Iova, buffer: NonNull<[u8]>, direction: Direction);
+
+    /// An address that never leads anywhere: a device that uses it faults.
+    fn faulting_iova(&self) -> Iova;
+
+    /// Makes sure that everything unmapped so far is out of the endpoint's reach. Nothing to do where unmapping
+    /// is strict.
+    ///
+    /// # Errors
+    /// [`UnmapError`], as for [`unmap`](Self::unmap).
+    fn flush(&self) -> Result<(), UnmapError>;
+}
+
+/// A physically contiguous part of a scatter list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PhysSegment {
+    /// Where it starts.
+    pub phys: PhysAddr,
+    /// Its length in bytes, not 0.
+    pub len: usize,
+}
+
+/// A mapping that its maker has to unmap. Dropping it leaves the memory mapped.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "dropping a mapping leaves its memory mapped"]
+pub struct DmaMapping {
+    pub(super) iova: Iova,
+    pub(super) len: usize,
+    /// The whole granules around it.
+    pub(super) range: IovaRange,
+}
+
+impl DmaMapping {
+    /// Where the first byte is for the endpoint.
+    pub fn iova(&self) -> Iova {
+        self.iova
+    }
+
+    /// The length in bytes that was asked for; of a list the span from its first granule to its last.
+    pub fn len_bytes(&self) -> usize {
+        self.len
+    }
+}
+
+/// Memory that endpoint and driver share. Dropping it leaves it mapped; see [`DmaDevice::free_coherent`].
+#[derive(Debug)]
+#[must_use = "dropping coherent memory leaves it mapped"]
+pub struct CoherentMemory {
+    pub(super) mapping: DmaMapping,
+    pub(super) ptr: NonNull<u8>,
+}
+
+// SAFETY: the memory belongs to the holder, whoever that is.
+unsafe impl Send for CoherentMemory {}
+// SAFETY: shared access gives out only addresses.
+unsafe impl Sync for CoherentMemory {}
+
+impl CoherentMemory {
+    /// Where it is for the endpoint.
+    pub fn iova(&self) -> Iova {
+        self.mapping.iova
+    }
+
+    /// Where it is for the driver. The endpoint may change what is there at any time: access it volatile, or
+    /// when the endpoint is known to be done.
+    pub fn ptr(&self) -> NonNull<u8> {
+        self.ptr
+    }
+
+    /// Its length in bytes.
+    pub fn len_bytes(&self) -> usize {
+        self.mapping.len
+    }
+}

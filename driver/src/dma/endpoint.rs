@@ -1,0 +1,209 @@
+//! An endpoint that is attached to a domain.
+
+use super::bounce::BouncePool;
+use super::scatter::{Runs, place, rounded, total_len};
+use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment};
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::domain::{Domain, Run};
+use crate::error::{DetachError, DmaError, MapError, UnmapError};
+use crate::id::EndpointId;
+use crate::options::EndpointOptions;
+use crate::platform::Platform;
+use crate::prot::Direction;
+use crate::viommu::Viommu;
+use core::fmt;
+use core::iter;
+use core::ptr::NonNull;
+
+/// An endpoint's view of the domain that it is attached to.
+///
+/// Dropping it leaves the endpoint attached, with everything that is mapped, and its bounce pages in
+/// quarantine: [`close`](Self::close) ends it in order.
+pub struct Endpoint<P: Platform> {
+    viommu: Viommu<P>,
+    id: EndpointId,
+    domain: Domain<P>,
+    limit: Iova,
+    /// One granule of addresses that is never mapped.
+    faulting: IovaRange,
+    bounce: Option<(BouncePool, IovaRange)>,
+}
+
+impl<P: Platform> Endpoint<P> {
+    pub(crate) fn new(
+        viommu: Viommu<P>,
+        id: EndpointId,
+        domain: Domain<P>,
+        options: EndpointOptions,
+    ) -> Result<Self, DmaError> {
+        let faulting = domain.allocate(viommu.granule(), options.limit)?;
+        let mut endpoint = Self { viommu, id, domain, limit: options.limit, faulting, bounce: None };
+        if options.bounce_bytes > 0 {
+            let pages = endpoint.alloc_coherent(options.bounce_bytes)?;
+            let (len, range) = (pages.len_bytes(), pages.mapping.range);
+            let granule = endpoint.granule() as usize;
+            // SAFETY: fresh memory, mapped there, that is not freed before the pool is gone.
+            let pool = unsafe { BouncePool::new(pages.ptr, len, range.start(), granule) };
+            endpoint.bounce = Some((pool, range));
+        }
+        Ok(endpoint)
+    }
+
+    /// The domain.
+    pub fn domain(&self) -> &Domain<P> {
+        &self.domain
+    }
+
+    /// Detaches the endpoint and frees its bounce pages. Its bus mastering must be off.
+    ///
+    /// # Errors
+    /// [`DetachError`]: the endpoint counts as attached, and its bounce pages are in quarantine.
+    /// [`Viommu::detach`] and [`Viommu::reclaim`] can be tried later.
+    pub fn close(mut self) -> Result<(), DetachError> {
+        self.viommu.detach(self.id)?;
+        if let Some((_pool, range)) = self.bounce.take()
+            && let Err(error) = self.domain.unmap_range(range)
+        {
+            log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", self.id);
+        }
+        Ok(())
+    }
+
+    fn map_one(
+        &self,
+        run: Run,
+        direction: Direction,
+        held: &mut Option<HeldMemory>,
+    ) -> Result<IovaRange, MapError> {
+        let range = self.domain.allocate(run.len, self.limit)?;
+        self.domain.map_runs(range, iter::once(run), direction.prot(), held)?;
+        Ok(range)
+    }
+}
+
+impl<P: Platform> Drop for Endpoint<P> {
+    fn drop(&mut self) {
+        if let Some((_pool, range)) = self.bounce.take() {
+            self.domain.quarantine(range);
+        }
+        self.domain.give_back(self.faulting);
+    }
+}
+
+impl<P: Platform> fmt::Debug for Endpoint<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Endpoint({} in {:?})", self.id, self.domain)
+    }
+}
+
+impl<P: Platform> DmaDevice for Endpoint<P> {
+    fn endpoint(&self) -> EndpointId {
+        self.id
+    }
+
+    fn granule(&self) -> u64 {
+        self.viommu.granule()
+    }
+
+    fn limit(&self) -> Iova {
+        self.limit
+    }
+
+    fn alloc_coherent(&self, len: usize) -> Result<CoherentMemory, DmaError> {
+        let no_memory = DmaError::NoMemory { len };
+        let granule = usize::try_from(self.granule()).map_err(|_| no_memory)?;
+        let len = len.max(1).checked_next_multiple_of(granule).ok_or(no_memory)?;
+        let memory = self.viommu.shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
+        let held = HeldMemory::from_platform(memory, granule);
+        match self.adopt(held, Direction::Both) {
+            Ok(mapping) => Ok(CoherentMemory { mapping, ptr: memory.ptr }),
+            Err((error, held)) => {
+                if let Some(held) = held {
+                    self.viommu.shared.release(held);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn free_coherent(&self, memory: CoherentMemory) -> Result<(), UnmapError> {
+        self.unmap(memory.mapping)
+    }
+
+    fn adopt(
+        &self,
+        memory: HeldMemory,
+        direction: Direction,
+    ) -> Result<DmaMapping, (DmaError, Option<HeldMemory>)> {
+        let place = memory.memory();
+        let run = Run { phys: place.phys, len: place.len as u64 };
+        let mut held = Some(memory);
+        match self.map_one(run, direction, &mut held) {
+            Ok(range) => Ok(DmaMapping { iova: range.start(), len: place.len, range }),
+            Err(error) => Err((error.into(), held)),
+        }
+    }
+
+    unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError> {
+        let run = rounded(PhysSegment { phys, len }, self.granule())?;
+        let range = self.map_one(run, direction, &mut None)?;
+        let iova = Iova::new(range.start().get() + (phys.get() - run.phys.get()));
+        Ok(DmaMapping { iova, len, range })
+    }
+
+    unsafe fn map_scatter(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        if segments.is_empty() || segments.len() != iovas.len() {
+            return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
+        }
+        let granule = self.granule();
+        let len = total_len(segments, granule)?;
+        let range = self.domain.allocate(len, self.limit)?;
+        self.domain.map_runs(range, Runs { segments, granule }, direction.prot(), &mut None)?;
+        place(segments, granule, range, iovas);
+        Ok(DmaMapping { iova: range.start(), len: len as usize, range })
+    }
+
+    fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError> {
+        self.domain.unmap_range(mapping.range)
+    }
+
+    unsafe fn unmap_at(&self, iova: Iova) -> Result<(), UnmapError> {
+        let mapping = self.domain.translate(iova).filter(|mapping| mapping.range.start() == iova);
+        self.domain.unmap_range(mapping.ok_or(UnmapError::NotMapped(iova))?.range)
+    }
+
+    unsafe fn share(&self, buffer: NonNull<[u8]>, direction: Direction) -> Result<Iova, DmaError> {
+        let none = DmaError::NoBounce { len: buffer.len() };
+        let (pool, _) = self.bounce.as_ref().ok_or(none)?;
+        let first = pool.take(buffer.len()).ok_or(none)?;
+        match direction {
+            Direction::FromDevice => pool.zero(first, buffer.len()),
+            // SAFETY: the chunks were just taken, and the caller promises the buffer.
+            Direction::ToDevice | Direction::Both => unsafe { pool.copy_in(first, buffer) },
+        }
+        Ok(pool.iova(first))
+    }
+
+    unsafe fn unshare(&self, iova: Iova, buffer: NonNull<[u8]>, direction: Direction) {
+        let Some((pool, _)) = self.bounce.as_ref() else { return };
+        let Some(first) = pool.chunk_of(iova, buffer.len()) else { return };
+        if direction != Direction::ToDevice {
+            // SAFETY: the chunks are taken, by the caller's `share`, and the caller promises the buffer.
+            unsafe { pool.copy_out(first, buffer) };
+        }
+        pool.give_back(first, buffer.len());
+    }
+
+    fn faulting_iova(&self) -> Iova {
+        self.faulting.start()
+    }
+
+    fn flush(&self) -> Result<(), UnmapError> {
+        Ok(())
+    }
+}

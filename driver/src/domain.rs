@@ -1,0 +1,392 @@
+//! Domains: address spaces that endpoints are attached to.
+
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::dma::HeldMemory;
+use crate::engine::{DomainKey, DomainStats, Engine, Op, UnmapPlan};
+use crate::error::{MapError, RequestError, UnmapError};
+use crate::exchange::{Doorbell, Shared, State};
+use crate::id::DomainId;
+use crate::platform::Platform;
+use crate::prot::Prot;
+use crate::queue::{Batch, Outcome};
+use crate::wire::request::Status;
+use alloc::sync::Arc;
+use core::fmt;
+
+/// A domain: an address space with its mappings. Clones are handles to the same one.
+///
+/// When the last handle goes, endpoints that are still attached stay so, and its number stays taken until they
+/// are detached.
+///
+/// The methods here are the raw layer: they let endpoints reach memory on the caller's word. Device drivers use
+/// [`DmaDevice`](crate::DmaDevice).
+pub struct Domain<P: Platform>(Arc<Handle<P>>);
+
+struct Handle<P: Platform> {
+    shared: Arc<Shared<P>>,
+    key: DomainKey,
+}
+
+impl<P: Platform> Drop for Handle<P> {
+    fn drop(&mut self) {
+        // Two statements, so that the record's memory is freed without the lock.
+        let record = self.shared.state.lock().engine.release_domain(self.key);
+        drop(record);
+    }
+}
+
+impl<P: Platform> Clone for Domain<P> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<P: Platform> fmt::Debug for Domain<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Domain({})", self.id())
+    }
+}
+
+/// Where a mapping leads, by the driver's records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Translation {
+    /// The whole mapping.
+    pub range: IovaRange,
+    /// Where its first byte lies.
+    pub phys: PhysAddr,
+    /// What it allows.
+    pub prot: Prot,
+}
+
+impl<P: Platform> Domain<P> {
+    pub(crate) fn new(shared: Arc<Shared<P>>, key: DomainKey) -> Self {
+        Self(Arc::new(Handle { shared, key }))
+    }
+
+    pub(crate) fn key(&self) -> DomainKey {
+        self.0.key
+    }
+
+    fn with<R>(&self, read: impl FnOnce(&mut Engine) -> R) -> R {
+        read(&mut self.0.shared.state.lock().engine)
+    }
+
+    /// The number that requests carry. It can change once, before the first mapping succeeded, when the device
+    /// still has mappings of an earlier life under it.
+    pub fn id(&self) -> DomainId {
+        let key = self.0.key;
+        self.with(|engine| engine.domain(key).map_or(DomainId::new(0), |domain| domain.id))
+    }
+
+    /// What the domain did so far.
+    pub fn stats(&self) -> DomainStats {
+        let key = self.0.key;
+        self.with(|engine| engine.domain(key).map_or(DomainStats::default(), |domain| domain.stats))
+    }
+
+    /// Mappings that are recorded, those in quarantine included.
+    pub fn mapping_count(&self) -> usize {
+        let key = self.0.key;
+        self.with(|engine| engine.domain(key).map_or(0, |domain| domain.mappings.len()))
+    }
+
+    /// Where `iova` leads, by the driver's records. Asks nothing of the device.
+    pub fn translate(&self, iova: Iova) -> Option<Translation> {
+        let key = self.0.key;
+        self.with(|engine| {
+            let record = engine.domain(key)?.mappings.containing(iova)?;
+            Some(Translation { range: record.range, phys: record.phys, prot: record.prot })
+        })
+    }
+
+    /// Makes room for `mappings` mappings in all. Allocates; mapping and unmapping never do.
+    pub fn reserve(&self, mappings: usize) {
+        let spare = Engine::prepare_growth(mappings);
+        // Two statements, so that the old lists are freed without the lock.
+        let old = self.with(|engine| engine.grow_domain(self.0.key, spare));
+        drop(old);
+    }
+
+    /// Maps `len` bytes from `phys` at an address of the driver's choice up to `limit`.
+    ///
+    /// `phys` and `len` are multiples of the granule. Waits for the answer; allocates nothing.
+    ///
+    /// # Errors
+    /// [`MapError`]. With [`MapError::Request`] of unknown outcome ([`RequestError::TimedOut`] and the like) the
+    /// device may have the mapping: the memory must not be reused before the quarantine is empty again.
+    ///
+    /// # Safety
+    /// Until the mapping is unmapped with success the memory is one that the domain's endpoints may access at
+    /// any time as `prot` says: no Rust reference depends on it, and it is not given to anyone else.
+    pub unsafe fn map(&self, phys: PhysAddr, len: u64, prot: Prot, limit: Iova) -> Result<Iova, MapError> {
+        let range = self.with(|engine| {
+            // Checked before anything is taken, at an address that is always good.
+            let start = engine.geometry.usable.start();
+            match engine.check_map(self.0.key, start, len, phys, prot) {
+                // A length that fits nowhere: the allocator has the better words.
+                Ok(_) | Err(MapError::OutsideInputRange { .. }) => {}
+                Err(error) => return Err(error),
+            }
+            engine.allocate(self.0.key, len, limit)
+        })?;
+        self.map_runs(range, core::iter::once(Run { phys, len }), prot, &mut None)?;
+        Ok(range.start())
+    }
+
+    /// Maps `len` bytes from `phys` at `iova`. All three are multiples of the granule.
+    ///
+    /// Waits for the answer; allocates nothing.
+    ///
+    /// # Errors
+    /// As for [`map`](Self::map), and [`MapError::InUse`] where not all of the range is free.
+    ///
+    /// # Safety
+    /// As for [`map`](Self::map).
+    pub unsafe fn map_at(&self, iova: Iova, phys: PhysAddr, len: u64, prot: Prot) -> Result<(), MapError> {
+        let range = self.with(|engine| {
+            let range = engine.check_map(self.0.key, iova, len, phys, prot)?;
+            engine.take(self.0.key, range).map(|()| range)
+        })?;
+        self.map_runs(range, core::iter::once(Run { phys, len }), prot, &mut None)
+    }
+
+    /// Unmaps `len` bytes at `iova`: one mapping, or several whole ones that touch each other, by one request.
+    /// When this returns `Ok`, no endpoint reaches the memory through them any more.
+    ///
+    /// Waits for the answer; allocates nothing.
+    ///
+    /// # Errors
+    /// [`UnmapError`]. The memory must not be reused: with [`UnmapError::Request`] the mappings are in
+    /// quarantine, else nothing changed.
+    ///
+    /// # Safety
+    /// The caller made these mappings, by [`map`](Self::map) or [`map_at`](Self::map_at): another owner's
+    /// device may be using them, and would reach whatever is mapped at the address next.
+    pub unsafe fn unmap(&self, iova: Iova, len: u64) -> Result<(), UnmapError> {
+        let range = IovaRange::from_len(iova, len).ok_or(UnmapError::NotMapped(iova))?;
+        self.unmap_range(range)
+    }
+
+    /// Maps runs into `range`, which was allocated or taken and which they fill. All or nothing: on an error no
+    /// mapping is left, the range is free and `held` is back, except for what is in quarantine.
+    ///
+    /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
+    /// of an earlier life: it gets another, once (I12).
+    pub(crate) fn map_runs(
+        &self,
+        range: IovaRange,
+        runs: impl Iterator<Item = Run> + Clone,
+        prot: Prot,
+        held: &mut Option<HeldMemory>,
+    ) -> Result<(), MapError> {
+        let result = self.try_map_runs(range, runs.clone(), prot, held);
+        let stale = |error: &MapError| match error {
+            MapError::Request { error, .. } => *error == RequestError::Refused(Status::Inval),
+            _ => false,
+        };
+        if result.as_ref().err().is_some_and(stale) && self.stats().maps == 0 {
+            log::warn!("domain {} cannot be mapped: an earlier life of the device may use it", self.id());
+            if self.renumber().is_ok() {
+                self.with(|engine| engine.take(self.0.key, range))?;
+                return self.try_map_runs(range, runs, prot, held);
+            }
+        }
+        result
+    }
+
+    /// One request for each run, and one doorbell for as many as the ring takes.
+    fn try_map_runs(
+        &self,
+        range: IovaRange,
+        runs: impl Iterator<Item = Run>,
+        prot: Prot,
+        held: &mut Option<HeldMemory>,
+    ) -> Result<(), MapError> {
+        let shared = &self.0.shared;
+        let mut runs = runs.peekable();
+        let mut rest = Some(range);
+        let mut result = Ok(());
+        while result.is_ok() && runs.peek().is_some() {
+            let sent =
+                shared.with_slot(false, |state| self.submit_runs(state, &mut runs, &mut rest, prot, held));
+            let (batch, doorbell, begun) = match sent {
+                Ok(sent) => sent,
+                Err(error) => {
+                    result = Err(MapError::Request { range, error });
+                    break;
+                }
+            };
+            result = begun;
+            shared.ring(doorbell);
+            shared.wait(batch, |_, op, outcome| {
+                if let (Op::Map { range, .. }, Err(error), Ok(())) = (op, outcome, result) {
+                    result = Err(MapError::Request { range, error });
+                }
+            });
+        }
+        if result.is_err() {
+            self.roll_back(range, rest);
+            *held = held.take().or_else(|| self.with(|engine| engine.take_released(self.0.key, range)));
+        }
+        result
+    }
+
+    /// Begins and submits runs while there are slots. `rest` is what they did not fill yet.
+    fn submit_runs(
+        &self,
+        state: &mut State,
+        runs: &mut core::iter::Peekable<impl Iterator<Item = Run>>,
+        rest: &mut Option<IovaRange>,
+        prot: Prot,
+        held: &mut Option<HeldMemory>,
+    ) -> (Batch, Doorbell, Result<(), MapError>) {
+        let mut batch = Batch::default();
+        let mut begun = Ok(());
+        while state.requests.can_submit(false) {
+            let (Some(run), Some(free)) = (runs.peek().copied(), *rest) else { break };
+            let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
+            let request = part.ok_or(MapError::Empty).and_then(|part| {
+                let begun = state.engine.begin_map(self.0.key, part, run.phys, prot, held);
+                begun.map(|(request, op)| (part, request, op))
+            });
+            match request {
+                Ok((part, request, op)) => {
+                    state.submit(&request, op, &mut batch);
+                    runs.next();
+                    *rest = part.last().checked_add(1).and_then(|next| IovaRange::new(next, free.last()));
+                }
+                Err(error) => {
+                    begun = Err(error);
+                    break;
+                }
+            }
+        }
+        (batch, state.publish(Some(self.0.key)), begun)
+    }
+
+    /// Unmaps what a failed list mapped, and gives back what it did not get to.
+    fn roll_back(&self, range: IovaRange, rest: Option<IovaRange>) {
+        // Bounded: each round turns live mappings into something else.
+        while let Some(live) = self.with(|engine| engine.live_run_in(self.0.key, range)) {
+            if let Err(error) = self.unmap_range(live) {
+                log::warn!("while rolling back: {error}");
+            }
+        }
+        if let Some(rest) = rest {
+            self.with(|engine| engine.give_back(self.0.key, rest));
+        }
+    }
+
+    /// Takes `len` bytes of IOVA out of the free ones, to be mapped or left empty.
+    pub(crate) fn allocate(&self, len: u64, limit: Iova) -> Result<IovaRange, MapError> {
+        self.with(|engine| engine.allocate(self.0.key, len, limit))
+    }
+
+    /// Gives back what was allocated and not mapped.
+    pub(crate) fn give_back(&self, range: IovaRange) {
+        self.with(|engine| engine.give_back(self.0.key, range));
+    }
+
+    /// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner.
+    pub(crate) fn unmap_range(&self, range: IovaRange) -> Result<(), UnmapError> {
+        unmap(&self.0.shared, self.0.key, range, Engine::begin_unmap)
+    }
+
+    /// Puts a live mapping into quarantine, whose owner goes away without unmapping it.
+    pub(crate) fn quarantine(&self, range: IovaRange) {
+        self.with(|engine| engine.quarantine(self.0.key, range));
+    }
+
+    /// Gives the domain another number: detaches its endpoints, and attaches them again.
+    fn renumber(&self) -> Result<(), ()> {
+        let (shared, key) = (&self.0.shared, self.0.key);
+        let mut endpoints = alloc::vec::Vec::new();
+        while let Some(endpoint) = self.with(|engine| engine.attached_to(key)) {
+            shared.detach(endpoint).map_err(|error| log::warn!("{error}"))?;
+            endpoints.push(endpoint);
+        }
+        self.with(|engine| engine.renumber(key)).map_err(|error| log::warn!("{error}"))?;
+        for endpoint in endpoints {
+            shared.attach(endpoint, key).map_err(|error| log::warn!("{error}"))?;
+        }
+        Ok(())
+    }
+}
+
+/// Physically contiguous bytes, whole granules.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub phys: PhysAddr,
+    pub len: u64,
+}
+
+type Begin = fn(&mut Engine, DomainKey, IovaRange) -> Result<UnmapPlan, UnmapError>;
+
+fn unmap<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    range: IovaRange,
+    begin: Begin,
+) -> Result<(), UnmapError> {
+    let failed = |error| UnmapError::Request { range, error };
+    let begun = shared.with_slot(false, |state| {
+        let mut batch = Batch::default();
+        Ok(match begin(&mut state.engine, key, range)? {
+            UnmapPlan::Nothing => None,
+            UnmapPlan::Send(request, op) => {
+                state.submit(&request, op, &mut batch);
+                Some((batch, state.publish(Some(key))))
+            }
+        })
+    });
+    let begun = begun.map_err(|error| {
+        // Nothing was sent, but the caller is to find what the documentation says.
+        shared.state.lock().engine.quarantine(key, range);
+        failed(error)
+    })?;
+    let mut outcome: Outcome = Ok(());
+    if let Some((batch, doorbell)) = begun? {
+        shared.ring(doorbell);
+        shared.wait(batch, |_, _, answer| outcome = answer);
+    }
+    if outcome == Err(RequestError::Refused(Status::Range)) {
+        outcome = unmap_one_by_one(shared, key, range, outcome);
+    }
+    while let Some(held) = { shared.state.lock().engine.take_released(key, range) } {
+        shared.release(held);
+    }
+    outcome.map_err(failed)
+}
+
+/// A device that refuses to unmap several mappings at once may have removed some: each is unmapped by itself,
+/// and what the device does not have any more it confirms (I6).
+fn unmap_one_by_one<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    range: IovaRange,
+    refused: Outcome,
+) -> Outcome {
+    let mut outcome = Ok(());
+    let mut done = None;
+    // Bounded: `after` moves up through the range.
+    loop {
+        let next = shared.state.lock().engine.reclaimable_in(key, range, done);
+        let Some(part) = next else { return outcome };
+        if part == range {
+            return refused;
+        }
+        if let Err(UnmapError::Request { error, .. }) = reclaim(shared, key, part) {
+            outcome = Err(error);
+        }
+        done = Some(part.last());
+    }
+}
+
+/// Tries to unmap one mapping that is in quarantine.
+pub(crate) fn reclaim<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    range: IovaRange,
+) -> Result<(), UnmapError> {
+    unmap(shared, key, range, Engine::begin_reclaim)
+}

@@ -1,0 +1,89 @@
+//! Records of domains.
+
+use super::Geometry;
+use super::iova::IovaAllocator;
+use super::mapping::MappingTable;
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::error::MapError;
+use crate::id::DomainId;
+use crate::prot::Prot;
+
+/// What a domain did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DomainStats {
+    /// MAP requests that the device confirmed.
+    pub maps: u64,
+    /// UNMAP requests that the device confirmed.
+    pub unmaps: u64,
+    /// All requests that were sent for the domain, its attachments included.
+    pub requests: u64,
+    /// Doorbells that were rung for them.
+    pub kicks: u64,
+    /// Bytes that are mapped now.
+    pub mapped_bytes: u64,
+    /// The most bytes that were mapped at a time.
+    pub peak_bytes: u64,
+}
+
+pub(crate) struct DomainRecord {
+    pub generation: u32,
+    pub id: DomainId,
+    /// Endpoints whose ATTACH was confirmed.
+    pub attached: u32,
+    /// Endpoints that may be attached: those, and the ones under way or of unknown outcome.
+    pub possible: u32,
+    pub mappings: MappingTable,
+    pub iova: IovaAllocator,
+    pub stats: DomainStats,
+    /// The domain died with its last endpoint while nothing bypasses: its mappings need no UNMAP.
+    pub revoked: bool,
+    /// The embedder let go of the domain: its record goes as soon as nothing depends on it.
+    pub orphaned: bool,
+}
+
+impl DomainRecord {
+    /// Whether nothing on the device's side or in the quarantine depends on the record.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.possible == 0 && self.mappings.is_empty()
+    }
+
+    /// Refuses what must never be sent (I5).
+    pub(crate) fn check(
+        &self,
+        geometry: &Geometry,
+        range: (Iova, u64),
+        phys: PhysAddr,
+        prot: Prot,
+    ) -> Result<IovaRange, MapError> {
+        let (start, len) = range;
+        let granule = geometry.granule;
+        // A MAP's end must lie above its start: one byte cannot be said.
+        if len < 2 {
+            return Err(MapError::Empty);
+        }
+        for value in [start.get(), len, phys.get()] {
+            if value & (granule - 1) != 0 {
+                return Err(MapError::Misaligned { value, granule });
+            }
+        }
+        if phys.checked_add(len - 1).is_none() {
+            return Err(MapError::PhysicalWraps { phys, len });
+        }
+        let usable = geometry.usable;
+        let range = IovaRange::from_len(start, len).filter(|range| usable.contains(*range));
+        let range = range.ok_or(MapError::OutsideInputRange { start, len, usable })?;
+        if !prot.intersects(Prot::READ | Prot::WRITE) {
+            return Err(MapError::NoPermission);
+        }
+        if prot.contains(Prot::MMIO) && !geometry.mmio_flag {
+            return Err(MapError::NoMmioFlag);
+        }
+        if self.attached == 0 || self.revoked {
+            return Err(MapError::NoEndpoint);
+        }
+        if self.mappings.is_full() {
+            return Err(MapError::NoRecord { capacity: self.mappings.capacity() });
+        }
+        Ok(range)
+    }
+}

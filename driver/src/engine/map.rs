@@ -1,0 +1,202 @@
+//! Mapping and unmapping.
+
+use super::mapping::{Mapping, MappingState};
+use super::{DomainKey, Engine, Op};
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::dma::HeldMemory;
+use crate::error::{MapError, UnmapError};
+use crate::prot::Prot;
+use crate::wire::request::Request;
+
+/// What an unmapping takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum UnmapPlan {
+    /// Nothing: the device cannot reach the memory any more, since the domain died.
+    Nothing,
+    Send(Request, Op),
+}
+
+impl Engine {
+    /// Takes `len` bytes of IOVA (rounded up to granules by the caller) up to `limit` out of the free ones.
+    pub(crate) fn allocate(&mut self, key: DomainKey, len: u64, limit: Iova) -> Result<IovaRange, MapError> {
+        let granule = self.geometry.granule;
+        let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
+        if len == 0 {
+            return Err(MapError::Empty);
+        }
+        // IOVA 0 stays free: virtio-drivers takes it for a failure, and it catches null pointers of devices.
+        let lowest = Iova::new(granule);
+        match domain.iova.allocate(len, granule, lowest, limit) {
+            Ok(Some(range)) => Ok(range),
+            Ok(None) => Err(MapError::IovaExhausted { len, limit }),
+            Err(_full) => Err(MapError::NoRecord { capacity: domain.mappings.capacity() }),
+        }
+    }
+
+    /// Takes exactly this range out of the free addresses, for a caller that chose it.
+    pub(crate) fn take(&mut self, key: DomainKey, range: IovaRange) -> Result<(), MapError> {
+        let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
+        match domain.iova.take(range) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(MapError::InUse(range)),
+            Err(_full) => Err(MapError::NoRecord { capacity: domain.mappings.capacity() }),
+        }
+    }
+
+    /// Gives a range back that was allocated or taken and never mapped.
+    pub(crate) fn give_back(&mut self, key: DomainKey, range: IovaRange) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.iova.release(range);
+        }
+    }
+
+    /// Checks a MAP without doing anything.
+    pub(crate) fn check_map(
+        &self,
+        key: DomainKey,
+        start: Iova,
+        len: u64,
+        phys: PhysAddr,
+        prot: Prot,
+    ) -> Result<IovaRange, MapError> {
+        let domain = self.domain(key).ok_or(MapError::NoEndpoint)?;
+        domain.check(&self.geometry, (start, len), phys, prot)
+    }
+
+    /// Records a mapping of a range that was allocated or taken, and gives the request for it. On an error the
+    /// range is still the caller's to give back.
+    pub(crate) fn begin_map(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+        phys: PhysAddr,
+        prot: Prot,
+        held: &mut Option<HeldMemory>,
+    ) -> Result<(Request, Op), MapError> {
+        let len = range.len_bytes().unwrap_or(0);
+        self.check_map(key, range.start(), len, phys, prot)?;
+        let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
+        domain.mappings.insert(Mapping {
+            range,
+            phys,
+            prot,
+            state: MappingState::Mapping,
+            held: held.take(),
+        });
+        let request = Request::Map { domain: domain.id, range, phys, prot };
+        Ok((request, Op::Map { domain: key, range }))
+    }
+
+    /// Marks whole neighbouring mappings as being unmapped, and gives the one request for them (I6).
+    pub(crate) fn begin_unmap(&mut self, key: DomainKey, range: IovaRange) -> Result<UnmapPlan, UnmapError> {
+        self.begin_unmap_of(key, range, MappingState::Live)
+    }
+
+    /// The same for a mapping in quarantine.
+    pub(crate) fn begin_reclaim(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+    ) -> Result<UnmapPlan, UnmapError> {
+        self.begin_unmap_of(key, range, MappingState::Quarantined { in_flight: false })
+    }
+
+    fn begin_unmap_of(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+        state: MappingState,
+    ) -> Result<UnmapPlan, UnmapError> {
+        let not_mapped = UnmapError::NotMapped(range.start());
+        let domain = self.domain_mut(key).ok_or(not_mapped)?;
+        if domain.mappings.get(range.start()).is_none_or(|record| record.state != state) {
+            return Err(not_mapped);
+        }
+        let records = domain.mappings.whole(range).ok_or(UnmapError::NotWhole(range))?;
+        if let Some(busy) = records.iter().find(|record| record.state != state) {
+            return Err(UnmapError::NotMapped(busy.range.start()));
+        }
+        for record in records {
+            record.state = MappingState::Unmapping;
+        }
+        if domain.revoked {
+            self.let_go(key, range);
+            return Ok(UnmapPlan::Nothing);
+        }
+        let request = Request::Unmap { domain: domain.id, range };
+        Ok(UnmapPlan::Send(request, Op::Unmap { domain: key, range }))
+    }
+
+    /// Puts live mappings into quarantine: their owner went away without unmapping them.
+    pub(crate) fn quarantine(&mut self, key: DomainKey, range: IovaRange) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.mappings.retain_in(range, |record| {
+                if record.state == MappingState::Live {
+                    record.state = MappingState::Quarantined { in_flight: false };
+                }
+                true
+            });
+        }
+    }
+
+    /// The first live mapping in `range`, with the live ones that touch it.
+    pub(crate) fn live_run_in(&self, key: DomainKey, range: IovaRange) -> Option<IovaRange> {
+        let mappings = &self.domain(key)?.mappings;
+        let mut run: Option<IovaRange> = None;
+        for record in mappings.iter().filter(|record| range.contains(record.range)) {
+            let live = record.state == MappingState::Live;
+            run = match run {
+                None if live => Some(record.range),
+                None => None,
+                Some(run) if live && run.last().checked_add(1) == Some(record.range.start()) => {
+                    IovaRange::new(run.start(), record.range.last())
+                }
+                Some(run) => return Some(run),
+            };
+        }
+        run
+    }
+
+    /// The first mapping in `range`, above `after`, that is in quarantine and about which the device owes no
+    /// answer.
+    pub(crate) fn reclaimable_in(
+        &self,
+        key: DomainKey,
+        range: IovaRange,
+        after: Option<Iova>,
+    ) -> Option<IovaRange> {
+        let stuck = MappingState::Quarantined { in_flight: false };
+        let mut records = self.domain(key)?.mappings.iter();
+        let found = records.find(|record| {
+            range.contains(record.range) && Some(record.range.start()) > after && record.state == stuck
+        });
+        found.map(|record| record.range)
+    }
+
+    /// Takes memory that the device cannot reach any more out of the records of `range`, one a call.
+    pub(crate) fn take_released(&mut self, key: DomainKey, range: IovaRange) -> Option<HeldMemory> {
+        let domain = self.domain_mut(key)?;
+        let released =
+            |record: &&Mapping| record.state == MappingState::Released && range.contains(record.range);
+        let found = domain.mappings.iter().find(released)?.range;
+        let record = domain.mappings.remove(found.start())?;
+        domain.iova.release(found);
+        domain.revoked &= !domain.mappings.is_empty();
+        self.released -= 1;
+        record.held
+    }
+
+    /// The same wherever it lies, for memory whose owner went away.
+    pub(crate) fn take_any_released(&mut self) -> Option<HeldMemory> {
+        if self.released == 0 {
+            return None;
+        }
+        let (index, generation) = self.domains.iter().enumerate().find_map(|(index, domain)| {
+            let domain = domain.as_ref()?;
+            let released = domain.mappings.iter().any(|record| record.state == MappingState::Released);
+            released.then_some((index as u16, domain.generation))
+        })?;
+        let everything = IovaRange::new(Iova::new(0), Iova::new(u64::MAX))?;
+        self.take_released(DomainKey { index, generation }, everything)
+    }
+}

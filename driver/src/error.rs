@@ -1,0 +1,439 @@
+//! What can go wrong, one enum per operation.
+//!
+//! The driver's own refusals, which sent nothing, are kept apart from what came of a request that was sent
+//! ([`RequestError`]). Messages name the value; nothing here allocates.
+
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::id::EndpointId;
+use crate::transport::{DeviceStatus, TransportError};
+use crate::wire::feature::Features;
+use crate::wire::request::Status;
+use core::error::Error;
+use core::fmt;
+
+/// A request that was sent did not succeed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RequestError {
+    /// The device answered with this status.
+    Refused(Status),
+    /// The device gave the request back without an answer: it does not know it.
+    NotHandled,
+    /// The device claims success, but wrote fewer bytes than the answer has.
+    ShortAnswer {
+        /// The bytes that it says it wrote.
+        used_len: u32,
+        /// The bytes that the answer has.
+        expected: u32,
+    },
+    /// No answer before the deadline. The request still belongs to the device; what it touches is in
+    /// quarantine until the device answers.
+    TimedOut,
+    /// No slot for the request came free before the deadline. Nothing was sent.
+    NoSlot,
+    /// The device says that it needs a reset.
+    NeedsReset,
+    /// The device broke the ring: its used index moved further than there were requests.
+    RingBroken {
+        /// The index that it wrote.
+        used_index: u16,
+        /// The furthest that was possible.
+        expected_at_most: u16,
+    },
+}
+
+impl RequestError {
+    /// Whether the device may still carry the request out, or did so without saying.
+    pub(crate) fn outcome_unknown(&self) -> bool {
+        match self {
+            Self::TimedOut | Self::NeedsReset | Self::RingBroken { .. } | Self::ShortAnswer { .. } => true,
+            Self::Refused(_) | Self::NotHandled | Self::NoSlot => false,
+        }
+    }
+}
+
+impl fmt::Display for RequestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(status) => write!(f, "the device answered {status}"),
+            Self::NotHandled => f.write_str("the device returned the request unanswered"),
+            Self::ShortAnswer { used_len, expected } => {
+                write!(f, "the device wrote {used_len:#x} bytes of an answer of {expected:#x}")
+            }
+            Self::TimedOut => f.write_str("the device did not answer before the deadline"),
+            Self::NoSlot => f.write_str("no request slot came free before the deadline"),
+            Self::NeedsReset => f.write_str("the device asks for a reset"),
+            Self::RingBroken { used_index, expected_at_most } => {
+                write!(f, "the device moved the used index to {used_index:#x}, past {expected_at_most:#x}")
+            }
+        }
+    }
+}
+
+/// The IOMMU could not be started. It is left reset or marked as failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StartError {
+    /// The device did not finish its reset before the deadline.
+    ResetTimedOut {
+        /// The status that it shows.
+        status: DeviceStatus,
+    },
+    /// The device does not offer a feature that the driver cannot do without.
+    MissingFeatures {
+        /// What is missing.
+        missing: Features,
+        /// All that it offers.
+        offered: u64,
+    },
+    /// The device did not accept the driver's features.
+    FeaturesRefused {
+        /// What the driver asked for.
+        asked: Features,
+    },
+    /// The configuration space could not be read.
+    Config(TransportError),
+    /// The configuration kept changing while it was read.
+    ConfigUnstable,
+    /// A value of the configuration makes no sense.
+    BadConfig {
+        /// The field.
+        field: &'static str,
+        /// Its value, or the first of two.
+        value: u64,
+    },
+    /// A queue is missing or too small: two descriptors are the least.
+    QueueTooSmall {
+        /// The queue.
+        queue: u16,
+        /// Its size in descriptors.
+        size: u16,
+    },
+    /// A queue could not be enabled.
+    Queue(TransportError),
+    /// The platform has no memory for a queue.
+    NoMemory {
+        /// The bytes that were needed.
+        len: usize,
+    },
+    /// The device asks for a reset right after it was started.
+    NeedsReset,
+    /// A request of the start-up failed for this endpoint.
+    Endpoint {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// What came of the request.
+        error: RequestError,
+    },
+    /// There are more endpoints than [`Options::max_endpoints`](crate::Options::max_endpoints).
+    TooManyEndpoints {
+        /// The limit.
+        limit: usize,
+    },
+    /// `bypass` did not take the value that was written.
+    BypassStuck {
+        /// What it reads as.
+        value: u8,
+    },
+}
+
+impl fmt::Display for StartError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ResetTimedOut { status } => {
+                write!(f, "the device did not finish its reset, status {:#x}", status.bits())
+            }
+            Self::MissingFeatures { missing, offered } => {
+                f.write_str("the device does not offer ")?;
+                bitflags::parser::to_writer(missing, &mut *f)?;
+                write!(f, " (it offers {offered:#x}): it cannot be driven")
+            }
+            Self::FeaturesRefused { asked } => {
+                write!(f, "the device refused the features {:#x}", asked.bits())
+            }
+            Self::Config(error) => write!(f, "cannot read the configuration: {error}"),
+            Self::ConfigUnstable => f.write_str("the configuration kept changing while it was read"),
+            Self::BadConfig { field, value } => {
+                write!(f, "the device's {field} is {value:#x}, which cannot be")
+            }
+            Self::QueueTooSmall { queue, size } => {
+                write!(f, "queue {queue} has {size} descriptors, two are the least")
+            }
+            Self::Queue(error) => write!(f, "cannot enable a queue: {error}"),
+            Self::NoMemory { len } => write!(f, "no memory for a queue of {len:#x} bytes"),
+            Self::NeedsReset => f.write_str("the device asks for a reset right after it was started"),
+            Self::Endpoint { endpoint, error } => write!(f, "endpoint {endpoint}: {error}"),
+            Self::TooManyEndpoints { limit } => write!(f, "more than {limit} endpoints"),
+            Self::BypassStuck { value } => write!(f, "bypass reads {value:#x} after 0 was written"),
+        }
+    }
+}
+
+/// A domain could not be created.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DomainError {
+    /// All of [`Options::max_domains`](crate::Options::max_domains) are in use.
+    TooMany {
+        /// The limit.
+        limit: usize,
+    },
+    /// Every number in the device's domain range is in use.
+    IdsExhausted {
+        /// How many the range has.
+        ids: u64,
+    },
+}
+
+impl fmt::Display for DomainError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TooMany { limit } => write!(f, "all {limit} domains are in use"),
+            Self::IdsExhausted { ids } => write!(f, "all {ids} domain numbers of the device are in use"),
+        }
+    }
+}
+
+/// An endpoint could not be attached.
+///
+/// After a failure its bus mastering must stay off, or be turned off: what it can reach is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum AttachError {
+    /// It is the IOMMU itself.
+    OwnEndpoint(EndpointId),
+    /// It is attached already, or a request for it is under way or of unknown outcome.
+    Busy(EndpointId),
+    /// There are more endpoints than [`Options::max_endpoints`](crate::Options::max_endpoints).
+    TooManyEndpoints {
+        /// The limit.
+        limit: usize,
+    },
+    /// The domain has a mapping where the endpoint has a reserved region.
+    ReservedInUse {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// The region.
+        region: IovaRange,
+    },
+    /// The endpoints of this domain have more reserved regions than the domain has room for.
+    TooManyReserved {
+        /// The endpoint.
+        endpoint: EndpointId,
+    },
+    /// The domain lost its endpoints and is not usable any more.
+    DeadDomain,
+    /// The PROBE or ATTACH request did not succeed.
+    Request {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// What came of it.
+        error: RequestError,
+    },
+}
+
+impl fmt::Display for AttachError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::OwnEndpoint(endpoint) => write!(f, "endpoint {endpoint} is the IOMMU itself"),
+            Self::Busy(endpoint) => write!(f, "endpoint {endpoint} is attached or being attached"),
+            Self::TooManyEndpoints { limit } => write!(f, "more than {limit} endpoints"),
+            Self::ReservedInUse { endpoint, region } => {
+                write!(f, "the domain has a mapping in {region}, which is reserved for endpoint {endpoint}")
+            }
+            Self::TooManyReserved { endpoint } => {
+                write!(f, "no room in the domain for the reserved regions of endpoint {endpoint}")
+            }
+            Self::DeadDomain => f.write_str("the domain lost its endpoints and is dead"),
+            Self::Request { endpoint, error } => write!(f, "endpoint {endpoint}: {error}"),
+        }
+    }
+}
+
+/// An endpoint could not be detached. It counts as attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DetachError {
+    /// It is not attached, or a request for it is under way.
+    NotAttached(EndpointId),
+    /// The DETACH request did not succeed.
+    Request {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// What came of it.
+        error: RequestError,
+    },
+}
+
+impl fmt::Display for DetachError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotAttached(endpoint) => write!(f, "endpoint {endpoint} is not attached"),
+            Self::Request { endpoint, error } => write!(f, "endpoint {endpoint}: {error}"),
+        }
+    }
+}
+
+/// Memory could not be mapped. Unless it is [`MapError::Request`] with an unknown outcome, nothing changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MapError {
+    /// The domain has no endpoint, so that it does not exist for the device yet, or any more.
+    NoEndpoint,
+    /// The length is 0, or a single byte, which no MAP can express.
+    Empty,
+    /// An address or length is not a multiple of the granule.
+    Misaligned {
+        /// The address or length.
+        value: u64,
+        /// The granule in bytes.
+        granule: u64,
+    },
+    /// The physical range would pass 2^64 - 1.
+    PhysicalWraps {
+        /// Where it starts.
+        phys: PhysAddr,
+        /// Its length in bytes.
+        len: u64,
+    },
+    /// The range lies outside of the device's input range, or ends at 2^64 - 1, or would pass it.
+    OutsideInputRange {
+        /// Where it starts.
+        start: Iova,
+        /// Its length in bytes.
+        len: u64,
+        /// What is usable.
+        usable: IovaRange,
+    },
+    /// The range overlaps a mapping, a reserved region, or addresses in quarantine.
+    InUse(IovaRange),
+    /// No free range of this length lies below the limit.
+    IovaExhausted {
+        /// The length in bytes.
+        len: u64,
+        /// The highest address that was allowed.
+        limit: Iova,
+    },
+    /// All of the domain's records are in use; [`Domain::reserve`](crate::Domain::reserve) makes more.
+    NoRecord {
+        /// How many there are.
+        capacity: usize,
+    },
+    /// The MMIO flag, which this device does not offer.
+    NoMmioFlag,
+    /// No permission at all: nothing could use the mapping.
+    NoPermission,
+    /// The MAP request did not succeed.
+    Request {
+        /// What was to be mapped.
+        range: IovaRange,
+        /// What came of it.
+        error: RequestError,
+    },
+}
+
+impl fmt::Display for MapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoEndpoint => f.write_str("the domain has no endpoint attached"),
+            Self::Empty => f.write_str("a mapping needs at least two bytes"),
+            Self::Misaligned { value, granule } => {
+                write!(f, "{value:#x} is not a multiple of the granule {granule:#x}")
+            }
+            Self::PhysicalWraps { phys, len } => {
+                write!(f, "{len:#x} bytes from physical {phys} pass the end of the address space")
+            }
+            Self::OutsideInputRange { start, len, usable } => {
+                write!(f, "{len:#x} bytes from {start} lie outside of the usable range {usable}")
+            }
+            Self::InUse(range) => write!(f, "{range} is not free"),
+            Self::IovaExhausted { len, limit } => {
+                write!(f, "no {len:#x} bytes of IOVA are free up to {limit}")
+            }
+            Self::NoRecord { capacity } => write!(f, "all {capacity} mapping records are in use"),
+            Self::NoMmioFlag => f.write_str("the device does not offer the MMIO flag"),
+            Self::NoPermission => f.write_str("a mapping needs READ or WRITE"),
+            Self::Request { range, error } => write!(f, "MAP {range}: {error}"),
+        }
+    }
+}
+
+/// Memory could not be unmapped. It counts as mapped, and must not be reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UnmapError {
+    /// No mapping starts at this address, or it is in quarantine or being changed.
+    NotMapped(Iova),
+    /// The range splits a mapping, or has a hole: only whole neighbouring mappings can be unmapped together.
+    NotWhole(IovaRange),
+    /// The UNMAP request did not succeed. The range and the memory under it are in quarantine.
+    Request {
+        /// What was to be unmapped.
+        range: IovaRange,
+        /// What came of it.
+        error: RequestError,
+    },
+}
+
+impl fmt::Display for UnmapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotMapped(iova) => write!(f, "nothing that can be unmapped starts at {iova}"),
+            Self::NotWhole(range) => write!(f, "{range} is not made of whole neighbouring mappings"),
+            Self::Request { range, error } => write!(f, "UNMAP {range}: {error}"),
+        }
+    }
+}
+
+/// A DMA buffer could not be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DmaError {
+    /// The platform has no memory.
+    NoMemory {
+        /// The bytes that were needed.
+        len: usize,
+    },
+    /// All bounce pages that could hold the buffer are in use.
+    NoBounce {
+        /// The length of the buffer in bytes.
+        len: usize,
+    },
+    /// A list of segments and the room for its addresses differ in length, or the list is empty.
+    ListLength {
+        /// The segments.
+        segments: usize,
+        /// The room for addresses.
+        room: usize,
+    },
+    /// The mapping failed.
+    Map(MapError),
+}
+
+impl fmt::Display for DmaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoMemory { len } => write!(f, "no memory for {len:#x} bytes"),
+            Self::NoBounce { len } => write!(f, "no bounce pages are free for {len:#x} bytes"),
+            Self::ListLength { segments, room } => {
+                write!(f, "{segments} segments do not fit a list of {room} addresses")
+            }
+            Self::Map(error) => error.fmt(f),
+        }
+    }
+}
+
+impl From<MapError> for DmaError {
+    fn from(error: MapError) -> Self {
+        Self::Map(error)
+    }
+}
+
+impl Error for RequestError {}
+impl Error for StartError {}
+impl Error for DomainError {}
+impl Error for AttachError {}
+impl Error for DetachError {}
+impl Error for MapError {}
+impl Error for UnmapError {}
+impl Error for DmaError {}

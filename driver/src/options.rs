@@ -1,0 +1,66 @@
+//! What the embedder can choose.
+
+use crate::id::EndpointId;
+
+/// Choices for one IOMMU. [`Options::default`] fits a kernel on QEMU.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The most descriptors of either queue; rounded down to a power of two and to what the device has. A
+    /// request takes two.
+    pub queue_size: u16,
+    /// How long the driver waits for an answer, in nanoseconds, where the platform has a clock.
+    pub timeout_ns: u64,
+    /// How often it polls for an answer where there is no clock.
+    pub max_polls: u64,
+    /// Endpoints that the driver keeps records for.
+    pub max_endpoints: usize,
+    /// Domains that can exist at a time, at most 65,535.
+    pub max_domains: usize,
+    /// Faults that are kept until they are fetched; more are counted and lost.
+    pub fault_backlog: usize,
+    /// The endpoint number of the IOMMU itself, which topology tables often include: never attached.
+    pub own_endpoint: Option<EndpointId>,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            queue_size: 256,
+            timeout_ns: 1_000_000_000,
+            max_polls: 100_000_000,
+            max_endpoints: 256,
+            max_domains: 256,
+            fault_backlog: 256,
+            own_endpoint: None,
+        }
+    }
+}
+
+/// Choices for one domain.
+#[derive(Clone, Copy, Debug)]
+pub struct DomainOptions {
+    /// Mappings that it has records for at first; [`Domain::reserve`](crate::Domain::reserve) makes more.
+    pub mappings: usize,
+}
+
+impl Default for DomainOptions {
+    fn default() -> Self {
+        Self { mappings: 256 }
+    }
+}
+
+/// Choices for one endpoint's view of its domain.
+#[derive(Clone, Copy, Debug)]
+pub struct EndpointOptions {
+    /// The highest IOVA that the endpoint can put on the bus.
+    pub limit: crate::Iova,
+    /// Bytes of bounce pages, rounded up to granules; 0 for none. They are mapped once, when the endpoint is
+    /// attached, and serve buffers that cannot be mapped in place.
+    pub bounce_bytes: usize,
+}
+
+impl Default for EndpointOptions {
+    fn default() -> Self {
+        Self { limit: crate::Iova::new(u64::MAX), bounce_bytes: 0 }
+    }
+}

@@ -1,0 +1,85 @@
+//! The event queue: one buffer per descriptor, posted again as soon as it was read.
+
+use crate::ring::{ALIGN, DESC_WRITE, Interrupts, Layout, Ring, Suppression};
+use crate::shared_memory::SharedMemory;
+use crate::wire::fault::{Fault, RECORD_LEN};
+
+/// Bytes from one buffer to the next.
+const STRIDE: usize = 32;
+
+/// What a used buffer held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    Fault(Fault),
+    /// Too short, or with reserved bytes set: to be ignored, and counted.
+    Malformed,
+}
+
+pub(crate) struct EventQueue {
+    ring: Ring,
+    buffers: usize,
+    broken: bool,
+}
+
+impl EventQueue {
+    /// Bytes of memory that a queue of `size` descriptors takes.
+    pub(crate) fn memory_len(size: u16) -> usize {
+        Layout::new(size).len + STRIDE * usize::from(size)
+    }
+
+    /// A queue in `memory` of [`memory_len`](Self::memory_len) zeroed bytes, with every buffer posted but not
+    /// yet published.
+    pub(crate) fn new(memory: SharedMemory, size: u16, suppression: Suppression) -> Self {
+        let buffers = Layout::new(size).len.next_multiple_of(ALIGN);
+        let mut ring = Ring::new(memory, size, suppression, Interrupts::Wanted);
+        for index in 0..size {
+            let address = ring.memory().phys(buffers + STRIDE * usize::from(index));
+            ring.set_descriptor(index, address, RECORD_LEN as u32, DESC_WRITE, 0);
+            ring.push(index);
+        }
+        Self { ring, buffers, broken: false }
+    }
+
+    pub(crate) fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    pub(crate) fn into_memory(self) -> SharedMemory {
+        self.ring.into_memory()
+    }
+
+    /// Whether the device broke the ring, so that no event comes any more.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Shows the device the posted buffers, and says whether it wants the doorbell.
+    #[must_use = "without the doorbell the device may never look"]
+    pub(crate) fn publish(&mut self) -> bool {
+        self.ring.publish()
+    }
+
+    /// The next event. Its buffer is posted again; the device sees that after [`publish`](Self::publish).
+    pub(crate) fn next(&mut self) -> Option<Event> {
+        if self.broken {
+            return None;
+        }
+        let used = match self.ring.pop() {
+            Ok(used) => used?,
+            Err(_jumped) => {
+                self.broken = true;
+                return None;
+            }
+        };
+        let Some(index) = u16::try_from(used.id).ok().filter(|index| *index < self.ring.size()) else {
+            // A buffer that was never posted: there is nothing to read or to post again.
+            return Some(Event::Malformed);
+        };
+        let mut record = [0; RECORD_LEN];
+        self.ring.memory().read_bytes(self.buffers + STRIDE * usize::from(index), &mut record);
+        self.ring.push(index);
+        let whole = used.len as usize >= RECORD_LEN;
+        let fault = if whole { Fault::decode(&record) } else { None };
+        Some(fault.map_or(Event::Malformed, Event::Fault))
+    }
+}

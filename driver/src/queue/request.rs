@@ -1,0 +1,330 @@
+//! The request queue: slots in shared memory, batches, completion in any order.
+
+use super::slot::{Outcome, STRIDE, Slot, SlotState, TAIL_AT, judge};
+use crate::engine::Op;
+use crate::error::RequestError;
+use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, UsedIndexJumped};
+use crate::shared_memory::SharedMemory;
+use crate::wire::request::{MAX_READABLE, PROBE_READABLE, Request, TAIL_LEN, TAIL_SENTINEL};
+use alloc::vec::Vec;
+
+/// Requests that are submitted together and waited for together: a list through their slots, so that it takes
+/// no memory of its own.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    ends: Option<(u16, u16)>,
+    len: u16,
+}
+
+impl Batch {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ends.is_none()
+    }
+
+    /// How many requests are in it that nobody took yet.
+    pub(crate) fn len(&self) -> u16 {
+        self.len
+    }
+}
+
+/// A request that the device is done with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Completion {
+    pub op: Op,
+    pub outcome: Outcome,
+    /// Whether whoever submitted it gave up waiting.
+    pub abandoned: bool,
+}
+
+/// Offsets of what follows the ring in the queue's memory.
+#[derive(Clone, Copy, Debug)]
+struct Areas {
+    slots: usize,
+    probe_readable: usize,
+    probe_writable: usize,
+    len: usize,
+}
+
+impl Areas {
+    fn new(size: u16, probe_size: usize) -> Self {
+        let slots = Layout::new(size).len;
+        let probe_readable = slots + STRIDE * usize::from(size / 2);
+        let probe_writable = probe_readable + PROBE_READABLE.next_multiple_of(STRIDE);
+        Self { slots, probe_readable, probe_writable, len: probe_writable + probe_size + TAIL_LEN }
+    }
+}
+
+/// The request queue.
+///
+/// Slot `i` uses descriptors `2i` (readable) and `2i + 1` (writable), set once: a request is a copy into the
+/// slot and an entry in the ring. PROBE, whose parts are larger, borrows a slot's descriptors for an area of
+/// its own, one at a time.
+pub(crate) struct RequestQueue {
+    ring: Ring,
+    areas: Areas,
+    slots: Vec<Slot>,
+    free: Option<u16>,
+    abandoned: u16,
+    /// The slot that PROBE's area belongs to.
+    probing: Option<u16>,
+    probe_size: usize,
+    /// Set when the device broke the ring: nothing is sent or read any more.
+    broken: Option<UsedIndexJumped>,
+    /// Used entries whose id names no request in flight.
+    stray: u64,
+}
+
+impl RequestQueue {
+    /// Bytes of memory that a queue of `size` descriptors takes, with room for `probe_size` bytes of properties.
+    pub(crate) fn memory_len(size: u16, probe_size: usize) -> usize {
+        Areas::new(size, probe_size).len
+    }
+
+    /// A queue of `size` (a power of two, at least 2) descriptors in `memory` of [`memory_len`](Self::memory_len)
+    /// zeroed bytes.
+    pub(crate) fn new(memory: SharedMemory, size: u16, suppression: Suppression, probe_size: usize) -> Self {
+        let areas = Areas::new(size, probe_size);
+        let slot_count = size / 2;
+        let slots = (0..slot_count)
+            .map(|index| Slot {
+                state: SlotState::Free,
+                op: Op::None,
+                expected: 0,
+                next: (index + 1 < slot_count).then_some(index + 1),
+            })
+            .collect();
+        let ring = Ring::new(memory, size, suppression, Interrupts::Unwanted);
+        let mut queue = Self {
+            ring,
+            areas,
+            slots,
+            free: Some(0),
+            abandoned: 0,
+            probing: None,
+            probe_size,
+            broken: None,
+            stray: 0,
+        };
+        for index in 0..slot_count {
+            queue.point_at_slot(index);
+        }
+        queue
+    }
+
+    pub(crate) fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    pub(crate) fn into_memory(self) -> SharedMemory {
+        self.ring.into_memory()
+    }
+
+    /// Slots whose requests were given up on and still belong to the device.
+    pub(crate) fn abandoned(&self) -> u16 {
+        self.abandoned
+    }
+
+    /// Whether a request can be submitted now; PROBE also needs its one area.
+    pub(crate) fn can_submit(&self, probe: bool) -> bool {
+        self.broken.is_none() && self.free.is_some() && !(probe && self.probing.is_some())
+    }
+
+    /// Used entries that named no request in flight.
+    pub(crate) fn stray(&self) -> u64 {
+        self.stray
+    }
+
+    /// Puts a request into a free slot and the slot into the batch. The device sees it after
+    /// [`publish`](Self::publish). False, and nothing done, where [`can_submit`](Self::can_submit) says no.
+    #[must_use]
+    pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) -> bool {
+        let probe = matches!(request, Request::Probe { .. });
+        let Some(index) = self.free.filter(|_| self.can_submit(probe)) else { return false };
+        self.free = self.slots[usize::from(index)].next;
+
+        match probe {
+            true => self.write_probe(index, request),
+            false => self.write_request(index, request),
+        }
+        let expected = if probe { self.probe_size + TAIL_LEN } else { TAIL_LEN };
+        self.slots[usize::from(index)] =
+            Slot { state: SlotState::InFlight, op, expected: expected as u32, next: None };
+        self.append(batch, index);
+        self.ring.push(2 * index);
+        true
+    }
+
+    fn write_request(&mut self, index: u16, request: &Request) {
+        let at = self.slot_at(index);
+        let memory = self.ring.memory_mut();
+        let len = request.encode(|bytes| {
+            memory.write_bytes(at, bytes);
+            bytes.len()
+        });
+        memory.write_bytes(at + TAIL_AT, &TAIL_SENTINEL);
+        self.ring.set_descriptor_len(2 * index, len as u32);
+    }
+
+    fn write_probe(&mut self, index: u16, request: &Request) {
+        self.probing = Some(index);
+        let Areas { probe_readable, probe_writable, .. } = self.areas;
+        let writable_len = self.probe_size + TAIL_LEN;
+        let (readable_at, writable_at) =
+            (self.ring.memory().phys(probe_readable), self.ring.memory().phys(probe_writable));
+        let memory = self.ring.memory_mut();
+        let len = request.encode(|bytes| {
+            memory.write_bytes(probe_readable, bytes);
+            bytes.len()
+        });
+        // No properties of an earlier endpoint may be read as this one's.
+        for at in probe_writable..probe_writable + self.probe_size {
+            memory.write_bytes(at, &[0]);
+        }
+        memory.write_bytes(probe_writable + self.probe_size, &TAIL_SENTINEL);
+        self.ring.set_descriptor(2 * index, readable_at, len as u32, DESC_NEXT, 2 * index + 1);
+        self.ring.set_descriptor(2 * index + 1, writable_at, writable_len as u32, DESC_WRITE, 0);
+    }
+
+    fn point_at_slot(&mut self, index: u16) {
+        let at = self.slot_at(index);
+        let (readable, tail) = (self.ring.memory().phys(at), self.ring.memory().phys(at + TAIL_AT));
+        self.ring.set_descriptor(2 * index, readable, MAX_READABLE as u32, DESC_NEXT, 2 * index + 1);
+        self.ring.set_descriptor(2 * index + 1, tail, TAIL_LEN as u32, DESC_WRITE, 0);
+    }
+
+    fn slot_at(&self, index: u16) -> usize {
+        self.areas.slots + STRIDE * usize::from(index)
+    }
+
+    fn append(&mut self, batch: &mut Batch, index: u16) {
+        batch.ends = match batch.ends {
+            None => Some((index, index)),
+            Some((head, tail)) => {
+                self.slots[usize::from(tail)].next = Some(index);
+                Some((head, index))
+            }
+        };
+        batch.len += 1;
+    }
+
+    /// Shows the device what was submitted, and says whether it wants the doorbell.
+    #[must_use = "without the doorbell the device may never look"]
+    pub(crate) fn publish(&mut self) -> bool {
+        self.ring.publish()
+    }
+
+    /// The next request that the device is done with. A slot that was abandoned is free after this; of the
+    /// others the outcome waits for [`take`](Self::take).
+    ///
+    /// Entries that name no request in flight are counted and passed over, at most one ring of them a call.
+    pub(crate) fn complete(&mut self) -> Option<Completion> {
+        for _ in 0..self.ring.size() {
+            if self.broken.is_some() {
+                return None;
+            }
+            let used = match self.ring.pop() {
+                Ok(used) => used?,
+                Err(jumped) => {
+                    self.broken = Some(jumped);
+                    return None;
+                }
+            };
+            match self.slot_of(used.id) {
+                Some(index) => return Some(self.finish(index, used.len)),
+                None => self.stray += 1,
+            }
+        }
+        None
+    }
+
+    /// The slot that a used entry's id names, if a request is in flight there.
+    fn slot_of(&self, id: u32) -> Option<u16> {
+        let index = u16::try_from(id / 2).ok()?;
+        let slot = self.slots.get(usize::from(index))?;
+        let in_flight = matches!(slot.state, SlotState::InFlight | SlotState::Abandoned);
+        (id.is_multiple_of(2) && in_flight).then_some(index)
+    }
+
+    fn finish(&mut self, index: u16, used_len: u32) -> Completion {
+        let tail_at = if self.probing == Some(index) {
+            self.areas.probe_writable + self.probe_size
+        } else {
+            self.slot_at(index) + TAIL_AT
+        };
+        let mut tail = [0; TAIL_LEN];
+        self.ring.memory().read_bytes(tail_at, &mut tail);
+        let slot = &mut self.slots[usize::from(index)];
+        let outcome = judge(used_len, slot.expected, tail[0]);
+        let completion = Completion { op: slot.op, outcome, abandoned: slot.state == SlotState::Abandoned };
+        slot.state = SlotState::Done(outcome);
+        if completion.abandoned {
+            self.abandoned -= 1;
+            self.release(index);
+        }
+        completion
+    }
+
+    /// Takes the outcome of the batch's first request, if the device is done with it, and frees its slot.
+    pub(crate) fn take(&mut self, batch: &mut Batch) -> Option<(Op, Outcome)> {
+        let (head, _) = batch.ends?;
+        let slot = self.slots[usize::from(head)];
+        let SlotState::Done(outcome) = slot.state else { return None };
+        self.advance(batch);
+        self.release(head);
+        Some((slot.op, outcome))
+    }
+
+    /// Gives up on the batch's first request. If it is still in flight, its slot stays with the device, the
+    /// outcome is why, and the last value is true.
+    pub(crate) fn abandon(&mut self, batch: &mut Batch, needs_reset: bool) -> Option<(Op, Outcome, bool)> {
+        if let Some((op, outcome)) = self.take(batch) {
+            return Some((op, outcome, false));
+        }
+        let (head, _) = batch.ends?;
+        self.advance(batch);
+        let slot = &mut self.slots[usize::from(head)];
+        slot.state = SlotState::Abandoned;
+        slot.next = None;
+        self.abandoned += 1;
+        let error = match self.broken {
+            Some(UsedIndexJumped { seen, expected_at_most }) => {
+                RequestError::RingBroken { used_index: seen, expected_at_most }
+            }
+            None if needs_reset => RequestError::NeedsReset,
+            None => RequestError::TimedOut,
+        };
+        Some((slot.op, Err(error), true))
+    }
+
+    pub(crate) fn is_broken(&self) -> bool {
+        self.broken.is_some()
+    }
+
+    fn advance(&mut self, batch: &mut Batch) {
+        let Some((head, tail)) = batch.ends else { return };
+        batch.ends = match self.slots[usize::from(head)].next {
+            Some(next) if head != tail => Some((next, tail)),
+            _ => None,
+        };
+        batch.len -= 1;
+    }
+
+    fn release(&mut self, index: u16) {
+        if self.probing == Some(index) {
+            self.probing = None;
+            self.point_at_slot(index);
+        }
+        let free = self.free.replace(index);
+        self.slots[usize::from(index)] =
+            Slot { state: SlotState::Free, op: Op::None, expected: 0, next: free };
+    }
+
+    /// Copies the properties that the last PROBE returned. Valid until the next one is submitted.
+    pub(crate) fn copy_properties(&self, into: &mut [u8]) {
+        let len = into.len().min(self.probe_size);
+        self.ring.memory().read_bytes(self.areas.probe_writable, &mut into[..len]);
+    }
+}
+
+#[cfg(test)]
+mod tests;

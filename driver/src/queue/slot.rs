@@ -1,0 +1,78 @@
+//! A request slot: the place of one request in shared memory, and who waits for it.
+//!
+//! ```text
+//!            submit             used entry              take
+//!   Free ------------> InFlight ----------> Done(outcome) ---> Free
+//!                         | abandon (deadline passed)
+//!                         v                used entry
+//!                     Abandoned --------------------------------> Free
+//! ```
+//! An abandoned slot still belongs to the device: it is not reused before its used entry came.
+
+use crate::engine::Op;
+use crate::error::RequestError;
+use crate::wire::request::{MAX_READABLE, Status, TAIL_SENTINEL, Tail};
+use core::mem::size_of;
+
+/// What came of a request.
+pub(crate) type Outcome = Result<(), RequestError>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SlotState {
+    Free,
+    InFlight,
+    Done(Outcome),
+    Abandoned,
+}
+
+/// The driver's private side of a slot.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Slot {
+    pub state: SlotState,
+    /// What the request does to the driver's records, while it is not free.
+    pub op: Op,
+    /// Bytes that the device has to write for success.
+    pub expected: u32,
+    /// The next slot of the same batch, or of the free list.
+    pub next: Option<u16>,
+}
+
+/// Bytes from one slot to the next: one cache line.
+pub(super) const STRIDE: usize = 64;
+/// Where the answer's tail lies in a slot.
+pub(super) const TAIL_AT: usize = 40;
+
+const _: () = assert!(MAX_READABLE <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= STRIDE);
+
+/// Judges an answer: success is all bytes written *and* status OK (D-09).
+///
+/// A length of 0 with a status in place is that status's failure, since some devices count no bytes when they
+/// refuse; with the sentinel in place the device did not handle the request.
+pub(super) fn judge(used_len: u32, expected: u32, status: u8) -> Outcome {
+    let answered = status != TAIL_SENTINEL[0];
+    match Status::from_wire(status) {
+        Status::Ok if used_len >= expected => Ok(()),
+        Status::Ok => Err(RequestError::ShortAnswer { used_len, expected }),
+        refused if answered => Err(RequestError::Refused(refused)),
+        _ if used_len == 0 => Err(RequestError::NotHandled),
+        _ => Err(RequestError::ShortAnswer { used_len, expected }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn success_is_length_and_status() {
+        assert_eq!(judge(4, 4, 0), Ok(()));
+        // A stale OK in an answer that was never written.
+        assert_eq!(judge(0, 4, 0), Err(RequestError::ShortAnswer { used_len: 0, expected: 4 }));
+        assert_eq!(judge(4, 516, 0), Err(RequestError::ShortAnswer { used_len: 4, expected: 516 }));
+        assert_eq!(judge(4, 4, 6), Err(RequestError::Refused(Status::NoEnt)));
+        assert_eq!(judge(0, 4, 4), Err(RequestError::Refused(Status::Inval)));
+        assert_eq!(judge(0, 4, 0xff), Err(RequestError::NotHandled));
+        assert_eq!(judge(4, 4, 0xff), Err(RequestError::ShortAnswer { used_len: 4, expected: 4 }));
+        assert_eq!(judge(4, 4, 0x80), Err(RequestError::Refused(Status::Other(0x80))));
+    }
+}

@@ -1,0 +1,350 @@
+//! A split virtqueue, driver side (virtio 1.4, split virtqueues).
+//!
+//! Only the ring: descriptors, the available ring, the used ring, and when to ring the doorbell. What the
+//! descriptors point at is the queues' business. The ring never reads back what it wrote, so a device that
+//! scribbles over it confuses nobody but itself.
+
+use crate::addr::PhysAddr;
+use crate::shared_memory::SharedMemory;
+use core::sync::atomic::{Ordering, fence};
+
+/// The descriptor continues with the next one.
+pub(crate) const DESC_NEXT: u16 = 1;
+/// The device writes to this descriptor's buffer.
+pub(crate) const DESC_WRITE: u16 = 2;
+
+const DESC_LEN: usize = 16;
+const USED_ELEM_LEN: usize = 8;
+/// Set in the available ring's flags: the driver polls and wants no interrupt.
+const AVAIL_NO_INTERRUPT: u16 = 1;
+/// Set in the used ring's flags: the device polls and wants no doorbell.
+const USED_NO_NOTIFY: u16 = 1;
+
+/// Where the parts of a ring of `size` descriptors lie, from the start of its memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    avail: usize,
+    used: usize,
+    /// The bytes that the ring takes: what follows is free for the queue.
+    pub len: usize,
+}
+
+impl Layout {
+    pub(crate) const fn new(size: u16) -> Self {
+        let size = size as usize;
+        let avail = DESC_LEN * size;
+        // flags, index, ring, used_event
+        let used = (avail + 6 + 2 * size).next_multiple_of(4);
+        // flags, index, ring, avail_event
+        let len = (used + 6 + USED_ELEM_LEN * size).next_multiple_of(64);
+        Self { avail, used, len }
+    }
+}
+
+/// The alignment that a ring's memory needs.
+pub(crate) const ALIGN: usize = 64;
+
+/// Whether the queue's owner wants to be interrupted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Interrupts {
+    Wanted,
+    Unwanted,
+}
+
+/// How doorbells and interrupts are suppressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Suppression {
+    Flags,
+    EventIndex,
+}
+
+/// What the device put into the used ring. Both are its own words, unchecked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Used {
+    pub id: u32,
+    pub len: u32,
+}
+
+/// The used index moved by more than was in flight: nothing in this ring can be trusted any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct UsedIndexJumped {
+    pub seen: u16,
+    pub expected_at_most: u16,
+}
+
+pub(crate) struct Ring {
+    memory: SharedMemory,
+    layout: Layout,
+    size: u16,
+    suppression: Suppression,
+    interrupts: Interrupts,
+    /// Index of the next available entry, the ones not yet published included.
+    avail_idx: u16,
+    /// What the device can see of `avail_idx`.
+    published: u16,
+    /// Index of the next used entry to read.
+    used_idx: u16,
+}
+
+impl Ring {
+    /// A ring of `size` (a power of two) at the start of `memory`, which holds [`Layout::len`] zeroed bytes
+    /// and may go on beyond them.
+    pub(crate) fn new(
+        memory: SharedMemory,
+        size: u16,
+        suppression: Suppression,
+        interrupts: Interrupts,
+    ) -> Self {
+        debug_assert!(size.is_power_of_two());
+        let layout = Layout::new(size);
+        let mut ring =
+            Self { memory, layout, size, suppression, interrupts, avail_idx: 0, published: 0, used_idx: 0 };
+        match suppression {
+            Suppression::Flags if interrupts == Interrupts::Unwanted => {
+                ring.memory.write_u16(ring.layout.avail, AVAIL_NO_INTERRUPT.to_le());
+            }
+            Suppression::Flags => {}
+            Suppression::EventIndex => ring.write_used_event(),
+        }
+        ring
+    }
+
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    pub(crate) fn descriptors(&self) -> PhysAddr {
+        self.memory.phys(0)
+    }
+
+    pub(crate) fn driver_area(&self) -> PhysAddr {
+        self.memory.phys(self.layout.avail)
+    }
+
+    pub(crate) fn device_area(&self) -> PhysAddr {
+        self.memory.phys(self.layout.used)
+    }
+
+    pub(crate) fn memory(&self) -> &SharedMemory {
+        &self.memory
+    }
+
+    pub(crate) fn memory_mut(&mut self) -> &mut SharedMemory {
+        &mut self.memory
+    }
+
+    pub(crate) fn into_memory(self) -> SharedMemory {
+        self.memory
+    }
+
+    pub(crate) fn set_descriptor(&mut self, index: u16, address: PhysAddr, len: u32, flags: u16, next: u16) {
+        let mut bytes = [0; DESC_LEN];
+        bytes[0..8].copy_from_slice(&address.get().to_le_bytes());
+        bytes[8..12].copy_from_slice(&len.to_le_bytes());
+        bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+        bytes[14..16].copy_from_slice(&next.to_le_bytes());
+        self.memory.write_bytes(DESC_LEN * usize::from(index), &bytes);
+    }
+
+    pub(crate) fn set_descriptor_len(&mut self, index: u16, len: u32) {
+        self.memory.write_bytes(DESC_LEN * usize::from(index) + 8, &len.to_le_bytes());
+    }
+
+    /// Adds a chain to the available ring. The device sees it after [`publish`](Self::publish).
+    pub(crate) fn push(&mut self, head: u16) {
+        let entry = usize::from(self.avail_idx & (self.size - 1));
+        self.memory.write_u16(self.layout.avail + 4 + 2 * entry, head.to_le());
+        self.avail_idx = self.avail_idx.wrapping_add(1);
+    }
+
+    /// Shows the device what was pushed, and says whether it wants the doorbell for it.
+    #[must_use = "without the doorbell the device may never look"]
+    pub(crate) fn publish(&mut self) -> bool {
+        if self.avail_idx == self.published {
+            return false;
+        }
+        let old = core::mem::replace(&mut self.published, self.avail_idx);
+        if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Unwanted {
+            self.write_used_event();
+        }
+        self.memory.store_release_u16(self.layout.avail + 2, self.avail_idx.to_le());
+        // The device may go to sleep between our index and our look at its wish: both sides write, then look.
+        fence(Ordering::SeqCst);
+        match self.suppression {
+            Suppression::Flags => u16::from_le(self.memory.read_u16(self.layout.used)) & USED_NO_NOTIFY == 0,
+            Suppression::EventIndex => {
+                let wanted_after = u16::from_le(self.memory.read_u16(self.avail_event_offset()));
+                crossed(wanted_after, old, self.avail_idx)
+            }
+        }
+    }
+
+    /// The next entry that the device is done with. Bounded by what is in flight.
+    pub(crate) fn pop(&mut self) -> Result<Option<Used>, UsedIndexJumped> {
+        let seen = u16::from_le(self.memory.load_acquire_u16(self.layout.used + 2));
+        let ready = seen.wrapping_sub(self.used_idx);
+        if ready == 0 {
+            return Ok(None);
+        }
+        if ready > self.published.wrapping_sub(self.used_idx) {
+            return Err(UsedIndexJumped { seen, expected_at_most: self.published });
+        }
+        let entry = usize::from(self.used_idx & (self.size - 1));
+        let offset = self.layout.used + 4 + USED_ELEM_LEN * entry;
+        self.used_idx = self.used_idx.wrapping_add(1);
+        let used = Used { id: self.memory.read_u32(offset), len: self.memory.read_u32(offset + 4) };
+        if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
+            self.write_used_event();
+        }
+        Ok(Some(used))
+    }
+
+    /// Says after which used entry the device is to interrupt: the next one, or, for an owner that polls, one
+    /// that is 2^15 entries away and moves on before it is reached.
+    fn write_used_event(&mut self) {
+        let event = match self.interrupts {
+            Interrupts::Wanted => self.used_idx,
+            Interrupts::Unwanted => self.avail_idx.wrapping_add(0x8000),
+        };
+        let offset = self.layout.avail + 4 + 2 * usize::from(self.size);
+        self.memory.write_u16(offset, event.to_le());
+    }
+
+    fn avail_event_offset(&self) -> usize {
+        self.layout.used + 4 + USED_ELEM_LEN * usize::from(self.size)
+    }
+}
+
+/// Whether an index that moved from `old` to `new` passed `event`, in arithmetic modulo 2^16
+/// (virtio 1.4, available buffer notification suppression).
+#[inline]
+fn crossed(event: u16, old: u16, new: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_memory::TestMemory;
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    const SIZE: u16 = 4;
+
+    fn ring(suppression: Suppression) -> Ring {
+        let memory = TestMemory::leak(Layout::new(SIZE).len);
+        // SAFETY: leaked, so valid for ever, and no one else uses it.
+        let memory = unsafe { SharedMemory::new(memory) };
+        Ring::new(memory, SIZE, suppression, Interrupts::Unwanted)
+    }
+
+    /// Plays the device: gives back `id` with `len`.
+    fn complete(ring: &mut Ring, index: &mut u16, id: u32, len: u32) {
+        let entry = usize::from(*index % SIZE);
+        let offset = ring.layout.used + 4 + USED_ELEM_LEN * entry;
+        ring.memory.write_bytes(offset, &id.to_le_bytes());
+        ring.memory.write_bytes(offset + 4, &len.to_le_bytes());
+        *index = index.wrapping_add(1);
+        let used = ring.layout.used;
+        ring.memory.store_release_u16(used + 2, *index);
+    }
+
+    #[test]
+    fn parts_are_aligned_as_the_standard_asks() {
+        for size in [1, 2, 4, 64, 256, 1024, 32768] {
+            let layout = Layout::new(size);
+            assert_eq!((layout.avail % 2, layout.used % 4), (0, 0));
+            assert!(layout.used >= layout.avail + 6 + 2 * usize::from(size));
+        }
+        // Counted by hand for four: 64 bytes of descriptors, 14 available, two of padding, 38 used.
+        let layout = Layout::new(4);
+        assert_eq!((layout.avail, layout.used, layout.len), (64, 80, 128));
+    }
+
+    #[test]
+    fn nothing_is_visible_before_publish() {
+        let mut ring = ring(Suppression::Flags);
+        ring.push(2);
+        assert_eq!(ring.memory.read_u16(ring.layout.avail + 2), 0);
+        assert!(ring.publish());
+        assert_eq!(ring.memory.read_u16(ring.layout.avail + 2), 1);
+        assert_eq!(ring.memory.read_u16(ring.layout.avail + 4), 2);
+        assert!(!ring.publish(), "nothing new, nothing to ring for");
+    }
+
+    #[test]
+    fn a_device_that_polls_gets_no_doorbell() {
+        let mut ring = ring(Suppression::Flags);
+        let used = ring.layout.used;
+        ring.memory.write_u16(used, USED_NO_NOTIFY);
+        ring.push(0);
+        assert!(!ring.publish());
+    }
+
+    #[test]
+    fn used_entries_come_once_and_in_ring_order() {
+        let mut ring = ring(Suppression::Flags);
+        let mut index = 0;
+        for head in 0..3 {
+            ring.push(head);
+        }
+        let _ = ring.publish();
+        complete(&mut ring, &mut index, 2, 4);
+        complete(&mut ring, &mut index, 0, 0);
+        assert_eq!(ring.pop(), Ok(Some(Used { id: 2, len: 4 })));
+        assert_eq!(ring.pop(), Ok(Some(Used { id: 0, len: 0 })));
+        assert_eq!(ring.pop(), Ok(None));
+    }
+
+    #[test]
+    fn indices_wrap() {
+        let mut ring = ring(Suppression::EventIndex);
+        let mut index = 0;
+        for round in 0..70_000u32 {
+            ring.push(0);
+            // The device wants the doorbell for the next entry each time.
+            let event = ring.avail_event_offset();
+            ring.memory.write_u16(event, ring.published);
+            assert!(ring.publish(), "round {round}");
+            complete(&mut ring, &mut index, round, 4);
+            assert_eq!(ring.pop(), Ok(Some(Used { id: round, len: 4 })));
+        }
+    }
+
+    #[test]
+    fn a_used_index_from_nowhere_is_an_error() {
+        let mut ring = ring(Suppression::Flags);
+        ring.push(0);
+        let _ = ring.publish();
+        let used = ring.layout.used;
+        ring.memory.write_u16(used + 2, 2);
+        assert_eq!(ring.pop(), Err(UsedIndexJumped { seen: 2, expected_at_most: 1 }));
+    }
+
+    #[test]
+    fn batches_across_the_wrap_lose_no_doorbell() {
+        // For every place of the index and every batch: the doorbell is due exactly if the device, which
+        // stopped after `done` entries, has not seen the first new one.
+        for old in [0u16, 1, 0x7fff, 0xfffe, 0xffff] {
+            for batch in 1..=16u16 {
+                let new = old.wrapping_add(batch);
+                assert!(crossed(old, old, new), "idle device, index {old:#x}, batch {batch}");
+                assert!(!crossed(new, old, new), "device that polls ahead");
+                assert!(!crossed(old.wrapping_sub(1), old, new), "device that is busy");
+            }
+        }
+    }
+
+    #[test]
+    fn no_interrupt_is_asked_for() {
+        let mut ring = ring(Suppression::EventIndex);
+        let used_event = ring.layout.avail + 4 + 2 * usize::from(SIZE);
+        let mut wishes: Vec<u16> = vec![ring.memory.read_u16(used_event)];
+        ring.push(0);
+        let _ = ring.publish();
+        wishes.push(ring.memory.read_u16(used_event));
+        assert_eq!(wishes, [0x8000, 0x8001]);
+        let flags = self::ring(Suppression::Flags);
+        assert_eq!(flags.memory.read_u16(flags.layout.avail), AVAIL_NO_INTERRUPT);
+    }
+}

@@ -1,0 +1,317 @@
+//! The handle that a kernel embeds.
+
+use crate::addr::IovaRange;
+use crate::barrier;
+use crate::dma::Endpoint;
+use crate::domain::Domain;
+use crate::engine::{Engine, Geometry};
+use crate::error::{AttachError, DetachError, DmaError, DomainError, StartError};
+use crate::exchange::{EVENT_QUEUE, Shared};
+use crate::fault::FaultCounts;
+use crate::id::EndpointId;
+use crate::options::{DomainOptions, EndpointOptions, Options};
+use crate::platform::Platform;
+use crate::start::{Staged, Unattached};
+use crate::transport::Transport;
+use crate::wire::fault::Fault;
+use crate::wire::feature::Features;
+use crate::wire::property::ReservedRegion;
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::fmt;
+use core::sync::atomic::Ordering;
+
+/// A running virtio-iommu. Clones are handles to the same device; it is `Send` and `Sync` and fits a static cell.
+///
+/// # Context
+/// Operations that send a request wait for the answer, polling, for at most
+/// [`Options::timeout_ns`]. They take the platform's lock for short, bounded stretches and never while waiting
+/// or ringing. Methods allocate only where they say so.
+pub struct Viommu<P: Platform> {
+    pub(crate) shared: Arc<Shared<P>>,
+    features: Features,
+    geometry: Geometry,
+    pub(crate) probe_size: usize,
+}
+
+impl<P: Platform> Clone for Viommu<P> {
+    fn clone(&self) -> Self {
+        Self { shared: Arc::clone(&self.shared), ..*self }
+    }
+}
+
+/// What the driver and the device did so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Requests that were put into the ring.
+    pub requests: u64,
+    /// Doorbells of the request queue that were rung.
+    pub kicks: u64,
+    /// ATTACH requests that the device confirmed.
+    pub attaches: u64,
+    /// DETACH requests that the device confirmed.
+    pub detaches: u64,
+    /// MAP requests that the device confirmed.
+    pub maps: u64,
+    /// UNMAP requests that the device confirmed.
+    pub unmaps: u64,
+    /// Requests that were given up on and still belong to the device.
+    pub abandoned_requests: u64,
+    /// Mappings in quarantine: the device may still have them, and nobody uses them.
+    pub quarantined_mappings: usize,
+    /// The bytes of those mappings.
+    pub quarantined_bytes: u64,
+    /// Answers that named no request in flight.
+    pub stray_answers: u64,
+    /// Fault records.
+    pub faults: FaultCounts,
+}
+
+/// What [`Viommu::on_interrupt`] found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interrupt {
+    /// The line was pulled by another device.
+    NotOurs,
+    /// Ours: [`Viommu::poll`] should run outside of the handler.
+    Wake,
+}
+
+impl<P: Platform> Viommu<P> {
+    /// Resets and starts the device behind `transport`, without closing its bypass yet.
+    ///
+    /// Waits for the reset. Allocates, and takes memory for the queues from the platform.
+    ///
+    /// # Errors
+    /// [`StartError`]; the device is then reset or marked as failed.
+    pub fn start(
+        transport: impl Transport + 'static,
+        platform: P,
+        options: Options,
+    ) -> Result<Staged<P>, StartError> {
+        crate::start::start(Box::new(transport), platform, options)
+    }
+
+    pub(crate) fn new(
+        shared: Arc<Shared<P>>,
+        features: Features,
+        geometry: Geometry,
+        probe_size: usize,
+    ) -> Self {
+        Self { shared, features, geometry, probe_size }
+    }
+
+    /// The features in effect.
+    pub fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The smallest mapping in bytes, a power of two. All mappings are multiples of it.
+    pub fn granule(&self) -> u64 {
+        self.geometry.granule
+    }
+
+    /// The IOVAs that can be mapped: the device's input range in whole granules, without the last granule of
+    /// the 64-bit space.
+    pub fn input_range(&self) -> IovaRange {
+        self.geometry.usable
+    }
+
+    /// The first and last domain number.
+    pub fn domain_range(&self) -> (u32, u32) {
+        self.geometry.domain_ids
+    }
+
+    /// What an endpoint that is not attached can reach.
+    pub fn unattached(&self) -> Unattached {
+        match self.shared.state.lock().engine.bypass_closed {
+            false => Unattached::Bypasses,
+            true if self.features.contains(Features::BYPASS_CONFIG) => Unattached::Blocked,
+            true => Unattached::BlockedByDevice,
+        }
+    }
+
+    /// The reserved regions of an endpoint that is known, as its PROBE gave them.
+    pub fn reserved_regions(&self, endpoint: EndpointId) -> Option<Arc<[ReservedRegion]>> {
+        let state = self.shared.state.lock();
+        state.engine.endpoint(endpoint).map(|record| Arc::clone(&record.reserved))
+    }
+
+    /// Faults that the device reported for an endpoint.
+    pub fn fault_count(&self, endpoint: EndpointId) -> u64 {
+        self.shared.state.lock().engine.endpoint(endpoint).map_or(0, |record| record.faults)
+    }
+
+    /// Creates a domain, which exists for the device once an endpoint is attached. Allocates its records.
+    ///
+    /// # Errors
+    /// [`DomainError`], when all domains or all numbers are in use.
+    pub fn create_domain(&self, options: DomainOptions) -> Result<Domain<P>, DomainError> {
+        let mut parts = Some(Engine::prepare_domain(&self.geometry, options.mappings));
+        let key = self.shared.state.lock().engine.create_domain(&mut parts)?;
+        Ok(Domain::new(Arc::clone(&self.shared), key))
+    }
+
+    /// Attaches an endpoint to a domain. [`open`](Self::open) does, and gives the view that a device driver wants.
+    ///
+    /// An endpoint that the driver does not know yet is probed first. Attaching it again to its own domain sends
+    /// nothing. Turn its bus mastering on only after this succeeded. Allocates when it probes.
+    ///
+    /// # Errors
+    /// [`AttachError`]. The endpoint's bus mastering must then stay off.
+    pub fn attach(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
+        let failed = |error| AttachError::Request { endpoint, error };
+        if self.shared.state.lock().engine.needs_introduction(endpoint)? {
+            let reserved = self.probe(endpoint).map_err(failed)?;
+            self.shared.state.lock().engine.introduce(endpoint, &reserved);
+        }
+        self.shared.attach(endpoint, domain.key())
+    }
+
+    /// Attaches an endpoint to a domain and gives its view of it, with bounce pages if asked for: what the
+    /// endpoint's driver maps its memory through. Allocates.
+    ///
+    /// # Errors
+    /// [`OpenError`]. Where only the bounce pages failed, the endpoint is detached again.
+    pub fn open(
+        &self,
+        endpoint: EndpointId,
+        domain: &Domain<P>,
+        options: EndpointOptions,
+    ) -> Result<Endpoint<P>, OpenError> {
+        self.attach(endpoint, domain).map_err(OpenError::Attach)?;
+        Endpoint::new(self.clone(), endpoint, domain.clone(), options).map_err(|error| {
+            if let Err(error) = self.detach(endpoint) {
+                log::error!("endpoint {endpoint} stays attached: {error}");
+            }
+            OpenError::Dma(error)
+        })
+    }
+
+    /// Detaches an endpoint from its domain. If it was the last one and the bypass is closed, the domain's
+    /// mappings are gone, and their memory is free.
+    ///
+    /// # Errors
+    /// [`DetachError`]. The endpoint then counts as attached.
+    pub fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
+        let detached = self.shared.detach(endpoint);
+        self.collect();
+        detached
+    }
+
+    /// Takes in what the device sent: late answers and faults. Gives back memory whose quarantine ended.
+    ///
+    /// Bounded by the sizes of the queues. Returns how many fault records it took in.
+    pub fn poll(&self) -> u64 {
+        self.shared.interrupted.store(false, Ordering::Release);
+        let mut records = 0;
+        let (doorbell, broken) = {
+            let mut guard = self.shared.state.lock();
+            let state = &mut *guard;
+            state.drain();
+            for _ in 0..state.events.ring().size() {
+                let Some(event) = state.events.next() else { break };
+                records += 1;
+                if let Some(fault) = state.faults.push(event) {
+                    state.engine.count_fault(fault.endpoint);
+                }
+            }
+            (state.events.publish(), state.events.is_broken())
+        };
+        if doorbell && !broken {
+            barrier::memory_before_doorbell();
+            self.shared.transport.notify(EVENT_QUEUE);
+        }
+        self.collect();
+        records
+    }
+
+    /// The oldest fault that was not fetched yet. Call [`poll`](Self::poll) before.
+    pub fn next_fault(&self) -> Option<Fault> {
+        self.shared.state.lock().faults.pop()
+    }
+
+    /// Tries to UNMAP what is in quarantine and not in flight. Returns how many mappings it freed.
+    ///
+    /// Tries each at most once, and stops at the first that fails.
+    pub fn reclaim(&self) -> usize {
+        let mut freed = 0;
+        let (count, _) = self.shared.state.lock().engine.quarantined();
+        for _ in 0..count {
+            let Some((key, range)) = self.shared.state.lock().engine.reclaimable() else { break };
+            if crate::domain::reclaim(&self.shared, key, range).is_err() {
+                break;
+            }
+            freed += 1;
+        }
+        self.collect();
+        freed
+    }
+
+    /// Acknowledges an interrupt. Takes no lock of the driver's, waits for nothing, and runs anywhere.
+    pub fn on_interrupt(&self) -> Interrupt {
+        let cause = self.shared.transport.acknowledge_interrupt();
+        if !cause.queue && !cause.config {
+            return Interrupt::NotOurs;
+        }
+        self.shared.interrupted.store(true, Ordering::Release);
+        Interrupt::Wake
+    }
+
+    /// Counts of what was done so far. Walks the records of all domains.
+    pub fn stats(&self) -> Stats {
+        let state = self.shared.state.lock();
+        let (quarantined_mappings, quarantined_bytes) = state.engine.quarantined();
+        let confirmed = state.engine.confirmed;
+        Stats {
+            requests: state.sent,
+            kicks: state.kicks,
+            attaches: confirmed.attaches,
+            detaches: confirmed.detaches,
+            maps: confirmed.maps,
+            unmaps: confirmed.unmaps,
+            abandoned_requests: state.requests.abandoned().into(),
+            quarantined_mappings,
+            quarantined_bytes,
+            stray_answers: state.requests.stray(),
+            faults: state.faults.counts,
+        }
+    }
+
+    /// Gives back memory, and drops domain records, that nothing depends on any more.
+    fn collect(&self) {
+        // Two statements, so that the lock is not held while the memory goes back.
+        while let Some(held) = { self.shared.state.lock().engine.take_any_released() } {
+            self.shared.release(held);
+        }
+        while let Some(record) = { self.shared.state.lock().engine.take_orphan() } {
+            drop(record);
+        }
+    }
+}
+
+impl<P: Platform> fmt::Debug for Viommu<P> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Viommu").field("features", &self.features).finish_non_exhaustive()
+    }
+}
+
+/// An endpoint could not be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// It could not be attached.
+    Attach(AttachError),
+    /// Its bounce pages could not be had.
+    Dma(DmaError),
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Attach(error) => error.fmt(f),
+            Self::Dma(error) => write!(f, "bounce pages: {error}"),
+        }
+    }
+}
+
+impl core::error::Error for OpenError {}
