@@ -1,1 +1,37 @@
-//! Placeholder.
+//! A small kernel, and the library that it is made of: everything that the virtio-iommu driver needs from a kernel, and
+//! nothing more.
+//!
+//! One CPU, one address space, no interrupts: the kernel polls. What differs between architectures is in [`arch`]; the
+//! rest also builds on a host, where its logic is tested.
+//!
+//! ```text
+//! boot        entry, memory map, heap, page tables, then the binary's main function
+//! memory      frames, DMA pages, mapping of registers
+//! acpi        tables by RSDT or XSDT; MCFG, MADT
+//! pci         configuration space, functions, BARs, capabilities, bus mastering
+//! devices     drivers of test devices
+//! machine     all of the above, discovered in order
+//! report      the line protocol to the host
+//! ```
+
+#![cfg_attr(target_os = "none", no_std)]
+
+extern crate alloc;
+
+pub mod acpi;
+pub mod arch;
+pub mod boot;
+pub mod command_line;
+pub mod console;
+pub mod devices;
+pub mod firmware;
+pub mod machine;
+pub mod memory;
+pub mod mmio;
+#[cfg(target_os = "none")]
+mod panic;
+pub mod pci;
+pub mod power;
+pub mod range;
+pub mod report;
+pub mod time;

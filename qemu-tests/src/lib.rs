@@ -1,1 +1,24 @@
-//! Placeholder.
+//! Boots kernel images in QEMU and decides whether what they claim is true.
+//!
+//! ```text
+//! boot ----> machine, disk     what is put together before the start
+//!   |
+//!   '------> process           the running QEMU: lines, a deadline, an end that always comes
+//!              |
+//!              '-> protocol    what the guest claims         \
+//!                  trace       what QEMU saw                  > outcome
+//!                  disk        what is in the image afterwards /
+//! ```
+//!
+//! The guest is not trusted. It passes only if it printed a complete protocol, QEMU ended with the status that fits
+//! it, QEMU's own trace has the same numbers ([`witness`]), and the disk image holds what it says it wrote.
+//! `cargo xtask run` and `tests/machine.rs` use this library alike.
+
+pub mod boot;
+pub mod disk;
+pub mod machine;
+pub mod process;
+pub mod protocol;
+pub mod qemu;
+pub mod trace;
+pub mod witness;

@@ -1,2 +1,84 @@
-//! Placeholder.
-fn main() {}
+//! Every developer and CI command: `cargo xtask run`, `test`, `setup` and `ci`.
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | `run` | builds the kernel, boots one scenario, shows it, judges it |
+//! | `test` | the tests, tier by tier |
+//! | `ci` | everything that must pass before a change is merged |
+//! | `setup` | finds or installs the compiler for the kernel and QEMU |
+//! | `kernel` | builds a kernel image |
+//! | `backtrace` | names the addresses that a kernel prints when it panics |
+//! | `paths`, `progress`, `command` | where things are, what the user sees, how programs are run |
+
+mod backtrace;
+mod ci;
+mod command;
+mod kernel;
+mod paths;
+mod progress;
+mod run;
+mod setup;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Builds, runs and tests the virtio-iommu driver and the kernel that proves it.
+#[derive(Parser)]
+#[command(bin_name = "cargo xtask", disable_help_subcommand = true)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Boot a kernel in QEMU, show what it says, and exit 0 if it passed.
+    Run(run::RunArguments),
+    /// Run the tests: every tier, or one.
+    Test(test::TestArguments),
+    /// Find, or install, the compiler for the kernel and QEMU. `run` and `test` do this where something is missing.
+    Setup(setup::SetupArguments),
+    /// Check formatting, lints, documentation and features, then run every test.
+    Ci(setup::SetupArguments),
+}
+
+/// An architecture that there is a kernel for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Arch {
+    /// QEMU's q35
+    #[default]
+    #[value(name = "x86_64")]
+    X86_64,
+}
+
+impl From<Arch> for qemu_tests::machine::Arch {
+    fn from(arch: Arch) -> Self {
+        match arch {
+            Arch::X86_64 => Self::X86_64,
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match dispatch(&arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            progress::error(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(command: &Command) -> Result<ExitCode> {
+    qemu_tests::process::end_children_on_interrupt()?;
+    match command {
+        Command::Run(arguments) => run::run(arguments),
+        Command::Test(arguments) => test::test(arguments),
+        Command::Setup(arguments) => setup::setup(arguments).map(|()| ExitCode::SUCCESS),
+        Command::Ci(arguments) => ci::ci(arguments),
+    }
+}

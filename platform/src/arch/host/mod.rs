@@ -1,0 +1,70 @@
+//! The stand-in for a machine where the library runs in a host process.
+//!
+//! There is a clock and a console. There is no physical memory, no device and no power switch: what would map or find
+//! one fails as it would on a machine that has none.
+
+/// The name in the line protocol.
+pub const NAME: &str = "host";
+
+/// Return addresses on the stack: none, since the standard library has its own backtraces.
+pub mod backtrace {
+    /// Nothing.
+    pub fn here() -> impl Iterator<Item = u64> {
+        core::iter::empty()
+    }
+}
+
+/// The monotonic clock, by the standard library.
+pub mod clock {
+    use std::sync::LazyLock;
+    use std::time::Instant;
+
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+    /// Nanoseconds since the first call.
+    pub fn now_ns() -> Option<u64> {
+        u64::try_from(START.elapsed().as_nanos()).ok()
+    }
+
+    /// The clock's rate: nanoseconds.
+    pub fn tick_hz() -> Option<u64> {
+        Some(1_000_000_000)
+    }
+}
+
+/// The console, on standard output.
+pub mod console {
+    use std::io::Write;
+
+    /// Writes bytes; a closed standard output loses them.
+    pub fn write_bytes(bytes: &[u8]) {
+        let _ = std::io::stdout().write_all(bytes);
+    }
+}
+
+/// Interrupts, which a process does not have.
+pub mod interrupts {
+    /// Nothing.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Saved;
+
+    /// Does nothing.
+    pub fn save_and_disable() -> Saved {
+        Saved
+    }
+
+    /// Does nothing.
+    pub fn restore(_: Saved) {}
+}
+
+pub mod mmu;
+
+/// Ending the process.
+pub mod power {
+    use crate::power::ExitCode;
+
+    /// Ends the process with QEMU's status for the code.
+    pub fn exit(code: ExitCode) -> ! {
+        std::process::exit(i32::from(code.value()) << 1 | 1)
+    }
+}

@@ -1,0 +1,25 @@
+//! What differs between architectures, behind the same names on each.
+//!
+//! | module | holds |
+//! |---|---|
+//! | `boot` | the entry from the boot loader, and the memory map and command line it hands over |
+//! | `image` | where the kernel's own code and data lie |
+//! | `mmu` | page tables: RAM, device registers, firmware tables |
+//! | `exceptions` | the exception vectors, which report and end the machine |
+//! | `interrupts` | masking |
+//! | `console` | bytes out of the serial port |
+//! | `clock` | the monotonic clock |
+//! | `power` | ending the machine |
+//! | `backtrace` | the return addresses on a stack |
+//!
+//! `host` stands in where the library runs in a process, so that all above compiles and is tested there.
+
+#[cfg(not(target_os = "none"))]
+mod host;
+#[cfg(not(target_os = "none"))]
+pub use host::*;
+
+#[cfg(all(target_os = "none", target_arch = "x86_64"))]
+mod x86_64;
+#[cfg(all(target_os = "none", target_arch = "x86_64"))]
+pub use x86_64::*;

@@ -1,0 +1,109 @@
+//! The monotonic clock: the time-stamp counter, its rate measured once.
+//!
+//! The rate comes from the programmable interval timer's channel 2, whose output can be polled at port 0x61; where there
+//! is none, from the CPU's or the hypervisor's own statement. Where nothing states it, there is no clock.
+
+use core::arch::x86_64::_rdtsc;
+
+use spin::Once;
+use x86_64::instructions::port::Port;
+
+use super::cpuid;
+
+/// The timer's input frequency.
+const PIT_HZ: u64 = 1_193_182;
+/// How long the measurement lasts, in periods of the timer: about 10 ms.
+const MEASURED_PERIODS: u16 = 11_932;
+/// The most polls of the timer's output, and the most ticks of the counter meanwhile: ten times of what a fast machine
+/// needs, as the counter may tick once for each instruction.
+const MAX_POLLS: u32 = 100_000_000;
+const MAX_TICKS: u64 = 1 << 30;
+
+/// Bits of port 0x61.
+const GATE: u8 = 1;
+const SPEAKER: u8 = 2;
+const OUTPUT: u8 = 0x20;
+
+/// Rates outside of this are not believed.
+const PLAUSIBLE_HZ: core::ops::RangeInclusive<u64> = 10_000_000..=100_000_000_000;
+
+struct Clock {
+    tsc_at_start: u64,
+    hz: u64,
+}
+
+static CLOCK: Once<Option<Clock>> = Once::new();
+
+/// Measures the counter's rate. Takes about 10 ms.
+pub fn init() {
+    CLOCK.call_once(|| {
+        let hz = measure_by_pit().or_else(stated_by_cpu).or_else(stated_by_hypervisor);
+        hz.filter(|hz| PLAUSIBLE_HZ.contains(hz)).map(|hz| Clock { tsc_at_start: read_tsc(), hz })
+    });
+}
+
+/// Nanoseconds since [`init`]; `None` before it, or when the rate is not known.
+pub fn now_ns() -> Option<u64> {
+    let clock = CLOCK.get()?.as_ref()?;
+    let ticks = read_tsc().wrapping_sub(clock.tsc_at_start);
+    Some((u128::from(ticks) * 1_000_000_000 / u128::from(clock.hz)) as u64)
+}
+
+/// The counter's rate.
+pub fn tick_hz() -> Option<u64> {
+    Some(CLOCK.get()?.as_ref()?.hz)
+}
+
+fn read_tsc() -> u64 {
+    // SAFETY: every x86_64 CPU has the instruction, and the kernel runs at the most privileged level.
+    unsafe { _rdtsc() }
+}
+
+fn measure_by_pit() -> Option<u64> {
+    let mut control = Port::<u8>::new(0x61);
+    let mut mode = Port::<u8>::new(0x43);
+    let mut count = Port::<u8>::new(0x42);
+    // SAFETY: the timer's channel 2 and the port that gates it. They drive nothing but the speaker, which stays off; on
+    // a machine without them writes go nowhere and reads give all ones.
+    unsafe {
+        let before = control.read();
+        control.write(before & !(GATE | SPEAKER));
+        // Channel 2, low byte then high byte, mode 0: the output rises when the count has run down.
+        mode.write(0b1011_0000);
+        let [low, high] = MEASURED_PERIODS.to_le_bytes();
+        count.write(low);
+        count.write(high);
+        control.write((before & !SPEAKER) | GATE);
+        let start = read_tsc();
+        // Programmed in mode 0 the output is low at first; one that is high already is not there.
+        let present = control.read() & OUTPUT == 0;
+        let elapsed = || read_tsc().wrapping_sub(start);
+        let output = (0..MAX_POLLS)
+            .take_while(|_| present && elapsed() < MAX_TICKS)
+            .find(|_| control.read() & OUTPUT != 0);
+        let ticks = elapsed();
+        control.write(before);
+        let hz = u128::from(ticks) * u128::from(PIT_HZ) / u128::from(MEASURED_PERIODS);
+        output.and(u64::try_from(hz).ok())
+    }
+}
+
+/// Leaf 0x15: the counter's rate as a fraction of a crystal's.
+fn stated_by_cpu() -> Option<u64> {
+    if cpuid::highest(0) < 0x15 {
+        return None;
+    }
+    let leaf = cpuid::read(0x15);
+    let hz = u64::from(leaf.ecx).checked_mul(leaf.ebx.into())?.checked_div(leaf.eax.into())?;
+    (hz != 0).then_some(hz)
+}
+
+/// Hypervisor leaf 0x4000_0010, of VMware's making and KVM's too: the counter's rate in kHz.
+fn stated_by_hypervisor() -> Option<u64> {
+    let hypervisor_present = cpuid::read(1).ecx & (1 << 31) != 0;
+    if !hypervisor_present || cpuid::highest(0x4000_0000) < 0x4000_0010 {
+        return None;
+    }
+    let khz = cpuid::read(0x4000_0010).eax;
+    (khz != 0).then_some(u64::from(khz) * 1000)
+}

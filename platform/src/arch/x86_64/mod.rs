@@ -1,0 +1,16 @@
+//! x86_64: PVH boot, long mode, port I/O.
+
+/// The architecture's name in the line protocol.
+pub const NAME: &str = "x86_64";
+
+pub mod backtrace;
+pub mod boot;
+pub mod clock;
+pub mod console;
+mod cpuid;
+pub mod exceptions;
+pub mod image;
+pub mod interrupts;
+pub mod mmu;
+pub mod power;
+pub mod segments;

@@ -1,0 +1,137 @@
+//! PCI: the functions of a machine, their registers and their BARs.
+//!
+//! [`Pci`] owns the access to configuration space and the list of functions that a scan found. It works over any
+//! [`ConfigSpace`]: the machine's is [`Ecam`](ecam::Ecam), a test's is an array.
+//!
+//! ```text
+//! scan          every bus of every segment, multifunction bit honoured; BARs sized with decoding off
+//! assign_bars   BARs without a usable address get one from the host's or the bridge's window
+//! quiesce_all   bus mastering off everywhere but on bridges
+//! set_memory_decode, set_bus_master   per function, with the bridges above it
+//! ```
+//!
+//! Promises that no loop depends on what a device says: buses, devices, functions, capabilities have their bounds.
+//! Leaves out: bus numbering, expansion ROMs, I/O ports, hot-plug, interrupts.
+
+use alloc::vec::Vec;
+
+pub mod assign;
+pub mod bar;
+pub mod capability;
+pub mod config;
+pub mod ecam;
+pub mod function;
+pub mod scan;
+pub mod virtio_drivers;
+
+pub use pci_types::PciAddress;
+
+use assign::{AssignError, HostWindow};
+use capability::{Capability, ExtendedCapability};
+use config::ConfigSpace;
+use function::{BusMaster, Function, MemoryDecode};
+
+/// The functions of a machine, and the way to them.
+#[derive(Debug)]
+pub struct Pci<C: ConfigSpace> {
+    config: C,
+    functions: Vec<Function>,
+}
+
+impl<C: ConfigSpace> Pci<C> {
+    /// Finds every function. Their decoding is off while their BARs are sized, and then as it was.
+    pub fn scan(config: C) -> Self {
+        let functions = scan::scan(&config);
+        Self { config, functions }
+    }
+
+    /// Gives an address to each memory BAR that has none or that has one it cannot keep: outside of its window, or in
+    /// use by an earlier BAR.
+    ///
+    /// Gives what could not be assigned; those BARs have no address afterwards.
+    pub fn assign_bars(&mut self, host: &HostWindow) -> Vec<AssignError> {
+        assign::assign(&self.config, &mut self.functions, host)
+    }
+
+    /// The way to configuration space.
+    pub fn config(&self) -> &C {
+        &self.config
+    }
+
+    /// All functions, by address.
+    pub fn functions(&self) -> &[Function] {
+        &self.functions
+    }
+
+    /// The functions with a vendor and a device number.
+    pub fn with_id(&self, vendor: u16, device: u16) -> impl Iterator<Item = &Function> {
+        self.functions.iter().filter(move |function| (function.vendor, function.device) == (vendor, device))
+    }
+
+    /// The function at an address.
+    pub fn at(&self, address: PciAddress) -> Option<&Function> {
+        self.functions.iter().find(|function| function.address == address)
+    }
+
+    /// The bridge whose secondary bus a function is on; `None` on a root bus.
+    pub fn bridge_above(&self, address: PciAddress) -> Option<&Function> {
+        function::bridge_above(&self.functions, address)
+    }
+
+    /// Turns a function's memory decoding on or off. On turns it on for the bridges above too.
+    pub fn set_memory_decode(&self, address: PciAddress, state: MemoryDecode) {
+        function::set_memory_decode(&self.config, address, state);
+        if state == MemoryDecode::On {
+            self.for_bridges_above(address, |bridge| {
+                function::set_memory_decode(&self.config, bridge, state)
+            });
+        }
+    }
+
+    /// Turns a function's bus mastering on or off. On turns it on for the bridges above too.
+    pub fn set_bus_master(&self, address: PciAddress, state: BusMaster) {
+        function::set_bus_master(&self.config, address, state);
+        if state == BusMaster::On {
+            self.for_bridges_above(address, |bridge| function::set_bus_master(&self.config, bridge, state));
+        }
+    }
+
+    /// Whether a function may read and write memory.
+    pub fn bus_master(&self, address: PciAddress) -> BusMaster {
+        function::bus_master(&self.config, address)
+    }
+
+    /// Turns bus mastering off for every function but bridges, so that no device does DMA, and gives how many had it on.
+    pub fn quiesce_all(&self) -> usize {
+        let masters = self.functions.iter().filter(|function| {
+            !function.is_bridge() && function::bus_master(&self.config, function.address) == BusMaster::On
+        });
+        masters
+            .map(|function| function::set_bus_master(&self.config, function.address, BusMaster::Off))
+            .count()
+    }
+
+    /// A function's capabilities.
+    pub fn capabilities(&self, address: PciAddress) -> Vec<Capability> {
+        capability::list(&self.config, address)
+    }
+
+    /// A function's extended capabilities.
+    pub fn extended_capabilities(&self, address: PciAddress) -> Vec<ExtendedCapability> {
+        capability::list_extended(&self.config, address)
+    }
+
+    fn for_bridges_above(&self, mut address: PciAddress, act: impl Fn(PciAddress)) {
+        // A path crosses each bus once at most, whatever bus numbers the bridges claim.
+        for _ in 0..=u8::MAX {
+            let Some(bridge) = self.bridge_above(address) else { return };
+            act(bridge.address);
+            address = bridge.address;
+        }
+    }
+}
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;

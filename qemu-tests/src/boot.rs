@@ -1,0 +1,185 @@
+//! Boots one scenario on one machine and says what came of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::disk::Disk;
+use crate::machine::{Gdb, Iommu, Machine};
+use crate::process::{Ended, Process};
+use crate::protocol::{Reason, Verdict};
+use crate::qemu::Qemu;
+use crate::trace::Counts;
+use crate::witness;
+
+/// How long a boot may take, unless said otherwise.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+/// The scenario that does everything; the only one after which the disk image is checked.
+pub const DEFAULT_SCENARIO: &str = "default";
+/// The seed that is used unless another is asked for.
+pub const DEFAULT_SEED: u64 = 0x5eed;
+
+/// Whether the machine has its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskDevice {
+    /// With an image made from the seed.
+    Present,
+    /// The machine has none.
+    Absent,
+}
+
+/// A boot to be done.
+#[derive(Clone, Debug)]
+pub struct Boot {
+    /// The machine. Its `disk`, `cmdline` and, where there is none, `trace` are filled in here.
+    pub machine: Machine,
+    /// The scenario's name.
+    pub scenario: String,
+    /// What the disk and everything random in the guest are made from.
+    pub seed: u64,
+    /// Whether there is a disk.
+    pub disk: DiskDevice,
+    /// More words for the kernel's command line.
+    pub words: String,
+    /// A directory for the image and the trace; it is made if it is not there.
+    pub directory: PathBuf,
+    /// When QEMU is killed; never if none.
+    pub deadline: Option<Duration>,
+}
+
+/// What came of a boot.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Each line that the guest printed.
+    pub lines: Vec<String>,
+    /// What the guest claims, and whether that is complete.
+    pub verdict: Verdict,
+    /// How QEMU ended.
+    pub ended: Ended,
+    /// What QEMU saw, if that was looked at.
+    pub seen: Option<Counts>,
+    /// What speaks against the guest's PASS: QEMU's trace and the disk image.
+    pub objections: Vec<String>,
+    /// What QEMU itself had to say.
+    pub stderr: String,
+    /// Time from the start of QEMU to its end.
+    pub wall: Duration,
+}
+
+impl Boot {
+    /// The scenario on the machine, with the default seed, a disk, and the default deadline.
+    #[must_use]
+    pub fn new(machine: Machine, scenario: &str, directory: &Path) -> Self {
+        Self {
+            machine,
+            scenario: scenario.to_owned(),
+            seed: DEFAULT_SEED,
+            disk: DiskDevice::Present,
+            words: String::new(),
+            directory: directory.to_owned(),
+            deadline: Some(DEADLINE),
+        }
+    }
+
+    /// Boots, hands each line to `observer` as it comes, and judges.
+    ///
+    /// # Errors
+    ///
+    /// When the boot could not be tried: a file that cannot be written, a QEMU that cannot be started. A guest that fails
+    /// is not an error but an outcome.
+    pub fn run(mut self, qemu: &Qemu, observer: &mut dyn FnMut(&str)) -> Result<Outcome> {
+        fs::create_dir_all(&self.directory)
+            .with_context(|| format!("cannot make {}", self.directory.display()))?;
+        let disk = Disk::create(&self.directory.join("disk.img"), self.seed)?;
+        let trace = self.machine.trace.take().unwrap_or_else(|| self.directory.join("trace.log"));
+        // An old trace must not speak for a QEMU that wrote none.
+        if trace.exists() {
+            fs::remove_file(&trace).with_context(|| format!("cannot replace {}", trace.display()))?;
+        }
+        self.machine.trace = Some(trace.clone());
+        self.machine.disk = (self.disk == DiskDevice::Present).then(|| disk.path.clone());
+        self.machine.cmdline = self.cmdline(&disk);
+
+        let mut command = Command::new(&qemu.path);
+        command.args(self.machine.arguments());
+        let mut process = Process::start(&mut command)?;
+        let mut lines = Vec::new();
+        let deadline = self.deadline.filter(|_| self.machine.gdb == Gdb::Off);
+        let ended = process.follow(deadline, &mut |line| {
+            observer(line);
+            lines.push(line.to_owned());
+        });
+        let wall = process.elapsed();
+        let stderr = process.into_stderr();
+
+        let verdict = Verdict::read(lines.iter().map(String::as_str), self.machine.arch, ended);
+        let mut outcome = Outcome { lines, verdict, ended, seen: None, objections: Vec::new(), stderr, wall };
+        if outcome.verdict.passed() {
+            self.cross_examine(&disk, &trace, &mut outcome);
+        }
+        Ok(outcome)
+    }
+
+    fn cmdline(&self, disk: &Disk) -> String {
+        let mut line =
+            format!("scenario={} seed={:#x} disk.sha256={}", self.scenario, self.seed, disk.sha256);
+        if !self.words.is_empty() {
+            line.push(' ');
+            line.push_str(&self.words);
+        }
+        line
+    }
+
+    /// Holds a PASS against what QEMU saw and against the disk.
+    fn cross_examine(&self, disk: &Disk, trace: &Path, outcome: &mut Outcome) {
+        if self.machine.iommu == Iommu::On {
+            match Counts::read(trace) {
+                Ok(seen) => {
+                    outcome.objections = witness::differences(&outcome.verdict.values, &seen);
+                    outcome.seen = Some(seen);
+                }
+                Err(error) => outcome.objections.push(format!("{error:#}")),
+            }
+        }
+        if self.scenario == DEFAULT_SCENARIO
+            && self.disk == DiskDevice::Present
+            && let Err(error) = disk.verify()
+        {
+            outcome.objections.push(format!("{error:#}"));
+        }
+    }
+}
+
+impl Outcome {
+    /// Whether the guest passed, and nothing speaks against it.
+    #[must_use]
+    pub fn passed(&self) -> bool {
+        self.verdict.passed() && self.objections.is_empty()
+    }
+
+    /// All that is wrong, one sentence each, the most telling first.
+    #[must_use]
+    pub fn problems(&self) -> Vec<String> {
+        // Where QEMU refused to run, its own words say more than the guest's silence.
+        let refusal = self.stderr.lines().map(str::trim).find(|line| !line.is_empty());
+        if let (Some(words), true) = (refusal, self.lines.is_empty() && self.ended == Ended::Exit(1)) {
+            return vec![format!("QEMU did not start the guest: {words}")];
+        }
+        // After a panic it is plain that the protocol is not complete.
+        if let Some(panic @ Reason::Panicked(_)) = self.verdict.reasons.first() {
+            return vec![panic.to_string()];
+        }
+        let mut problems: Vec<String> = self.verdict.reasons.iter().map(Reason::to_string).collect();
+        problems.extend(self.objections.iter().cloned());
+        problems
+    }
+
+    /// All that is wrong in one line; empty if it passed.
+    #[must_use]
+    pub fn summary(&self) -> String {
+        self.problems().join("; ")
+    }
+}

@@ -1,0 +1,225 @@
+//! What a machine is made of, and the QEMU arguments that make it.
+//!
+//! Devices have fixed PCI slots, so that output is the same from run to run, and devices that are added by hand
+//! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use crate::trace;
+
+/// The architectures that there are machines for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arch {
+    /// QEMU's `q35`.
+    X86_64,
+}
+
+impl Arch {
+    /// The name, as the kernel prints it and the command line takes it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64",
+        }
+    }
+
+    /// The Rust target that its kernel is built for.
+    #[must_use]
+    pub fn target(self) -> &'static str {
+        match self {
+            Self::X86_64 => "x86_64-unknown-none",
+        }
+    }
+
+    /// The name of its QEMU.
+    #[must_use]
+    pub fn qemu(self) -> &'static str {
+        match self {
+            Self::X86_64 => "qemu-system-x86_64",
+        }
+    }
+}
+
+/// Whether the machine has a virtio-iommu.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Iommu {
+    /// A `virtio-iommu-pci` at 00:01.0.
+    On,
+    /// None; the other devices stay where they are.
+    Off,
+}
+
+/// Whether QEMU waits for a debugger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gdb {
+    /// It starts at once.
+    Off,
+    /// It listens on port 1234 and does not start the guest before it is told to.
+    Wait,
+}
+
+/// One machine, ready to be started.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    /// Its architecture.
+    pub arch: Arch,
+    /// Whether there is an IOMMU.
+    pub iommu: Iommu,
+    /// The image of the disk; none leaves the device out.
+    pub disk: Option<PathBuf>,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// The kernel image, an ELF file with a PVH note.
+    pub kernel: PathBuf,
+    /// The kernel's command line.
+    pub cmdline: String,
+    /// Where QEMU writes its trace; none switches it off.
+    pub trace: Option<PathBuf>,
+    /// Arguments for QEMU that come last.
+    pub extra: Vec<OsString>,
+    /// Whether to wait for a debugger.
+    pub gdb: Gdb,
+}
+
+impl Machine {
+    /// The default machine with this kernel: an IOMMU, no disk, 256 MiB, no trace.
+    #[must_use]
+    pub fn new(arch: Arch, kernel: PathBuf) -> Self {
+        Self {
+            arch,
+            iommu: Iommu::On,
+            disk: None,
+            memory_mib: 256,
+            kernel,
+            cmdline: String::new(),
+            trace: None,
+            extra: Vec::new(),
+            gdb: Gdb::Off,
+        }
+    }
+
+    /// The arguments for the architecture's QEMU.
+    #[must_use]
+    pub fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = Arguments::default();
+        match self.arch {
+            Arch::X86_64 => {
+                arguments.words("-M q35 -accel tcg");
+                arguments.words("-device isa-debug-exit,iobase=0xf4,iosize=4");
+            }
+        }
+        arguments.words("-m").word(self.memory_mib.to_string());
+        arguments.words("-nodefaults -no-reboot -display none -serial stdio");
+        match self.iommu {
+            Iommu::On => arguments.words("-device virtio-iommu-pci,addr=1"),
+            Iommu::Off => &mut arguments,
+        };
+        if let Some(disk) = &self.disk {
+            arguments.words("-drive").joined("if=none,id=disk,format=raw,file=", disk);
+            arguments.words("-device virtio-blk-pci,drive=disk,iommu_platform=on,disable-legacy=on,addr=2");
+        }
+        arguments.words("-object rng-builtin,id=entropy");
+        arguments.words("-device virtio-rng-pci,rng=entropy,iommu_platform=on,disable-legacy=on,addr=3");
+        arguments.words("-device edu,dma_mask=0xffffffffffffffff,addr=4");
+        if let Some(file) = &self.trace {
+            arguments.words("-D").word(file);
+            for event in trace::EVENTS {
+                arguments.words("-trace").word(event);
+            }
+        }
+        match self.gdb {
+            Gdb::Wait => arguments.words("-s -S"),
+            Gdb::Off => &mut arguments,
+        };
+        arguments.words("-kernel").word(&self.kernel);
+        arguments.words("-append").word(&self.cmdline);
+        arguments.0.extend(self.extra.iter().cloned());
+        arguments.0
+    }
+}
+
+/// A list of arguments under construction.
+#[derive(Default)]
+struct Arguments(Vec<OsString>);
+
+impl Arguments {
+    /// Adds each word of `words`.
+    fn words(&mut self, words: &str) -> &mut Self {
+        self.0.extend(words.split_whitespace().map(OsString::from));
+        self
+    }
+
+    /// Adds one argument as it is.
+    fn word(&mut self, word: impl Into<OsString>) -> &mut Self {
+        self.0.push(word.into());
+        self
+    }
+
+    /// Adds `prefix` and `path` as one argument; QEMU takes a doubled comma for one that belongs to the path.
+    fn joined(&mut self, prefix: &str, path: &std::path::Path) -> &mut Self {
+        let mut word = OsString::from(prefix);
+        match path.to_str() {
+            Some(text) => word.push(text.replace(',', ",,")),
+            None => word.push(path),
+        }
+        self.word(word)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn joined(machine: &Machine) -> String {
+        let words: Vec<String> =
+            machine.arguments().iter().map(|word| word.to_string_lossy().into_owned()).collect();
+        words.join(" ")
+    }
+
+    #[test]
+    fn the_default_machine_has_every_device_in_its_slot() {
+        let mut machine = Machine::new(Arch::X86_64, "kernel".into());
+        machine.disk = Some("disk.img".into());
+        machine.cmdline = "scenario=default seed=0x1".into();
+        let line = joined(&machine);
+        for part in [
+            "virtio-iommu-pci,addr=1",
+            "addr=2",
+            "virtio-rng-pci,rng=entropy",
+            "addr=3",
+            "edu,dma_mask=",
+            "addr=4",
+        ] {
+            assert!(line.contains(part), "{part} is missing in {line}");
+        }
+        assert!(machine.arguments().contains(&OsString::from("scenario=default seed=0x1")));
+        assert!(!line.contains("-trace") && !line.contains("-S"));
+    }
+
+    #[test]
+    fn devices_can_be_left_out() {
+        let mut machine = Machine::new(Arch::X86_64, "kernel".into());
+        machine.iommu = Iommu::Off;
+        let line = joined(&machine);
+        assert!(!line.contains("virtio-iommu") && !line.contains("virtio-blk"));
+    }
+
+    #[test]
+    fn extra_arguments_come_last_and_a_trace_names_its_events() {
+        let mut machine = Machine::new(Arch::X86_64, "kernel".into());
+        machine.trace = Some("trace.log".into());
+        machine.extra = vec!["-device".into(), "pci-testdev".into()];
+        let line = joined(&machine);
+        assert!(line.contains("-D trace.log -trace virtio_iommu_attach"));
+        assert!(line.ends_with("-device pci-testdev"));
+        assert!(!line.contains("translate"));
+    }
+
+    #[test]
+    fn commas_in_a_path_are_doubled() {
+        let mut machine = Machine::new(Arch::X86_64, "kernel".into());
+        machine.disk = Some("a,b.img".into());
+        assert!(joined(&machine).contains("file=a,,b.img"));
+    }
+}

@@ -1,0 +1,93 @@
+//! The cases: a scenario, the machine it runs on, and how it must end.
+
+use std::time::Duration;
+
+use qemu_tests::boot::{DEADLINE, DEFAULT_SCENARIO, DiskDevice};
+use qemu_tests::machine::Iommu;
+use qemu_tests::protocol::Reason;
+
+use crate::expect::Expect;
+
+/// How long to wait for a guest that will never say anything.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// One case.
+pub(crate) struct Case {
+    /// `ARCHITECTURE/NAME`.
+    pub(crate) name: &'static str,
+    pub(crate) scenario: &'static str,
+    pub(crate) iommu: Iommu,
+    pub(crate) disk: DiskDevice,
+    /// More words for the kernel.
+    pub(crate) words: &'static str,
+    /// More arguments for QEMU.
+    pub(crate) extra: &'static str,
+    pub(crate) deadline: Duration,
+    pub(crate) expect: Expect,
+}
+
+impl Case {
+    fn new(name: &'static str, scenario: &'static str, expect: Expect) -> Self {
+        let (iommu, disk) = (Iommu::On, DiskDevice::Present);
+        Self { name, scenario, iommu, disk, words: "", extra: "", deadline: DEADLINE, expect }
+    }
+
+    /// The default scenario.
+    fn default(name: &'static str, expect: Expect) -> Self {
+        Self::new(name, DEFAULT_SCENARIO, expect)
+    }
+}
+
+/// Every case.
+pub(crate) fn all() -> Vec<Case> {
+    let mut cases = whole_path();
+    cases.extend(caught());
+    cases.extend(bad_input());
+    cases.extend(broken_guests());
+    cases
+}
+
+/// What must work.
+fn whole_path() -> Vec<Case> {
+    vec![
+        Case::default("x86_64/default", Expect::Pass),
+        Case { extra: "-device pci-testdev", ..Case::default("x86_64/default-with-testdev", Expect::Pass) },
+    ]
+}
+
+/// Wrong uses of the driver, each of which one check must notice.
+fn caught() -> Vec<Case> {
+    vec![
+        Case::new("x86_64/leak", "leak", Expect::OnlyFailedCheck("leak.freed-memory-untouched")),
+        Case::new("x86_64/early", "early", Expect::OnlyFailedCheck("early.freed-memory-untouched")),
+        Case::new("x86_64/lie", "lie", Expect::OnlyFailedCheck("lie.refused-attach-is-reported")),
+    ]
+}
+
+/// Machines and command lines that lack something: a clear line, an orderly end.
+fn bad_input() -> Vec<Case> {
+    let naming = Expect::FailNaming;
+    vec![
+        Case { iommu: Iommu::Off, ..Case::default("x86_64/iommu-off", naming(&["no virtio-iommu"])) },
+        Case { disk: DiskDevice::Absent, ..Case::default("x86_64/no-disk", naming(&["disk"])) },
+        Case { words: "hide=VIOT", ..Case::default("x86_64/no-viot", naming(&["VIOT"])) },
+        Case { words: "viot=cut", ..Case::default("x86_64/viot-cut", naming(&["VIOT"])) },
+        Case { words: "viot=stray", ..Case::default("x86_64/viot-stray", naming(&["VIOT"])) },
+        Case::new("x86_64/unknown-scenario", "no-such-scenario", naming(&["no-such-scenario"])),
+    ]
+}
+
+/// Guests that crash, and guests that misbehave towards the harness.
+fn broken_guests() -> Vec<Case> {
+    let silent =
+        Expect::Because(|reason| matches!(reason, Reason::NothingPrinted), "the guest printed nothing");
+    let half = Expect::Because(|reason| matches!(reason, Reason::NoEnd), "the guest stopped without an end");
+    let babble = Expect::Because(|reason| matches!(reason, Reason::UnknownLine(_)), "an unknown line");
+    vec![
+        Case::new("x86_64/panic", "panic", Expect::Panic(&["panic at ", ".rs:"])),
+        Case::new("x86_64/fault", "page-fault", Expect::Panic(&["exception 14", " at 0x", "rax ", "rsp "])),
+        Case { deadline: SILENCE, ..Case::new("x86_64/silent", "silent", silent) },
+        Case { deadline: SILENCE, ..Case::new("x86_64/stops-half-way", "half", half) },
+        Case::new("x86_64/unknown-line", "babble", babble),
+    ]
+}

@@ -1,0 +1,66 @@
+//! How a case may end.
+
+use qemu_tests::boot::Outcome;
+use qemu_tests::protocol::{End, Reason};
+
+/// The only end that a case accepts.
+pub(crate) enum Expect {
+    /// PASS, and neither QEMU's trace nor the disk speaks against it.
+    Pass,
+    /// An orderly FAIL with exactly this failed check, all planned checks being there.
+    OnlyFailedCheck(&'static str),
+    /// An orderly FAIL, and one line that holds each of these, in any case of letters.
+    FailNaming(&'static [&'static str]),
+    /// The status of a panic, and for each of these a line that holds it.
+    Panic(&'static [&'static str]),
+    /// A guest that misbehaves towards the harness: this must be among the reasons.
+    Because(fn(&Reason) -> bool, &'static str),
+}
+
+impl Expect {
+    /// Says what is not as it must be.
+    pub(crate) fn check(&self, outcome: &Outcome) -> Result<(), String> {
+        let reasons = &outcome.verdict.reasons;
+        match self {
+            Self::Pass if outcome.passed() => Ok(()),
+            Self::Pass => Err("it must pass".to_owned()),
+            Self::OnlyFailedCheck(name) => {
+                let orderly =
+                    |reason: &Reason| matches!(reason, Reason::FailedCheck { .. } | Reason::EndFail);
+                let fits = outcome.verdict.end == Some(End::Fail)
+                    && outcome.verdict.failed_checks() == [*name]
+                    && reasons.iter().all(orderly);
+                fits.then_some(())
+                    .ok_or_else(|| format!("it must end FAIL with {name} as its only failed check"))
+            }
+            Self::FailNaming(words) => {
+                let orderly = reasons.contains(&Reason::EndFail)
+                    && !reasons
+                        .iter()
+                        .any(|reason| matches!(reason, Reason::WrongStatus { .. } | Reason::Killed(_)));
+                let names = |line: &String| {
+                    let line = line.to_lowercase();
+                    words.iter().all(|word| line.contains(&word.to_lowercase()))
+                };
+                let fits = orderly && outcome.lines.iter().any(names);
+                fits.then_some(())
+                    .ok_or_else(|| format!("it must end FAIL in order, with a line that names {words:?}"))
+            }
+            Self::Panic(words) => {
+                let panicked = reasons.iter().any(|reason| matches!(reason, Reason::Panicked(_)));
+                let missing =
+                    words.iter().find(|word| !outcome.lines.iter().any(|line| line.contains(**word)));
+                match (panicked, missing) {
+                    (false, _) => Err("it must end with the status of a panic".to_owned()),
+                    (true, Some(word)) => Err(format!("no line holds {word:?}")),
+                    (true, None) => Ok(()),
+                }
+            }
+            Self::Because(fits, what) if reasons.iter().any(fits) => {
+                let _ = what;
+                Ok(())
+            }
+            Self::Because(_, what) => Err(format!("the harness must report: {what}")),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! `cargo xtask test`: the tests, from the fast tier to the slow one.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use qemu_tests::machine::Arch;
+
+use crate::setup::SetupArguments;
+use crate::{command, kernel, progress, setup};
+
+/// Arguments of `cargo xtask test`.
+#[derive(Args, Default)]
+pub(crate) struct TestArguments {
+    /// Run only tests whose name holds this
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) filter: Option<String>,
+    /// Run only this tier
+    #[arg(long, value_enum)]
+    pub(crate) tier: Option<Tier>,
+    #[command(flatten)]
+    pub(crate) setup: SetupArguments,
+}
+
+/// A group of tests that need the same things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Tier {
+    /// What runs on the host alone
+    Host,
+    /// Kernel images booted in QEMU
+    Machine,
+}
+
+/// Runs the tiers and returns success if every test passed.
+pub(crate) fn test(arguments: &TestArguments) -> Result<ExitCode> {
+    let mut failed = Vec::new();
+    for tier in [Tier::Host, Tier::Machine] {
+        if arguments.tier.is_none_or(|wanted| wanted == tier)
+            && let Err(error) = run_tier(tier, arguments)
+        {
+            progress::error(&format!("{error:#}"));
+            failed.push(tier);
+        }
+    }
+    Ok(if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs one tier.
+///
+/// # Errors
+///
+/// When something it needs is missing, or a test fails.
+pub(crate) fn run_tier(tier: Tier, arguments: &TestArguments) -> Result<()> {
+    let started = Instant::now();
+    match tier {
+        Tier::Host => host(arguments)?,
+        Tier::Machine => machine(arguments)?,
+    }
+    progress::note(&format!("{tier:?} tier passed in {}", progress::seconds(started.elapsed())));
+    Ok(())
+}
+
+fn host(arguments: &TestArguments) -> Result<()> {
+    progress::heading("host tests");
+    let mut tests = command::cargo(&["test", "--workspace"]);
+    tests.env("QEMU_TESTS_TIER", "host");
+    tests.args(arguments.filter.as_slice());
+    command::run(&mut tests)
+}
+
+fn machine(arguments: &TestArguments) -> Result<()> {
+    progress::heading("machine tests");
+    let arch = Arch::X86_64;
+    let qemu = setup::qemu(arch, arguments.setup.qemu.as_deref())?;
+    let image = kernel::build(arch)?;
+    progress::note(&format!("QEMU {} at {}", qemu.version, qemu.path.display()));
+    let mut tests = command::cargo(&["test", "--package", "qemu-tests", "--test", "machine"]);
+    tests.env_remove("QEMU_TESTS_TIER");
+    tests.env("QEMU_TESTS_KERNEL_X86_64", image).env("QEMU_TESTS_QEMU_X86_64", &qemu.path);
+    tests.args(arguments.filter.as_slice());
+    command::run(&mut tests)
+}
