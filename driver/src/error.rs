@@ -144,12 +144,10 @@ impl fmt::Display for StartError {
                 write!(f, "the device did not finish its reset, status {:#x}", status.bits())
             }
             Self::MissingFeatures { missing, offered } => {
-                f.write_str("the device does not offer ")?;
-                bitflags::parser::to_writer(missing, &mut *f)?;
-                write!(f, " (it offers {offered:#x}): it cannot be driven")
+                write!(f, "the device does not offer {missing} (it offers {offered:#x}): it cannot be driven")
             }
             Self::FeaturesRefused { asked } => {
-                write!(f, "the device refused the features {:#x}", asked.bits())
+                write!(f, "the device refused the features {asked}")
             }
             Self::Config(error) => write!(f, "cannot read the configuration: {error}"),
             Self::ConfigUnstable => f.write_str("the configuration kept changing while it was read"),

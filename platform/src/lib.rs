@@ -11,6 +11,8 @@
 //! pci         configuration space, functions, BARs, capabilities, bus mastering
 //! devices     drivers of test devices
 //! machine     all of the above, discovered in order
+//! iommu       the virtio-iommu: what its driver needs, and bring-up
+//! scenario    what the kernel can be asked to do
 //! report      the line protocol to the host
 //! ```
 
@@ -25,6 +27,7 @@ pub mod command_line;
 pub mod console;
 pub mod devices;
 pub mod firmware;
+pub mod iommu;
 pub mod machine;
 pub mod memory;
 pub mod mmio;
@@ -34,4 +37,5 @@ pub mod pci;
 pub mod power;
 pub mod range;
 pub mod report;
+pub mod scenario;
 pub mod time;

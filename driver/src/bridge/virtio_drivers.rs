@@ -150,7 +150,8 @@ unsafe impl<H: Hal, S: Slot> Hal for IommuHal<H, S> {
         let memory = DmaMemory { phys: PhysAddr::new(phys), ptr, len: pages * PAGE_SIZE };
         // SAFETY: fresh from `H`, and nobody else's until it goes back by `return_to`.
         let held = unsafe { HeldMemory::new(memory, return_to::<H>) };
-        match device.adopt(held, direction(buffer_direction)) {
+        // Whatever the direction: devices read back the used ring that they write (QEMU does).
+        match device.adopt(held, Direction::Both) {
             Ok(mapping) => (mapping.iova().get(), ptr),
             Err((error, held)) => {
                 log::error!("endpoint {}: no DMA memory: {error}", device.endpoint());

@@ -1,6 +1,7 @@
 //! Feature bits of the IOMMU device and of the ring.
 
 use bitflags::bitflags;
+use core::fmt;
 
 bitflags! {
     /// Feature bits that the driver knows (virtio 1.4, IOMMU device, feature bits; reserved feature bits).
@@ -40,6 +41,13 @@ bitflags! {
         /// The device needs barriers fit for real hardware.
         #[doc(alias = "VIRTIO_F_ORDER_PLATFORM")]
         const ORDER_PLATFORM = 1 << 36;
+    }
+}
+
+impl fmt::Display for Features {
+    /// The names, with ` | ` between them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        bitflags::parser::to_writer(self, f)
     }
 }
 

@@ -1,0 +1,4 @@
+//! Drivers of devices.
+
+pub mod edu;
+pub mod virtio;

@@ -1,0 +1,230 @@
+//! Real I/O through the IOMMU, each device in its own domain; then attacks on it.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec;
+use core::fmt::Write;
+
+use fastrand::Rng;
+use sha2::{Digest, Sha256};
+use virtio_iommu::{DmaDevice, Endpoint, Options};
+
+use super::attack::{self, Arena};
+use super::setup::{self, Opened};
+use super::show::{self, Worker};
+use super::{give_up, word};
+use crate::boot::BootInfo;
+use crate::devices::edu::{self, BUFFER_BYTES, Edu};
+use crate::devices::virtio::{BLOCK, Disk, DiskSlot, ENTROPY, Entropy, EntropySlot, VENDOR};
+use crate::iommu::{Iommu, KernelPlatform};
+use crate::machine::Machine;
+use crate::pci::function::{BusMaster, Function};
+use crate::report::Report;
+
+/// Checks before the attacks, and after them.
+const CHECKS: usize = 11;
+
+/// The disk's first half is given, and its second half is written to: sectors of 512 bytes.
+const DISK_HALF_BYTES: usize = 1 << 20;
+const WRITTEN_SECTOR: usize = DISK_HALF_BYTES / 512;
+const WRITTEN_BYTES: usize = 64 * 1024;
+/// What makes the seed of the written half from that of the given one: the letters of WRIT.
+const WRITTEN_SEED: u64 = 0x5752_4954;
+
+/// Several requests of the disk, with their headers and answers.
+const DISK_BOUNCE_BYTES: usize = 256 * 1024;
+const ENTROPY_BOUNCE_BYTES: usize = 16 * 1024;
+
+pub(super) fn run(info: &BootInfo) -> ! {
+    let mut report = Report::start(CHECKS + attack::CHECKS);
+    let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
+        Ok(up) => up,
+        Err(error) => give_up(report, "iommu", error),
+    };
+    show::iommu(&machine, &iommu);
+    report.check(
+        "iommu",
+        true,
+        format_args!("live at {}, {} functions behind it", iommu.address, iommu.members.len()),
+    );
+
+    let disk = match disk(&machine, &iommu, info, &mut report) {
+        Ok(worker) => worker,
+        Err(error) => give_up(report, "disk", error),
+    };
+    let entropy = match entropy(&machine, &iommu, &mut report) {
+        Ok(worker) => worker,
+        Err(error) => give_up(report, "entropy", error),
+    };
+    let (edu, opened) = match edu(&machine, &iommu, &disk, &mut report) {
+        Ok(done) => done,
+        Err(error) => give_up(report, "edu", error),
+    };
+    let closed = close(&iommu, opened.endpoint);
+    report.check(
+        "edu.closed",
+        closed.is_ok(),
+        closed.err().unwrap_or_else(|| "detached, its memory is back".into()),
+    );
+
+    let stats = iommu.viommu.stats();
+    let clean = stats.quarantined_mappings == 0 && stats.abandoned_requests == 0 && stats.stray_answers == 0;
+    report.check(
+        "nothing-lost",
+        clean && stats.faults.dropped == 0 && stats.faults.malformed == 0,
+        format_args!(
+            "{} mappings in quarantine, {} requests unanswered, {} faults delivered, {} dropped, {} malformed",
+            stats.quarantined_mappings,
+            stats.abandoned_requests,
+            stats.faults.delivered,
+            stats.faults.dropped,
+            stats.faults.malformed
+        ),
+    );
+    let others = [&disk, &entropy].map(|worker| iommu.viommu.fault_count(worker.id));
+    report.check(
+        "only-edu-faults",
+        others == [0, 0] && stats.faults.delivered == iommu.viommu.fault_count(edu.id),
+        format_args!("{} faults are edu's, {others:?} the others'", iommu.viommu.fault_count(edu.id)),
+    );
+    show::table(&iommu, &[&disk, &entropy, &edu]);
+    report.value("attach", stats.attaches, "requests");
+    report.value("detach", stats.detaches, "requests");
+    report.value("map", stats.maps, "requests");
+    report.value("unmap", stats.unmaps, "requests");
+    report.value("requests", stats.requests, "requests");
+    report.value("kicks", stats.kicks, "kicks");
+    report.value("faults", stats.faults.delivered, "records");
+    report.end()
+}
+
+fn find<'m>(machine: &'m Machine, vendor: u16, device: u16, name: &str) -> Result<&'m Function, String> {
+    machine
+        .pci
+        .with_id(vendor, device)
+        .next()
+        .ok_or_else(|| format!("no {name}: the machine has no PCI function {vendor:04x}:{device:04x}"))
+}
+
+/// Reads what the harness wrote, by its digest, and writes what the harness will look for.
+fn disk(machine: &Machine, iommu: &Iommu, info: &BootInfo, report: &mut Report) -> Result<Worker, String> {
+    let seed = info
+        .command_line
+        .number("seed")
+        .map_err(text)?
+        .ok_or_else(|| word(info, "seed").err().unwrap_or_default())?;
+    let expected = word(info, "disk.sha256")?;
+    let function = find(machine, VENDOR, BLOCK, "disk")?;
+    let Opened { id, domain, endpoint } = setup::open(iommu, function, DISK_BOUNCE_BYTES).map_err(text)?;
+    DiskSlot::fill(endpoint);
+    let mut disk = Disk::new(machine, function).map_err(text)?;
+    machine.pci.set_bus_master(function.address, BusMaster::On);
+    report.check("disk.attached", true, format_args!("{} sectors, {domain:?}", disk.sectors()));
+
+    let mut given = vec![0; DISK_HALF_BYTES];
+    disk.read(0, &mut given).map_err(text)?;
+    let digest = hex(&Sha256::digest(&given));
+    report.check("disk.read", digest == expected, format_args!("{} bytes, SHA-256 {digest}", given.len()));
+
+    let mut written = vec![0; WRITTEN_BYTES];
+    Rng::with_seed(seed ^ WRITTEN_SEED).fill(&mut written);
+    disk.write(WRITTEN_SECTOR, &written).map_err(text)?;
+    let mut back = vec![0; WRITTEN_BYTES];
+    disk.read(WRITTEN_SECTOR, &mut back).map_err(text)?;
+    report.check(
+        "disk.written",
+        back == written,
+        format_args!("{WRITTEN_BYTES} bytes at sector {WRITTEN_SECTOR}, read back"),
+    );
+    // The driver lives as long as the kernel: it is asked no more, and may not be dropped under a live device.
+    core::mem::forget(disk);
+    Ok(Worker { id, address: function.address, name: "virtio-blk", domain })
+}
+
+fn entropy(machine: &Machine, iommu: &Iommu, report: &mut Report) -> Result<Worker, String> {
+    let function = find(machine, VENDOR, ENTROPY, "entropy source")?;
+    let Opened { id, domain, endpoint } = setup::open(iommu, function, ENTROPY_BOUNCE_BYTES).map_err(text)?;
+    EntropySlot::fill(endpoint);
+    let mut source = Entropy::new(machine, function).map_err(text)?;
+    machine.pci.set_bus_master(function.address, BusMaster::On);
+    report.check("entropy.attached", true, format_args!("{domain:?}"));
+    let (mut first, mut second) = ([0; 64], [0; 64]);
+    let lens = (source.read(&mut first).map_err(text)?, source.read(&mut second).map_err(text)?);
+    let random = lens == (64, 64) && first != second && first != [0; 64] && second != [0; 64];
+    report.check("entropy.read", random, format_args!("{lens:?} bytes, beginning {}", hex(&first[..8])));
+    core::mem::forget(source);
+    Ok(Worker { id, address: function.address, name: "virtio-rng", domain })
+}
+
+/// Copies out and in, then attacks.
+fn edu(
+    machine: &Machine,
+    iommu: &Iommu,
+    other: &Worker,
+    report: &mut Report,
+) -> Result<(Worker, Opened), String> {
+    let function = find(machine, edu::VENDOR, edu::DEVICE, "edu device")?;
+    let opened = setup::open(iommu, function, 0).map_err(text)?;
+    let registers = machine.map_bar(function, 0).map_err(text)?;
+    let mut edu = Edu::new(registers).map_err(text)?;
+    edu.check_liveness(0x1234_5678).map_err(text)?;
+    machine.pci.set_bus_master(function.address, BusMaster::On);
+    report.check("edu.attached", true, format_args!("{:?}", opened.domain));
+
+    let copied = copy_through(&opened.endpoint, &mut edu);
+    report.check(
+        "edu.copy",
+        copied.is_ok(),
+        copied.err().unwrap_or_else(|| format!("{BUFFER_BYTES} bytes out and in, every byte checked")),
+    );
+    attack::run(Arena { iommu, edu: &mut edu, attacker: &opened, other: &other.domain }, report);
+    machine.pci.set_bus_master(function.address, BusMaster::Off);
+    let worker =
+        Worker { id: opened.id, address: function.address, name: "edu", domain: opened.domain.clone() };
+    Ok((worker, opened))
+}
+
+/// Memory to `edu`, `edu` to other memory, and compares.
+fn copy_through(device: &dyn DmaDevice, edu: &mut Edu) -> Result<(), String> {
+    let from = device.alloc_coherent(BUFFER_BYTES).map_err(text)?;
+    let to = device.alloc_coherent(BUFFER_BYTES).map_err(text)?;
+    let pattern = |index: usize| (index * 7 + index / 256) as u8;
+    for index in 0..BUFFER_BYTES {
+        // SAFETY: inside the memory, and the device is idle.
+        unsafe { from.ptr().add(index).write_volatile(pattern(index)) };
+    }
+    edu.copy_in(from.iova().get(), 0, BUFFER_BYTES).map_err(text)?;
+    edu.copy_out(0, to.iova().get(), BUFFER_BYTES).map_err(text)?;
+    // SAFETY: inside the memory, and the device is idle.
+    let arrived = |index| unsafe { to.ptr().add(index).read_volatile() };
+    let wrong = (0..BUFFER_BYTES).find(|index| arrived(*index) != pattern(*index));
+    device.free_coherent(from).map_err(text)?;
+    device.free_coherent(to).map_err(text)?;
+    match wrong {
+        None => Ok(()),
+        Some(index) => Err(format!("byte {index:#x} did not arrive")),
+    }
+}
+
+fn close(iommu: &Iommu, endpoint: Endpoint<KernelPlatform>) -> Result<(), String> {
+    let domain = endpoint.domain().clone();
+    endpoint.close().map_err(text)?;
+    iommu.viommu.poll();
+    match domain.mapping_count() {
+        0 => Ok(()),
+        count => Err(format!("{count} mappings are left")),
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for byte in bytes {
+        // A string takes everything.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+fn text(error: impl core::fmt::Display) -> String {
+    format!("{error}")
+}

@@ -1,0 +1,77 @@
+//! What the kernel can be asked to do, by name.
+//!
+//! ```text
+//! default     real I/O through the IOMMU, then attacks on it; ends PASS
+//! leak        frees memory that is still mapped                  } each ends FAIL at the one check
+//! early       frees memory before its UNMAP was answered         } that such a bug must fail
+//! lie         a transport that turns every failure into success  }
+//! panic, page-fault, overflow, write-code      end by an exception
+//! silent, half, babble                         guests that the harness must not believe
+//! ```
+
+mod attack;
+mod default;
+mod defect;
+mod misbehave;
+mod setup;
+mod show;
+mod tamper;
+
+use alloc::string::String;
+use core::fmt;
+
+use crate::boot::BootInfo;
+use crate::println;
+use crate::report::{Outcome, Report};
+
+/// The words that the kernel understands on its command line.
+const KNOWN: [&str; 6] = ["scenario", "seed", "disk.sha256", "hide", "viot", "log"];
+
+/// Runs the scenario that the command line names.
+pub fn run(info: &BootInfo) -> ! {
+    let name = info.command_line.get("scenario").unwrap_or("default");
+    // Before anything is printed: this guest prints nothing.
+    if name == "silent" {
+        misbehave::silent();
+    }
+    if let Some(word) = info.command_line.unknown(&KNOWN) {
+        refuse(format_args!("the kernel does not know the word `{word}` on its command line"));
+    }
+    match name {
+        "default" => default::run(info),
+        "leak" => defect::leak(info),
+        "early" => defect::early(info),
+        "lie" => defect::lie(info),
+        "panic" => misbehave::panic(),
+        "page-fault" => misbehave::page_fault(),
+        "overflow" => misbehave::stack_overflow(),
+        "write-code" => misbehave::write_code(),
+        "half" => misbehave::half(),
+        "babble" => misbehave::babble(),
+        unknown => refuse(format_args!(
+            "there is no scenario `{unknown}`; there are: default leak early lie panic page-fault overflow \
+             write-code silent half babble"
+        )),
+    }
+}
+
+/// Ends the run before it began, with the one check that says why.
+fn refuse(why: impl fmt::Display) -> ! {
+    let mut report = Report::start(1);
+    report.check("scenario", Outcome::Fail, why);
+    report.end()
+}
+
+/// Ends a run that cannot go on: one check fails, and the rest of the plan does not happen.
+fn give_up(mut report: Report, check: &str, why: impl fmt::Display) -> ! {
+    report.check(check, Outcome::Fail, why);
+    println!();
+    report.end()
+}
+
+/// What the command line lacks, or has wrong.
+fn word<'a>(info: &'a BootInfo, key: &str) -> Result<&'a str, String> {
+    info.command_line
+        .get(key)
+        .ok_or_else(|| alloc::format!("the command line lacks `{key}=`, which `cargo xtask run` gives"))
+}

@@ -1,0 +1,98 @@
+//! From the boot information to a live IOMMU with endpoints that are open.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::fmt;
+
+use virtio_iommu::transport::Transport;
+use virtio_iommu::transport::pci::PciTransport;
+use virtio_iommu::{Domain, DomainOptions, Endpoint, EndpointId, EndpointOptions, OpenError, Options};
+
+use crate::acpi::Signature;
+use crate::boot::BootInfo;
+use crate::iommu::{self, BringUpError, Iommu, KernelPlatform};
+use crate::machine::{DiscoverError, Machine};
+use crate::pci::function::Function;
+
+/// The name of the table.
+const VIOT: Signature = Signature(*b"VIOT");
+
+/// Why the machine cannot be used for the scenario.
+#[derive(Debug)]
+pub(super) enum SetupError {
+    Machine(DiscoverError),
+    Iommu(BringUpError),
+}
+
+impl fmt::Display for SetupError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Machine(error) => error.fmt(f),
+            Self::Iommu(error) => error.fmt(f),
+        }
+    }
+}
+
+/// Discovers the machine and brings its IOMMU up. `wrap` can put something before the transport.
+pub(super) fn bring_up<T: Transport + 'static>(
+    info: &BootInfo,
+    options: Options,
+    wrap: impl FnOnce(PciTransport) -> T,
+) -> Result<(Machine, Iommu), SetupError> {
+    let machine = Machine::discover(info).map_err(SetupError::Machine)?;
+    let viot = firmware_viot(info, &machine);
+    let viot = viot.as_deref().map_err(Clone::clone);
+    let iommu = iommu::bring_up(&machine, viot, options, wrap).map_err(SetupError::Iommu)?;
+    Ok((machine, iommu))
+}
+
+/// The machine's VIOT, after what the command line wants done to it: `hide=VIOT`, `viot=cut` (its last node
+/// misses its end), `viot=stray` (a range names an IOMMU outside of the table).
+fn firmware_viot(info: &BootInfo, machine: &Machine) -> Result<Vec<u8>, String> {
+    if info.command_line.get("hide") == Some("VIOT") {
+        return Err("hidden by the command line".into());
+    }
+    let mut table = machine.tables.find(VIOT).map_err(|error| error.to_string())?.to_vec();
+    match info.command_line.get("viot") {
+        Some("cut") => table.truncate(table.len().saturating_sub(6)),
+        // Offset 16 of the second node, which QEMU puts behind a header of 48 bytes and a node of 16.
+        Some("stray") => table[48 + 16 + 16..][..2].fill(0xff),
+        _ => {}
+    }
+    Ok(table)
+}
+
+/// An endpoint in a domain of its own.
+pub(super) struct Opened {
+    pub id: EndpointId,
+    pub domain: Domain<KernelPlatform>,
+    pub endpoint: Endpoint<KernelPlatform>,
+}
+
+/// Why an endpoint could not be opened.
+#[derive(Debug)]
+pub(super) enum OpenFailure {
+    /// The IOMMU does not know the function.
+    NotBehind,
+    Domain(virtio_iommu::DomainError),
+    Open(OpenError),
+}
+
+impl fmt::Display for OpenFailure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotBehind => f.write_str("the IOMMU does not know the function"),
+            Self::Domain(error) => error.fmt(f),
+            Self::Open(error) => error.fmt(f),
+        }
+    }
+}
+
+/// Opens a function in a new domain. Its bus mastering stays off.
+pub(super) fn open(iommu: &Iommu, function: &Function, bounce_bytes: usize) -> Result<Opened, OpenFailure> {
+    let id = iommu.endpoint(function).ok_or(OpenFailure::NotBehind)?;
+    let domain = iommu.viommu.create_domain(DomainOptions::default()).map_err(OpenFailure::Domain)?;
+    let options = EndpointOptions { bounce_bytes, ..EndpointOptions::default() };
+    let endpoint = iommu.viommu.open(id, &domain, options).map_err(OpenFailure::Open)?;
+    Ok(Opened { id, domain, endpoint })
+}
