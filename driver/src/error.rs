@@ -130,6 +130,8 @@ pub enum StartError {
         /// The limit.
         limit: usize,
     },
+    /// The endpoint is the IOMMU itself, which is never attached.
+    OwnEndpoint(EndpointId),
     /// `bypass` did not take the value that was written.
     BypassStuck {
         /// What it reads as.
@@ -162,6 +164,7 @@ impl fmt::Display for StartError {
             Self::NeedsReset => f.write_str("the device asks for a reset right after it was started"),
             Self::Endpoint { endpoint, error } => write!(f, "endpoint {endpoint}: {error}"),
             Self::TooManyEndpoints { limit } => write!(f, "more than {limit} endpoints"),
+            Self::OwnEndpoint(endpoint) => write!(f, "endpoint {endpoint} is the IOMMU itself"),
             Self::BypassStuck { value } => write!(f, "bypass reads {value:#x} after 0 was written"),
         }
     }

@@ -11,7 +11,7 @@
 use crate::addr::{Iova, IovaRange};
 use crate::barrier;
 use crate::engine::{Engine, Geometry, Limits, MAX_RESERVED, Op};
-use crate::error::{RequestError, StartError};
+use crate::error::{AttachError, RequestError, StartError};
 use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, State};
 use crate::fault::FaultBacklog;
 use crate::id::EndpointId;
@@ -333,11 +333,16 @@ impl<P: Platform> Staged<P> {
     ///
     /// # Errors
     /// [`StartError::Endpoint`] when the device answers in a way that leaves the endpoint's state unknown,
-    /// [`StartError::TooManyEndpoints`].
+    /// [`StartError::OwnEndpoint`], [`StartError::TooManyEndpoints`].
     pub fn introduce(&self, endpoint: EndpointId) -> Result<Introduction, StartError> {
         let failed = |error| StartError::Endpoint { endpoint, error };
         let too_many = StartError::TooManyEndpoints { limit: self.0.shared.options.max_endpoints };
-        if !self.0.shared.state.lock().engine.needs_introduction(endpoint).map_err(|_| too_many)? {
+        let unknown = self.0.shared.state.lock().engine.needs_introduction(endpoint);
+        let unknown = unknown.map_err(|error| match error {
+            AttachError::OwnEndpoint(_) => StartError::OwnEndpoint(endpoint),
+            _ => too_many,
+        })?;
+        if !unknown {
             return Ok(Introduction::Known);
         }
         let scratch = self.0.create_domain(DomainOptions { mappings: 1 }).map_err(|_| too_many)?;

@@ -69,11 +69,11 @@ impl Log for Logger {
     fn flush(&self) {}
 }
 
-/// Makes the console the `log` crate's logger, at the level "info".
+/// Makes the console the `log` crate's logger, at the level "warn".
 pub fn init_logger() {
     // A second call changes nothing, and has nothing to report to.
     if log::set_logger(&Logger).is_ok() {
-        log::set_max_level(LevelFilter::Info);
+        log::set_max_level(LevelFilter::Warn);
     }
 }
 

@@ -172,7 +172,12 @@ impl Outcome {
         if let Some(panic @ Reason::Panicked(_)) = self.verdict.reasons.first() {
             return vec![panic.to_string()];
         }
-        let mut problems: Vec<String> = self.verdict.reasons.iter().map(Reason::to_string).collect();
+        // A check that failed says why; that the guest then stopped and said FAIL adds nothing.
+        let failed = |reason: &&Reason| matches!(reason, Reason::FailedCheck { .. });
+        let orderly = |reason: &&Reason| !matches!(reason, Reason::CheckCount { .. } | Reason::EndFail);
+        let checks_failed = self.verdict.reasons.iter().any(|reason| failed(&reason));
+        let telling = self.verdict.reasons.iter().filter(|reason| !checks_failed || orderly(reason));
+        let mut problems: Vec<String> = telling.map(Reason::to_string).collect();
         problems.extend(self.objections.iter().cloned());
         problems
     }
