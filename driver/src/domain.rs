@@ -2,9 +2,9 @@
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{DomainKey, DomainStats, Engine, Op, UnmapPlan};
+use crate::engine::{DomainKey, DomainStats, Engine, Limits, Op, UnmapPlan};
 use crate::error::{MapError, RequestError, UnmapError};
-use crate::exchange::{Doorbell, Shared, State};
+use crate::exchange::{Shared, State};
 use crate::id::DomainId;
 use crate::platform::Platform;
 use crate::prot::Prot;
@@ -90,7 +90,7 @@ impl<P: Platform> Domain<P> {
         self.with(|engine| engine.domain(key).map_or(0, |domain| domain.mappings.len()))
     }
 
-    /// Where `iova` leads, by the driver's records. Asks nothing of the device.
+    /// Where `iova` leads, by the driver's records, quarantined mappings included. Asks nothing of the device.
     pub fn translate(&self, iova: Iova) -> Option<Translation> {
         let key = self.0.key;
         self.with(|engine| {
@@ -101,7 +101,7 @@ impl<P: Platform> Domain<P> {
 
     /// Makes room for `mappings` mappings in all. Allocates; mapping and unmapping never do.
     pub fn reserve(&self, mappings: usize) {
-        let spare = Engine::prepare_growth(mappings);
+        let spare = Engine::prepare_growth(Limits::new(&self.0.shared.options), mappings);
         // Two statements, so that the old lists are freed without the lock.
         let old = self.with(|engine| engine.grow_domain(self.0.key, spare));
         drop(old);
@@ -112,8 +112,8 @@ impl<P: Platform> Domain<P> {
     /// `phys` and `len` are multiples of the granule. Waits for the answer; allocates nothing.
     ///
     /// # Errors
-    /// [`MapError`]. With [`MapError::Request`] of unknown outcome ([`RequestError::TimedOut`] and the like) the
-    /// device may have the mapping: the memory must not be reused before the quarantine is empty again.
+    /// [`MapError`]. With [`MapError::Quarantined`] the device may have the mapping, and the memory must not be
+    /// reused before the quarantine is empty again; else nothing is mapped.
     ///
     /// # Safety
     /// Until the mapping is unmapped with success the memory is one that the domain's endpoints may access at
@@ -127,7 +127,7 @@ impl<P: Platform> Domain<P> {
                 Ok(_) | Err(MapError::OutsideInputRange { .. }) => {}
                 Err(error) => return Err(error),
             }
-            engine.allocate(self.0.key, len, limit)
+            engine.allocate(self.0.key, len, limit, 1)
         })?;
         self.map_runs(range, core::iter::once(Run { phys, len }), prot, &mut None)?;
         Ok(range.start())
@@ -167,8 +167,8 @@ impl<P: Platform> Domain<P> {
         self.unmap_range(range)
     }
 
-    /// Maps runs into `range`, which was allocated or taken and which they fill. All or nothing: on an error no
-    /// mapping is left, the range is free and `held` is back, except for what is in quarantine.
+    /// Maps runs into `range`, which was allocated for them or taken and which they fill. All or nothing: on an
+    /// error no mapping is left, the range is free and `held` is back, except for what is in quarantine.
     ///
     /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
     /// of an earlier life: it gets another, once (I12).
@@ -179,37 +179,36 @@ impl<P: Platform> Domain<P> {
         prot: Prot,
         held: &mut Option<HeldMemory>,
     ) -> Result<(), MapError> {
+        let lent = held.is_some();
         let result = self.try_map_runs(range, runs.clone(), prot, held);
-        let stale = |error: &MapError| match error {
-            MapError::Request { error, .. } => *error == RequestError::Refused(Status::Inval),
-            _ => false,
-        };
-        if result.as_ref().err().is_some_and(stale) && self.stats().maps == 0 {
-            log::warn!("domain {} cannot be mapped: an earlier life of the device may use it", self.id());
-            if self.renumber().is_ok() {
-                self.with(|engine| engine.take(self.0.key, range))?;
-                return self.try_map_runs(range, runs, prot, held);
-            }
+        let inval = RequestError::Refused(Status::Inval);
+        let stale = matches!(result, Err(MapError::Request { error, .. }) if error == inval);
+        let first = stale && runs.clone().nth(1).is_none() && self.stats().maps == 0;
+        if !first || held.is_some() != lent {
+            return result;
         }
-        result
+        log::warn!("domain {} cannot be mapped: an earlier life of the device may use it", self.id());
+        if !self.renumber() || self.with(|engine| engine.take(self.0.key, range)).is_err() {
+            return result;
+        }
+        self.try_map_runs(range, runs, prot, held)
     }
 
     /// One request for each run, and one doorbell for as many as the ring takes.
     fn try_map_runs(
         &self,
         range: IovaRange,
-        runs: impl Iterator<Item = Run>,
+        runs: impl Iterator<Item = Run> + Clone,
         prot: Prot,
         held: &mut Option<HeldMemory>,
     ) -> Result<(), MapError> {
         let shared = &self.0.shared;
-        let mut runs = runs.peekable();
-        let mut rest = Some(range);
+        let mut rest = Rest { runs, range: Some(range) };
         let mut result = Ok(());
-        while result.is_ok() && runs.peek().is_some() {
-            let sent =
-                shared.with_slot(false, |state| self.submit_runs(state, &mut runs, &mut rest, prot, held));
-            let (batch, doorbell, begun) = match sent {
+        let mut unknown = None;
+        while result.is_ok() && rest.runs.clone().next().is_some() {
+            let sent = shared.with_slot(false, |state| self.submit_runs(state, &mut rest, prot, held));
+            let (batch, begun) = match sent {
                 Ok(sent) => sent,
                 Err(error) => {
                     result = Err(MapError::Request { range, error });
@@ -217,33 +216,37 @@ impl<P: Platform> Domain<P> {
                 }
             };
             result = begun;
-            shared.ring(doorbell);
+            shared.ring();
             shared.wait(batch, |_, op, outcome| {
-                if let (Op::Map { range, .. }, Err(error), Ok(())) = (op, outcome, result) {
-                    result = Err(MapError::Request { range, error });
+                if let (Op::Map { range, .. }, Err(error)) = (op, outcome) {
+                    unknown = unknown.or(Some(error).filter(RequestError::outcome_unknown));
+                    result = result.and(Err(MapError::Request { range, error }));
                 }
             });
         }
         if result.is_err() {
-            self.roll_back(range, rest);
-            *held = held.take().or_else(|| self.with(|engine| engine.take_released(self.0.key, range)));
+            unknown = self.roll_back(range).err().or(unknown);
+            self.give_back_rest(rest);
+            *held = held.take().or_else(|| self.with(|engine| engine.take_returned(self.0.key, range)));
         }
-        result
+        match unknown {
+            Some(error) => Err(MapError::Quarantined { range, error }),
+            None => result,
+        }
     }
 
-    /// Begins and submits runs while there are slots. `rest` is what they did not fill yet.
+    /// Begins and submits runs while there are slots.
     fn submit_runs(
         &self,
         state: &mut State,
-        runs: &mut core::iter::Peekable<impl Iterator<Item = Run>>,
-        rest: &mut Option<IovaRange>,
+        rest: &mut Rest<impl Iterator<Item = Run> + Clone>,
         prot: Prot,
         held: &mut Option<HeldMemory>,
-    ) -> (Batch, Doorbell, Result<(), MapError>) {
+    ) -> (Batch, Result<(), MapError>) {
         let mut batch = Batch::default();
         let mut begun = Ok(());
         while state.requests.can_submit(false) {
-            let (Some(run), Some(free)) = (runs.peek().copied(), *rest) else { break };
+            let (Some(run), Some(free)) = (rest.runs.clone().next(), rest.range) else { break };
             let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
             let request = part.ok_or(MapError::Empty).and_then(|part| {
                 let begun = state.engine.begin_map(self.0.key, part, run.phys, prot, held);
@@ -252,8 +255,9 @@ impl<P: Platform> Domain<P> {
             match request {
                 Ok((part, request, op)) => {
                     state.submit(&request, op, &mut batch);
-                    runs.next();
-                    *rest = part.last().checked_add(1).and_then(|next| IovaRange::new(next, free.last()));
+                    rest.runs.next();
+                    rest.range =
+                        part.last().checked_add(1).and_then(|next| IovaRange::new(next, free.last()));
                 }
                 Err(error) => {
                     begun = Err(error);
@@ -261,30 +265,38 @@ impl<P: Platform> Domain<P> {
                 }
             }
         }
-        (batch, state.publish(Some(self.0.key)), begun)
+        state.publish(Some(self.0.key), &self.0.shared.doorbell);
+        (batch, begun)
     }
 
-    /// Unmaps what a failed list mapped, and gives back what it did not get to.
-    fn roll_back(&self, range: IovaRange, rest: Option<IovaRange>) {
+    /// Unmaps what a failed list mapped. The last error is why some of it is in quarantine instead.
+    fn roll_back(&self, range: IovaRange) -> Result<(), RequestError> {
+        let mut result = Ok(());
         // Bounded: each round turns live mappings into something else.
         while let Some(live) = self.with(|engine| engine.live_run_in(self.0.key, range)) {
-            if let Err(error) = self.unmap_range(live) {
-                log::warn!("while rolling back: {error}");
+            if let Err(UnmapError::Request { error, .. }) = self.unmap_range(live) {
+                result = Err(error);
             }
         }
-        if let Some(rest) = rest {
-            self.with(|engine| engine.give_back(self.0.key, rest));
+        result
+    }
+
+    /// Gives back what a failed list did not get to.
+    fn give_back_rest(&self, rest: Rest<impl Iterator<Item = Run>>) {
+        if let Some(range) = rest.range {
+            let parts = rest.runs.count();
+            self.with(|engine| engine.give_back(self.0.key, range, parts));
         }
     }
 
-    /// Takes `len` bytes of IOVA out of the free ones, to be mapped or left empty.
-    pub(crate) fn allocate(&self, len: u64, limit: Iova) -> Result<IovaRange, MapError> {
-        self.with(|engine| engine.allocate(self.0.key, len, limit))
+    /// Takes `len` bytes of IOVA out of the free ones, for as many mappings as `parts` says.
+    pub(crate) fn allocate(&self, len: u64, limit: Iova, parts: usize) -> Result<IovaRange, MapError> {
+        self.with(|engine| engine.allocate(self.0.key, len, limit, parts))
     }
 
-    /// Gives back what was allocated and not mapped.
+    /// Gives back what was allocated for one mapping and not mapped.
     pub(crate) fn give_back(&self, range: IovaRange) {
-        self.with(|engine| engine.give_back(self.0.key, range));
+        self.with(|engine| engine.give_back(self.0.key, range, 1));
     }
 
     /// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner.
@@ -297,20 +309,33 @@ impl<P: Platform> Domain<P> {
         self.with(|engine| engine.quarantine(self.0.key, range));
     }
 
-    /// Gives the domain another number: detaches its endpoints, and attaches them again.
-    fn renumber(&self) -> Result<(), ()> {
+    /// Gives the domain another number: detaches its endpoints, and attaches them again. False where that cannot
+    /// be done, or not all endpoints came back.
+    fn renumber(&self) -> bool {
         let (shared, key) = (&self.0.shared, self.0.key);
-        let mut endpoints = alloc::vec::Vec::new();
-        while let Some(endpoint) = self.with(|engine| engine.attached_to(key)) {
-            shared.detach(endpoint).map_err(|error| log::warn!("{error}"))?;
-            endpoints.push(endpoint);
+        if !self.with(|engine| engine.begin_renumber(key)) {
+            return false;
         }
-        self.with(|engine| engine.renumber(key)).map_err(|error| log::warn!("{error}"))?;
-        for endpoint in endpoints {
-            shared.attach(endpoint, key).map_err(|error| log::warn!("{error}"))?;
+        let mut done = true;
+        // Both loops are bounded by the endpoints: each round takes one out.
+        while let Some(endpoint) = self.with(|engine| engine.next_to_leave(key)).filter(|_| done) {
+            done = shared.detach(endpoint).map_err(|error| log::error!("{error}")).is_ok();
         }
-        Ok(())
+        done =
+            done && self.with(|engine| engine.renumber(key)).map_err(|error| log::error!("{error}")).is_ok();
+        while let Some(endpoint) = self.with(|engine| engine.next_to_rejoin(key)) {
+            let joined = shared.attach(endpoint, key).map_err(|error| log::error!("{error}"));
+            done &= joined.is_ok();
+        }
+        self.with(|engine| engine.end_renumber(key));
+        done
     }
+}
+
+/// What of a list is not begun yet: runs, and the addresses for them.
+struct Rest<I> {
+    runs: I,
+    range: Option<IovaRange>,
 }
 
 /// Physically contiguous bytes, whole granules.
@@ -329,28 +354,29 @@ fn unmap<P: Platform>(
     begin: Begin,
 ) -> Result<(), UnmapError> {
     let failed = |error| UnmapError::Request { range, error };
-    let begun = shared.with_slot(false, |state| {
-        let mut batch = Batch::default();
+    let plan = |state: &mut State| {
         Ok(match begin(&mut state.engine, key, range)? {
             UnmapPlan::Nothing => None,
-            UnmapPlan::Send(request, op) => {
-                state.submit(&request, op, &mut batch);
-                Some((batch, state.publish(Some(key))))
-            }
+            UnmapPlan::Send(request, op) => Some(shared.submit_one(state, &request, op)),
         })
-    });
+    };
+    // In a dead domain it takes no request, so no slot.
+    let dead = {
+        let mut state = shared.state.lock();
+        state.engine.is_revoked(key).then(|| plan(&mut state))
+    };
+    let begun = match dead {
+        Some(done) => Ok(done),
+        None => shared.with_slot(false, plan),
+    };
     let begun = begun.map_err(|error| {
         // Nothing was sent, but the caller is to find what the documentation says.
         shared.state.lock().engine.quarantine(key, range);
         failed(error)
     })?;
-    let mut outcome: Outcome = Ok(());
-    if let Some((batch, doorbell)) = begun? {
-        shared.ring(doorbell);
-        shared.wait(batch, |_, _, answer| outcome = answer);
-    }
+    let mut outcome = begun?.map_or(Ok(()), |batch| shared.finish(batch));
     if outcome == Err(RequestError::Refused(Status::Range)) {
-        outcome = unmap_one_by_one(shared, key, range, outcome);
+        outcome = unmap_apart(shared, key, range, outcome);
     }
     while let Some(held) = { shared.state.lock().engine.take_released(key, range) } {
         shared.release(held);
@@ -359,27 +385,24 @@ fn unmap<P: Platform>(
 }
 
 /// A device that refuses to unmap several mappings at once may have removed some: each is unmapped by itself,
-/// and what the device does not have any more it confirms (I6).
-fn unmap_one_by_one<P: Platform>(
+/// and what the device does not have any more it confirms (I6). What it refuses even so is in quarantine.
+fn unmap_apart<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
     range: IovaRange,
     refused: Outcome,
 ) -> Outcome {
-    let mut outcome = Ok(());
-    let mut done = None;
-    // Bounded: `after` moves up through the range.
-    loop {
-        let next = shared.state.lock().engine.reclaimable_in(key, range, done);
-        let Some(part) = next else { return outcome };
-        if part == range {
-            return refused;
-        }
-        if let Err(UnmapError::Request { error, .. }) = reclaim(shared, key, part) {
-            outcome = Err(error);
-        }
-        done = Some(part.last());
+    let mut outcome = None;
+    // Bounded: each round takes one mapping out of that state.
+    while let Some(part) = { shared.state.lock().engine.next_apart(key, range) } {
+        let unmapped = match unmap(shared, key, part, Engine::begin_unmap_apart) {
+            Err(UnmapError::Request { error, .. }) => Err(error),
+            _ => Ok(()),
+        };
+        outcome = Some(outcome.unwrap_or(Ok(())).and(unmapped));
     }
+    // A single mapping that the device calls out of range is as it was refused.
+    outcome.unwrap_or(refused)
 }
 
 /// Tries to unmap one mapping that is in quarantine.

@@ -44,9 +44,11 @@ pub enum RequestError {
 
 impl RequestError {
     /// Whether the device may still carry the request out, or did so without saying.
-    pub(crate) fn outcome_unknown(&self) -> bool {
+    pub fn outcome_unknown(&self) -> bool {
         match self {
             Self::TimedOut | Self::NeedsReset | Self::RingBroken { .. } | Self::ShortAnswer { .. } => true,
+            // A status that nothing defines says nothing.
+            Self::Refused(Status::Other(_)) => true,
             Self::Refused(_) | Self::NotHandled | Self::NoSlot => false,
         }
     }
@@ -93,6 +95,10 @@ pub enum StartError {
     },
     /// The configuration space could not be read.
     Config(TransportError),
+    /// `bypass` could not be written.
+    BypassWrite(TransportError),
+    /// The driver's own limits leave no domain for introducing an endpoint.
+    Domain(DomainError),
     /// The configuration kept changing while it was read.
     ConfigUnstable,
     /// A value of the configuration makes no sense.
@@ -152,6 +158,8 @@ impl fmt::Display for StartError {
                 write!(f, "the device refused the features {asked}")
             }
             Self::Config(error) => write!(f, "cannot read the configuration: {error}"),
+            Self::BypassWrite(error) => write!(f, "cannot write bypass: {error}"),
+            Self::Domain(error) => error.fmt(f),
             Self::ConfigUnstable => f.write_str("the configuration kept changing while it was read"),
             Self::BadConfig { field, value } => {
                 write!(f, "the device's {field} is {value:#x}, which cannot be")
@@ -217,13 +225,16 @@ pub enum AttachError {
         /// The region.
         region: IovaRange,
     },
-    /// The endpoints of this domain have more reserved regions than the domain has room for.
+    /// The endpoint has more reserved regions than the driver or the domain has room for.
     TooManyReserved {
         /// The endpoint.
         endpoint: EndpointId,
     },
-    /// The domain lost its endpoints and is not usable any more.
+    /// The domain lost its endpoints while it had mappings, which have to be unmapped first.
     DeadDomain,
+    /// The device cannot detach the endpoint from where it is, so that it needs a domain of its own, which has
+    /// neither endpoints nor mappings yet.
+    Parked(EndpointId),
     /// The PROBE or ATTACH request did not succeed.
     Request {
         /// The endpoint.
@@ -245,7 +256,10 @@ impl fmt::Display for AttachError {
             Self::TooManyReserved { endpoint } => {
                 write!(f, "no room in the domain for the reserved regions of endpoint {endpoint}")
             }
-            Self::DeadDomain => f.write_str("the domain lost its endpoints and is dead"),
+            Self::DeadDomain => f.write_str("the domain lost its endpoints while it had mappings"),
+            Self::Parked(endpoint) => {
+                write!(f, "the device cannot move endpoint {endpoint}: it needs an empty domain of its own")
+            }
             Self::Request { endpoint, error } => write!(f, "endpoint {endpoint}: {error}"),
         }
     }
@@ -275,7 +289,7 @@ impl fmt::Display for DetachError {
     }
 }
 
-/// Memory could not be mapped. Unless it is [`MapError::Request`] with an unknown outcome, nothing changed.
+/// Memory could not be mapped. Unless it is [`MapError::Quarantined`], nothing is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MapError {
@@ -322,13 +336,23 @@ pub enum MapError {
     },
     /// The MMIO flag, which this device does not offer.
     NoMmioFlag,
+    /// Permission bits that do not exist.
+    UnknownFlags(u32),
     /// No permission at all: nothing could use the mapping.
     NoPermission,
-    /// The MAP request did not succeed.
+    /// The device refused the MAP request, or it was not sent.
     Request {
         /// What was to be mapped.
         range: IovaRange,
         /// What came of it.
+        error: RequestError,
+    },
+    /// It failed, and the device may have some of it mapped: the memory must not be reused before the
+    /// quarantine is empty again.
+    Quarantined {
+        /// What was to be mapped.
+        range: IovaRange,
+        /// The last error that made it so.
         error: RequestError,
     },
 }
@@ -353,8 +377,12 @@ impl fmt::Display for MapError {
             }
             Self::NoRecord { capacity } => write!(f, "all {capacity} mapping records are in use"),
             Self::NoMmioFlag => f.write_str("the device does not offer the MMIO flag"),
+            Self::UnknownFlags(bits) => write!(f, "permissions {bits:#x} have bits that do not exist"),
             Self::NoPermission => f.write_str("a mapping needs READ or WRITE"),
             Self::Request { range, error } => write!(f, "MAP {range}: {error}"),
+            Self::Quarantined { range, error } => {
+                write!(f, "MAP {range}: {error}; some of it may be mapped and is in quarantine")
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::barrier;
 use crate::dma::{HeldMemory, Release};
-use crate::engine::{AttachPlan, DomainKey, Engine, Op};
+use crate::engine::{AttachPlan, Attachment, DomainKey, Engine, Op};
 use crate::error::{AttachError, DetachError, RequestError};
 use crate::fault::FaultBacklog;
 use crate::id::EndpointId;
@@ -13,7 +13,7 @@ use crate::queue::{Batch, EventQueue, Outcome, RequestQueue};
 use crate::transport::{DeviceStatus, Transport};
 use crate::wire::request::Request;
 use alloc::boxed::Box;
-use core::sync::atomic::AtomicBool;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The queues' numbers.
 pub(crate) const REQUEST_QUEUE: u16 = 0;
@@ -27,8 +27,8 @@ pub(crate) struct State {
     pub faults: FaultBacklog,
     /// Requests that were put into the ring.
     pub sent: u64,
-    /// Doorbells of the request queue.
-    pub kicks: u64,
+    /// Why no request can be answered any more, once that is known.
+    pub dead: Option<RequestError>,
 }
 
 impl State {
@@ -49,25 +49,17 @@ impl State {
         }
     }
 
-    /// Shows the device what was submitted. The doorbell, if due, is counted for the domain.
-    #[must_use = "the doorbell is rung by the caller, without the lock"]
-    pub(crate) fn publish(&mut self, domain: Option<DomainKey>) -> Doorbell {
+    /// Shows the device what was submitted. A doorbell that is due is noted in `doorbell`, to be rung by
+    /// [`Shared::ring`] when the lock is dropped, and counted for the domain.
+    pub(crate) fn publish(&mut self, domain: Option<DomainKey>, doorbell: &AtomicBool) {
         if !self.requests.publish() {
-            return Doorbell::NotDue;
+            return;
         }
-        self.kicks += 1;
+        doorbell.store(true, Ordering::Release);
         if let Some(domain) = domain.and_then(|key| self.engine.domain_mut(key)) {
             domain.stats.kicks += 1;
         }
-        Doorbell::Due
     }
-}
-
-/// Whether the device wants to be notified.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Doorbell {
-    Due,
-    NotDue,
 }
 
 /// One IOMMU, shared by all handles.
@@ -76,10 +68,22 @@ pub(crate) struct Shared<P: Platform> {
     pub transport: Box<dyn Transport>,
     pub options: Options,
     pub state: Mutex<P::Lock, State>,
-    /// Held around register accesses that must not interleave.
-    pub control: Mutex<P::Lock, ()>,
+    /// Whether the request queue's doorbell is due. Rung by whoever comes first, so that requests are not held
+    /// up by a submitter that was interrupted before it rang: with EVENT_IDX the device asks only once.
+    pub doorbell: AtomicBool,
+    /// How often it was rung.
+    pub kicks: AtomicUsize,
+    /// Whether the bypass was closed, as far as the device has one.
+    pub live: AtomicBool,
     /// Set by an interrupt, cleared by a poll.
     pub interrupted: AtomicBool,
+}
+
+/// Whether an operation took a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    Nothing,
+    Request,
 }
 
 /// When a wait ends. The clock is first read after a poll found nothing.
@@ -113,6 +117,9 @@ impl<P: Platform> Shared<P> {
         let mut deadline = Deadline::new();
         loop {
             let mut state = self.state.lock();
+            if let Some(dead) = state.dead {
+                return Err(dead);
+            }
             if state.requests.can_submit(probe) {
                 return Ok(work(&mut state));
             }
@@ -120,8 +127,10 @@ impl<P: Platform> Shared<P> {
             if state.requests.can_submit(probe) {
                 return Ok(work(&mut state));
             }
+            // A broken ring never has a slot again.
+            let hopeless = state.requests.is_broken();
             drop(state);
-            if deadline.passed(&self.platform, &self.options) {
+            if hopeless || deadline.passed(&self.platform, &self.options) {
                 return Err(RequestError::NoSlot);
             }
             self.platform.relax();
@@ -129,8 +138,9 @@ impl<P: Platform> Shared<P> {
     }
 
     /// Rings the request queue's doorbell if it is due. Called without the lock.
-    pub(crate) fn ring(&self, doorbell: Doorbell) {
-        if doorbell == Doorbell::Due {
+    pub(crate) fn ring(&self) {
+        if self.doorbell.swap(false, Ordering::AcqRel) {
+            self.kicks.fetch_add(1, Ordering::Relaxed);
             barrier::memory_before_doorbell();
             self.transport.notify(REQUEST_QUEUE);
         }
@@ -161,63 +171,66 @@ impl<P: Platform> Shared<P> {
         }
         let needs_reset = self.transport.status().contains(DeviceStatus::NEEDS_RESET);
         let mut state = self.state.lock();
+        if needs_reset {
+            state.dead = Some(RequestError::NeedsReset);
+        }
         // An answer may have come between the last look and now.
         state.drain();
         for _ in 0..batch.len() {
             let Some((op, outcome, lost)) = state.requests.abandon(&mut batch, needs_reset) else { return };
             if lost {
                 state.engine.lose(op);
+                if state.requests.is_broken() {
+                    state.dead = outcome.err();
+                }
             }
             each(&mut state, op, outcome);
         }
     }
 
-    /// Sends one request and waits for its outcome.
-    pub(crate) fn transact(&self, request: Request, op: Op) -> Outcome {
-        let probe = matches!(request, Request::Probe { .. });
-        let (batch, doorbell) = self.with_slot(probe, |state| {
-            let mut batch = Batch::default();
-            state.submit(&request, op, &mut batch);
-            (batch, state.publish(op.domain()))
-        })?;
-        self.finish(batch, doorbell)
+    /// Submits one request and publishes it. Called under the lock.
+    pub(crate) fn submit_one(&self, state: &mut State, request: &Request, op: Op) -> Batch {
+        let mut batch = Batch::default();
+        state.submit(request, op, &mut batch);
+        state.publish(op.domain(), &self.doorbell);
+        batch
     }
 
     /// Rings for a batch of one, and waits for its outcome.
-    fn finish(&self, batch: Batch, doorbell: Doorbell) -> Outcome {
-        self.ring(doorbell);
+    pub(crate) fn finish(&self, batch: Batch) -> Outcome {
+        self.ring();
         let mut result = Err(RequestError::NoSlot);
         self.wait(batch, |_, _, outcome| result = outcome);
         result
     }
 
-    /// Attaches an endpoint that is known.
-    pub(crate) fn attach(&self, endpoint: EndpointId, key: DomainKey) -> Result<(), AttachError> {
+    /// Attaches an endpoint that is known. Says whether that took a request.
+    pub(crate) fn attach(&self, endpoint: EndpointId, key: DomainKey) -> Result<Sent, AttachError> {
         let failed = |error| AttachError::Request { endpoint, error };
+        let attached = |state: &State| {
+            let record = state.engine.endpoint(endpoint);
+            record.is_some_and(|record| record.attachment == Attachment::Attached(key))
+        };
+        if attached(&self.state.lock()) {
+            return Ok(Sent::Nothing);
+        }
         let begun = self.with_slot(false, |state| {
-            let mut batch = Batch::default();
             Ok(match state.engine.begin_attach(endpoint, key)? {
                 AttachPlan::Nothing => None,
-                AttachPlan::Send(request, op) => {
-                    state.submit(&request, op, &mut batch);
-                    Some((batch, state.publish(Some(key))))
-                }
+                AttachPlan::Send(request, op) => Some(self.submit_one(state, &request, op)),
             })
         });
-        let Some((batch, doorbell)) = begun.map_err(failed)?? else { return Ok(()) };
-        self.finish(batch, doorbell).map_err(failed)
+        let Some(batch) = begun.map_err(failed)?? else { return Ok(Sent::Nothing) };
+        self.finish(batch).map_err(failed).map(|()| Sent::Request)
     }
 
     pub(crate) fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
         let failed = |error| DetachError::Request { endpoint, error };
         let begun = self.with_slot(false, |state| {
-            let mut batch = Batch::default();
             let (request, op) = state.engine.begin_detach(endpoint)?;
-            state.submit(&request, op, &mut batch);
-            Ok((batch, state.publish(op.domain())))
+            Ok(self.submit_one(state, &request, op))
         });
-        let (batch, doorbell) = begun.map_err(failed)??;
-        self.finish(batch, doorbell).map_err(failed)
+        self.finish(begun.map_err(failed)??).map_err(failed)
     }
 
     /// Gives memory back that no device reaches any more. Called without the lock.

@@ -12,9 +12,9 @@ pub struct Options {
     pub timeout_ns: u64,
     /// How often it polls for an answer where there is no clock.
     pub max_polls: u64,
-    /// Endpoints that the driver keeps records for.
+    /// Endpoints that the driver keeps records for, at most 65,536.
     pub max_endpoints: usize,
-    /// Domains that can exist at a time, at most 65,535.
+    /// Domains that can exist at a time, at most 4,096.
     pub max_domains: usize,
     /// Faults that are kept until they are fetched; more are counted and lost.
     pub fault_backlog: usize,

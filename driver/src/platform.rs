@@ -28,7 +28,8 @@ unsafe impl Sync for DmaMemory {}
 ///
 /// # Safety
 /// [`dma_alloc`](Self::dma_alloc) must return memory that is valid for reads and writes, zeroed, aligned as
-/// asked, contiguous in physical space, and not used by anyone else until it is given back.
+/// asked, contiguous in physical space, at least as long as asked, and not used by anyone else until it is given
+/// back.
 pub unsafe trait Platform: Send + Sync + 'static {
     /// The lock around the driver's state.
     type Lock: crate::lock::RawLock;

@@ -181,7 +181,13 @@ impl Ring {
 
     /// The next entry that the device is done with. Bounded by what is in flight.
     pub(crate) fn pop(&mut self) -> Result<Option<Used>, UsedIndexJumped> {
-        let seen = u16::from_le(self.memory.load_acquire_u16(self.layout.used + 2));
+        let mut seen = self.used_index();
+        if seen == self.used_idx && self.interrupts == Interrupts::Wanted {
+            // The device may have looked at `used_event` before it was moved on: then no interrupt comes for what
+            // it added since, and this is the last look.
+            fence(Ordering::SeqCst);
+            seen = self.used_index();
+        }
         let ready = seen.wrapping_sub(self.used_idx);
         if ready == 0 {
             return Ok(None);
@@ -197,6 +203,10 @@ impl Ring {
             self.write_used_event();
         }
         Ok(Some(used))
+    }
+
+    fn used_index(&self) -> u16 {
+        u16::from_le(self.memory.load_acquire_u16(self.layout.used + 2))
     }
 
     /// Says after which used entry the device is to interrupt: the next one, or, for an owner that polls, one

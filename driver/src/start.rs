@@ -11,14 +11,14 @@
 use crate::addr::{Iova, IovaRange};
 use crate::barrier;
 use crate::engine::{Engine, Geometry, Limits, MAX_RESERVED, Op};
-use crate::error::{AttachError, RequestError, StartError};
+use crate::error::{AttachError, DetachError, RequestError, StartError};
 use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, State};
 use crate::fault::FaultBacklog;
 use crate::id::EndpointId;
 use crate::lock::Mutex;
 use crate::options::{DomainOptions, Options};
 use crate::platform::Platform;
-use crate::queue::{Batch, EventQueue, RequestQueue};
+use crate::queue::{EventQueue, RequestQueue};
 use crate::ring::{ALIGN, Ring, Suppression};
 use crate::shared_memory::SharedMemory;
 use crate::transport::{DeviceStatus, QueueAddresses, Transport, TransportError};
@@ -32,7 +32,7 @@ use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Deref;
-use core::sync::atomic::AtomicBool;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The most bytes of properties that the driver takes: `probe_size` is the device's word.
 const MAX_PROBE_SIZE: u32 = 64 * 1024;
@@ -58,8 +58,11 @@ pub enum Introduction {
     Known,
     /// The device does not know it: its DMA does not go through this IOMMU.
     Unknown,
-    /// The device cannot detach endpoints. It is in an empty domain: blocked until it is attached.
+    /// The device cannot detach endpoints. It is in an empty domain, blocked, and can be attached to one domain
+    /// that has nothing else.
     CannotDetach,
+    /// The device knows it and refuses to attach it: why.
+    Refused(Status),
 }
 
 /// What an endpoint that is not attached can reach.
@@ -272,21 +275,23 @@ fn run<P: Platform>(
         transport.notify(EVENT_QUEUE);
     }
 
-    let limits = Limits { endpoints: options.max_endpoints, domains: options.max_domains };
+    let limits = Limits::new(&options);
     let state = State {
         engine: Engine::new(geometry, limits, options.own_endpoint),
         requests,
         events,
         faults: FaultBacklog::new(options.fault_backlog),
         sent: 0,
-        kicks: 0,
+        dead: None,
     };
     let shared = Arc::new(Shared {
         platform,
         transport,
         options,
         state: Mutex::new(state),
-        control: Mutex::new(()),
+        doorbell: AtomicBool::new(false),
+        kicks: AtomicUsize::new(0),
+        live: AtomicBool::new(false),
         interrupted: AtomicBool::new(false),
     });
     Ok(Staged(Viommu::new(shared, features, geometry, probe_size as usize)))
@@ -305,8 +310,7 @@ fn queue_memory<P: Platform>(
         return Err(StartError::QueueTooSmall { queue, size });
     }
     let len = len(size);
-    let memory = platform.dma_alloc(len, ALIGN).filter(|memory| memory.len >= len);
-    let memory = memory.ok_or(StartError::NoMemory { len })?;
+    let memory = platform.dma_alloc(len, ALIGN).ok_or(StartError::NoMemory { len })?;
     // SAFETY: the platform gave it to us alone, valid and aligned.
     Ok((unsafe { SharedMemory::new(memory) }, size))
 }
@@ -332,103 +336,128 @@ impl<P: Platform> Staged<P> {
     /// Sends PROBE, ATTACH and DETACH and waits for them. Allocates.
     ///
     /// # Errors
-    /// [`StartError::Endpoint`] when the device answers in a way that leaves the endpoint's state unknown,
-    /// [`StartError::OwnEndpoint`], [`StartError::TooManyEndpoints`].
+    /// [`StartError::Endpoint`] when the device answers in a way that leaves the endpoint's state unknown, and
+    /// [`StartError::OwnEndpoint`], [`StartError::TooManyEndpoints`] or [`StartError::Domain`], which send nothing.
     pub fn introduce(&self, endpoint: EndpointId) -> Result<Introduction, StartError> {
         let failed = |error| StartError::Endpoint { endpoint, error };
-        let too_many = StartError::TooManyEndpoints { limit: self.0.shared.options.max_endpoints };
-        let unknown = self.0.shared.state.lock().engine.needs_introduction(endpoint);
-        let unknown = unknown.map_err(|error| match error {
+        let shared = &self.0.shared;
+        let needed = shared.state.lock().engine.needs_introduction(endpoint);
+        let needed = needed.map_err(|error| match error {
             AttachError::OwnEndpoint(_) => StartError::OwnEndpoint(endpoint),
-            _ => too_many,
+            _ => StartError::TooManyEndpoints { limit: shared.options.max_endpoints },
         })?;
-        if !unknown {
+        if !needed {
             return Ok(Introduction::Known);
         }
-        let scratch = self.0.create_domain(DomainOptions { mappings: 1 }).map_err(|_| too_many)?;
-        let domain = scratch.id();
         let reserved = match self.0.probe(endpoint) {
             Ok(reserved) => reserved,
-            Err(RequestError::Refused(Status::NoEnt)) => return Ok(Introduction::Unknown),
-            Err(error) => return Err(failed(error)),
-        };
-        match self.0.shared.transact(Request::Attach { domain, endpoint }, Op::SweepAttach) {
-            Ok(()) => {}
-            Err(RequestError::Refused(Status::NoEnt)) => return Ok(Introduction::Unknown),
-            Err(error) => {
-                core::mem::forget(scratch);
-                return Err(failed(error));
+            Err(AttachError::Request { error: RequestError::Refused(Status::NoEnt), .. }) => {
+                return Ok(Introduction::Unknown);
             }
+            Err(AttachError::Request { error, .. }) => return Err(failed(error)),
+            Err(_) => return Ok(Introduction::Refused(Status::NoMem)),
+        };
+        shared.state.lock().engine.introduce(endpoint, &reserved);
+        let introduction = self.sweep(endpoint);
+        if introduction == Ok(Introduction::Unknown) {
+            // Two statements, so that the record is dropped without the lock.
+            let record = shared.state.lock().engine.forget(endpoint);
+            drop(record);
         }
-        let detached = self.0.shared.transact(Request::Detach { domain, endpoint }, Op::SweepDetach);
-        let introduction = match detached {
-            Ok(()) => Introduction::Known,
-            Err(error) => {
-                // The endpoint may still be in the scratch domain, which keeps its number for good.
-                core::mem::forget(scratch);
-                match error {
-                    RequestError::Refused(Status::Unsupp) => Introduction::CannotDetach,
-                    error => return Err(failed(error)),
-                }
-            }
+        introduction
+    }
+
+    /// Attaches the endpoint to an empty domain and detaches it, so that it leaves any other (I12). A number that
+    /// the device refuses may be in use by an earlier life: one more is tried.
+    fn sweep(&self, endpoint: EndpointId) -> Result<Introduction, StartError> {
+        let shared = &self.0.shared;
+        let scratch = || self.0.create_domain(DomainOptions { mappings: 0 }).map_err(StartError::Domain);
+        let first = scratch()?;
+        let second;
+        let (mut domain, mut attached) = (&first, shared.attach(endpoint, first.key()));
+        let refused = |result: &Result<_, AttachError>| match result {
+            Err(AttachError::Request { error: RequestError::Refused(status), .. }) => Some(*status),
+            _ => None,
         };
-        self.0.shared.state.lock().engine.introduce(endpoint, &reserved);
-        Ok(introduction)
+        if refused(&attached).is_some_and(|status| status != Status::NoEnt) {
+            second = scratch()?;
+            (domain, attached) = (&second, shared.attach(endpoint, second.key()));
+        }
+        match (refused(&attached), attached) {
+            (Some(Status::NoEnt), _) => return Ok(Introduction::Unknown),
+            (Some(status), _) => return Ok(Introduction::Refused(status)),
+            (None, Err(AttachError::Request { error, .. })) => {
+                return Err(StartError::Endpoint { endpoint, error });
+            }
+            (None, Err(_)) => return Ok(Introduction::Refused(Status::NoMem)),
+            (None, Ok(_)) => {}
+        }
+        // The scratch domain goes with its handle; its number stays taken as long as the endpoint may be in it.
+        let _in_use = domain;
+        match shared.detach(endpoint) {
+            Ok(()) => Ok(Introduction::Known),
+            Err(DetachError::Request { error: RequestError::Refused(Status::Unsupp), .. }) => {
+                Ok(Introduction::CannotDetach)
+            }
+            Err(DetachError::Request { error, .. }) => Err(StartError::Endpoint { endpoint, error }),
+            Err(DetachError::NotAttached(_)) => Ok(Introduction::Known),
+        }
     }
 
     /// Closes the bypass: from now on an endpoint that is not attached reaches nothing.
     ///
     /// # Errors
-    /// [`StartError::Config`] or [`StartError::BypassStuck`]: unattached endpoints then reach all of memory, so
-    /// that no bus mastering may be turned on.
+    /// [`StartError::BypassWrite`] or [`StartError::BypassStuck`]: unattached endpoints then reach all of memory,
+    /// so that no bus mastering may be turned on.
     pub fn go_live(self) -> Result<Viommu<P>, StartError> {
         let shared = &self.0.shared;
         if self.0.features().contains(Features::BYPASS_CONFIG) {
-            let _control = shared.control.lock();
-            shared.transport.write_config_u8(offset::BYPASS, 0).map_err(StartError::Config)?;
-            let value = shared.transport.read_config_u8(offset::BYPASS).map_err(StartError::Config)?;
+            let transport = &shared.transport;
+            transport.write_config_u8(offset::BYPASS, 0).map_err(StartError::BypassWrite)?;
+            let value = transport.read_config_u8(offset::BYPASS).map_err(StartError::BypassWrite)?;
             // The other bits are to be ignored.
             if value & 1 != 0 {
                 return Err(StartError::BypassStuck { value });
             }
+            // Without the feature unattached endpoints should be blocked too, but that is not known (I1).
+            shared.state.lock().engine.close_bypass();
         }
-        shared.state.lock().engine.close_bypass();
+        shared.live.store(true, Ordering::Release);
         Ok(self.0)
     }
 }
 
 impl<P: Platform> Viommu<P> {
     /// Reads the endpoint's reserved regions, none where the device has no PROBE. Allocates.
-    pub(crate) fn probe(&self, endpoint: EndpointId) -> Result<Arc<[ReservedRegion]>, RequestError> {
+    pub(crate) fn probe(&self, endpoint: EndpointId) -> Result<Arc<[ReservedRegion]>, AttachError> {
         if !self.features().contains(Features::PROBE) {
             return Ok(Arc::from([]));
         }
+        let failed = |error| AttachError::Request { endpoint, error };
         let mut area = vec![0; self.probe_size];
         let request = Request::Probe { endpoint };
-        let (batch, doorbell) = self.shared.with_slot(true, |state| {
-            let mut batch = Batch::default();
-            state.submit(&request, Op::Probe, &mut batch);
-            (batch, state.publish(None))
-        })?;
-        self.shared.ring(doorbell);
+        let submit = |state: &mut State| self.shared.submit_one(state, &request, Op::Probe);
+        let batch = self.shared.with_slot(true, submit).map_err(failed)?;
+        self.shared.ring();
         let mut result = Ok(());
         self.shared.wait(batch, |state, _, outcome| {
             result = outcome;
             // Under the same lock that took the answer: the next PROBE cannot overwrite it.
             state.requests.copy_properties(&mut area);
         });
-        result?;
+        result.map_err(failed)?;
         let mut regions = Vec::new();
+        let mut malformed = 0;
         for property in Properties::new(&area) {
             match property {
                 Property::Reserved(region) if regions.len() < MAX_RESERVED => regions.push(region),
-                Property::Reserved(region) => {
-                    log::warn!("endpoint {endpoint}: no room for reserved region {}", region.range);
-                    return Err(RequestError::NotHandled);
-                }
+                Property::Reserved(_) => return Err(AttachError::TooManyReserved { endpoint }),
                 Property::Ignored => {}
-                Property::Malformed => log::warn!("endpoint {endpoint}: a malformed property is ignored"),
+                Property::Malformed => malformed += 1,
             }
+        }
+        if malformed > 0 {
+            log::warn!("endpoint {endpoint}: {malformed} malformed properties are ignored");
         }
         Ok(regions.into())
     }

@@ -4,9 +4,9 @@ use crate::addr::IovaRange;
 use crate::barrier;
 use crate::dma::Endpoint;
 use crate::domain::Domain;
-use crate::engine::{Engine, Geometry};
+use crate::engine::{Engine, Geometry, Limits};
 use crate::error::{AttachError, DetachError, DmaError, DomainError, StartError};
-use crate::exchange::{EVENT_QUEUE, Shared};
+use crate::exchange::{EVENT_QUEUE, Sent, Shared};
 use crate::fault::FaultCounts;
 use crate::id::EndpointId;
 use crate::options::{DomainOptions, EndpointOptions, Options};
@@ -72,7 +72,9 @@ pub struct Stats {
 pub enum Interrupt {
     /// The line was pulled by another device.
     NotOurs,
-    /// Ours: [`Viommu::poll`] should run outside of the handler.
+    /// Ours, and [`Viommu::poll`] is due already.
+    Handled,
+    /// Ours: [`Viommu::poll`] is due now, outside of the handler.
     Wake,
 }
 
@@ -123,7 +125,7 @@ impl<P: Platform> Viommu<P> {
 
     /// What an endpoint that is not attached can reach.
     pub fn unattached(&self) -> Unattached {
-        match self.shared.state.lock().engine.bypass_closed {
+        match self.shared.live.load(Ordering::Acquire) {
             false => Unattached::Bypasses,
             true if self.features.contains(Features::BYPASS_CONFIG) => Unattached::Blocked,
             true => Unattached::BlockedByDevice,
@@ -146,7 +148,8 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`DomainError`], when all domains or all numbers are in use.
     pub fn create_domain(&self, options: DomainOptions) -> Result<Domain<P>, DomainError> {
-        let mut parts = Some(Engine::prepare_domain(&self.geometry, options.mappings));
+        let limits = Limits::new(&self.shared.options);
+        let mut parts = Some(Engine::prepare_domain(&self.geometry, limits, options.mappings));
         let key = self.shared.state.lock().engine.create_domain(&mut parts)?;
         Ok(Domain::new(Arc::clone(&self.shared), key))
     }
@@ -154,41 +157,51 @@ impl<P: Platform> Viommu<P> {
     /// Attaches an endpoint to a domain. [`open`](Self::open) does, and gives the view that a device driver wants.
     ///
     /// An endpoint that the driver does not know yet is probed first. Attaching it again to its own domain sends
-    /// nothing. Turn its bus mastering on only after this succeeded. Allocates when it probes.
+    /// nothing. Its reserved regions stay out of the domain's addresses, also after it left. Turn its bus mastering on only after this succeeded. Allocates when it probes.
     ///
     /// # Errors
     /// [`AttachError`]. The endpoint's bus mastering must then stay off.
     pub fn attach(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
-        let failed = |error| AttachError::Request { endpoint, error };
-        if self.shared.state.lock().engine.needs_introduction(endpoint)? {
-            let reserved = self.probe(endpoint).map_err(failed)?;
+        self.attach_known(endpoint, domain).map(|_| ())
+    }
+
+    fn attach_known(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<Sent, AttachError> {
+        let needed = self.shared.state.lock().engine.needs_introduction(endpoint)?;
+        if needed {
+            let reserved = self.probe(endpoint)?;
             self.shared.state.lock().engine.introduce(endpoint, &reserved);
         }
         self.shared.attach(endpoint, domain.key())
     }
 
     /// Attaches an endpoint to a domain and gives its view of it, with bounce pages if asked for: what the
-    /// endpoint's driver maps its memory through. Allocates.
+    /// endpoint's driver maps its memory through. There may be several views; closing one detaches for all.
+    /// Allocates.
     ///
     /// # Errors
-    /// [`OpenError`]. Where only the bounce pages failed, the endpoint is detached again.
+    /// [`OpenError`]. Where only the bounce pages failed, the endpoint is detached again if this attached it.
     pub fn open(
         &self,
         endpoint: EndpointId,
         domain: &Domain<P>,
         options: EndpointOptions,
     ) -> Result<Endpoint<P>, OpenError> {
-        self.attach(endpoint, domain).map_err(OpenError::Attach)?;
+        let sent = self.attach_known(endpoint, domain).map_err(OpenError::Attach)?;
         Endpoint::new(self.clone(), endpoint, domain.clone(), options).map_err(|error| {
-            if let Err(error) = self.detach(endpoint) {
+            if sent == Sent::Request
+                && let Err(error) = self.detach(endpoint)
+            {
                 log::error!("endpoint {endpoint} stays attached: {error}");
             }
             OpenError::Dma(error)
         })
     }
 
-    /// Detaches an endpoint from its domain. If it was the last one and the bypass is closed, the domain's
-    /// mappings are gone, and their memory is free.
+    /// Detaches an endpoint from its domain.
+    ///
+    /// If it was the last one and the bypass is known to be closed, the domain is dead: what was in quarantine is
+    /// free, and live mappings stay recorded until their owners unmap them, which then takes no request. Where the
+    /// bypass is not known to be closed, unmap first.
     ///
     /// # Errors
     /// [`DetachError`]. The endpoint then counts as attached.
@@ -247,14 +260,17 @@ impl<P: Platform> Viommu<P> {
         freed
     }
 
-    /// Acknowledges an interrupt. Takes no lock of the driver's, waits for nothing, and runs anywhere.
+    /// Acknowledges an interrupt. Takes no lock of the driver's, waits for nothing, and runs anywhere, as far as
+    /// the transport does: the adapter for `virtio-drivers` has a lock of its own.
     pub fn on_interrupt(&self) -> Interrupt {
         let cause = self.shared.transport.acknowledge_interrupt();
         if !cause.queue && !cause.config {
             return Interrupt::NotOurs;
         }
-        self.shared.interrupted.store(true, Ordering::Release);
-        Interrupt::Wake
+        match self.shared.interrupted.swap(true, Ordering::AcqRel) {
+            true => Interrupt::Handled,
+            false => Interrupt::Wake,
+        }
     }
 
     /// Counts of what was done so far. Walks the records of all domains.
@@ -264,7 +280,7 @@ impl<P: Platform> Viommu<P> {
         let confirmed = state.engine.confirmed;
         Stats {
             requests: state.sent,
-            kicks: state.kicks,
+            kicks: self.shared.kicks.load(Ordering::Relaxed) as u64,
             attaches: confirmed.attaches,
             detaches: confirmed.detaches,
             maps: confirmed.maps,

@@ -111,12 +111,13 @@ pub fn bring_up<T: Transport + 'static>(
     let device = machine.pci.with_id(VENDOR_ID, DEVICE_ID).next().ok_or(BringUpError::NoDevice)?;
     let viot = viot.map_err(|reason| BringUpError::NoTopology { device: device.address, reason })?;
     let viot = Viot::parse(viot).map_err(BringUpError::Viot)?;
-    let function = find(machine, &viot)?;
+    let (function, node) = find(machine, &viot)?;
     let own = viot.pci_endpoint(place(function)).map(|(id, _)| id);
 
     let transport = transport(machine, function)?;
     machine.pci.set_bus_master(function.address, BusMaster::On);
-    let live = start(machine, &viot, function, Options { own_endpoint: own, ..options }, wrap(transport));
+    let options = Options { own_endpoint: own, ..options };
+    let live = start(machine, &viot, (function, node), options, wrap(transport));
     let (viommu, members) = live.map_err(|error| {
         machine.pci.set_bus_master(function.address, BusMaster::Off);
         BringUpError::Start(error)
@@ -127,22 +128,26 @@ pub fn bring_up<T: Transport + 'static>(
 fn start<T: Transport + 'static>(
     machine: &Machine,
     viot: &Viot<'_>,
-    iommu: &Function,
+    (iommu, node): (&Function, u16),
     options: Options,
     transport: T,
 ) -> Result<(Viommu<KernelPlatform>, Vec<Member>), StartError> {
     let staged = Viommu::start(transport, KernelPlatform, options)?;
     let mut members = Vec::new();
     for function in machine.pci.functions().iter().filter(|function| function.address != iommu.address) {
-        let Some((id, _)) = viot.pci_endpoint(place(function)) else { continue };
+        let Some((id, behind)) = viot.pci_endpoint(place(function)) else { continue };
+        // Another IOMMU has the others, and would have to be brought up by itself.
+        if behind.node != node {
+            continue;
+        }
         let introduction = staged.introduce(id)?;
         members.push(Member { address: function.address, id, introduction });
     }
     Ok((staged.go_live()?, members))
 }
 
-/// The function where VIOT says that the IOMMU is.
-fn find<'m>(machine: &'m Machine, viot: &Viot<'_>) -> Result<&'m Function, BringUpError> {
+/// The function where VIOT says that the first IOMMU is, and its node.
+fn find<'m>(machine: &'m Machine, viot: &Viot<'_>) -> Result<(&'m Function, u16), BringUpError> {
     let named = viot.iommus().next();
     let reason = || String::from("it names no IOMMU");
     let Some(named) = named else {
@@ -151,7 +156,8 @@ fn find<'m>(machine: &'m Machine, viot: &Viot<'_>) -> Result<&'m Function, Bring
     };
     let wrong = BringUpError::WrongPlace { place: named.place };
     let IommuPlace::Pci(at) = named.place else { return Err(wrong) };
-    machine.pci.with_id(VENDOR_ID, DEVICE_ID).find(|function| place(function) == at).ok_or(wrong)
+    let function = machine.pci.with_id(VENDOR_ID, DEVICE_ID).find(|function| place(function) == at);
+    Ok((function.ok_or(wrong)?, named.node))
 }
 
 fn place(function: &Function) -> PciFunction {

@@ -5,7 +5,7 @@
 //!   buffers go through the endpoint's bounce pages. `Hal` has only static functions, so that each device needs
 //!   a type: a *slot*, made by [`dma_slot!`](crate::dma_slot), which is filled when the device was attached.
 //! - [`PlatformTransport`] stands before the device's transport and accepts ACCESS_PLATFORM, without which the
-//!   device uses physical addresses and ignores the IOMMU.
+//!   device uses physical addresses and ignores the IOMMU. A device that does not offer it is refused.
 //!
 //! ```no_run
 //! use virtio_drivers::{Hal, device::blk::VirtIOBlk, transport::Transport};
@@ -16,8 +16,8 @@
 //! # fn use_it<KernelHal: Hal, T: Transport>(
 //! #     transport: T, endpoint: impl DmaDevice + 'static,
 //! # ) -> virtio_drivers::Result {
-//! Disk::fill(endpoint);
-//! let transport = PlatformTransport::new(transport);
+//! Disk::fill(endpoint).map_err(|_endpoint| virtio_drivers::Error::AlreadyUsed)?;
+//! let transport = PlatformTransport::<_, Disk>::new(transport);
 //! let disk = VirtIOBlk::<IommuHal<KernelHal, Disk>, _>::new(transport)?;
 //! # Ok(()) }
 //! ```
@@ -25,7 +25,8 @@
 //! # What `Hal` cannot say
 //! `share` cannot fail: when no bounce page is free it gives an address that always faults, and counts it
 //! ([`DeviceCell::exhausted`]). Memory whose unmapping the device did not confirm is kept; `dma_dealloc` reports
-//! success all the same, since the crate panics otherwise. Sub-granule buffers always bounce.
+//! success all the same, since the crate panics otherwise. Sub-granule buffers always bounce. Its pages are of
+//! 4 KiB: behind an IOMMU whose granule is larger, `dma_alloc` has none to give.
 
 use crate::addr::{Iova, PhysAddr};
 use crate::dma::{DmaDevice, HeldMemory};
@@ -39,12 +40,16 @@ use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Trans
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// The place where a slot keeps its device's view. Filled once, for good.
+/// The place where a slot keeps its device's view. Filled once, for good, before its driver is made.
 pub struct DeviceCell {
-    /// Null, or a leaked box, so that the wide pointer is set in one step.
+    /// Null while it can be filled; [`CLOSED`] when the driver began without; else a leaked box, so that the wide
+    /// pointer is set in one step.
     device: AtomicPtr<&'static dyn DmaDevice>,
     exhausted: AtomicU64,
 }
+
+/// Stands for a device that is not behind the IOMMU. Never dereferenced.
+const CLOSED: *mut &'static dyn DmaDevice = ptr::dangling_mut();
 
 impl DeviceCell {
     /// An empty cell.
@@ -53,23 +58,37 @@ impl DeviceCell {
         Self { device: AtomicPtr::new(ptr::null_mut()), exhausted: AtomicU64::new(0) }
     }
 
-    /// Fills the cell for the rest of the kernel's life. Allocates. Returns false, and drops `device`, if it is
-    /// filled already.
-    pub fn fill(&self, device: impl DmaDevice + 'static) -> bool {
-        if self.get().is_some() {
-            return false;
-        }
-        let device: &'static dyn DmaDevice = Box::leak(Box::new(device));
-        let place = Box::into_raw(Box::new(device));
+    /// Fills the cell for the rest of the kernel's life. Allocates.
+    ///
+    /// # Errors
+    /// The device, if the cell is filled already, or its driver began without.
+    pub fn fill<D: DmaDevice + 'static>(&self, device: D) -> Result<(), D> {
+        let device = Box::into_raw(Box::new(device));
+        // SAFETY: a box that was just leaked.
+        let view: &'static dyn DmaDevice = unsafe { &*device };
+        let place = Box::into_raw(Box::new(view));
         let set = self.device.compare_exchange(ptr::null_mut(), place, Ordering::Release, Ordering::Relaxed);
-        set.is_ok()
+        if set.is_ok() {
+            return Ok(());
+        }
+        // SAFETY: nobody else saw either box, and `view` is not used any more.
+        unsafe {
+            drop(Box::from_raw(place));
+            Err(*Box::from_raw(device))
+        }
     }
 
-    /// The device's view, or `None` when there is no IOMMU in front of it.
+    /// The device's view, or `None` when there is no IOMMU in front of it. The first call decides: a cell that
+    /// is empty then stays so, since its driver keeps addresses of the kernel's own `Hal`.
     pub fn get(&self) -> Option<&'static dyn DmaDevice> {
-        let place = self.device.load(Ordering::Acquire);
-        // SAFETY: null, or a box that `fill` leaked and that nobody changes.
-        unsafe { place.as_ref() }.copied()
+        let mut place = self.device.load(Ordering::Acquire);
+        if place.is_null() {
+            let closed =
+                self.device.compare_exchange(ptr::null_mut(), CLOSED, Ordering::AcqRel, Ordering::Acquire);
+            place = closed.err().unwrap_or(CLOSED);
+        }
+        // SAFETY: not null and not the mark, so a box that `fill` leaked and that nobody changes.
+        (place != CLOSED).then(|| unsafe { *place })
     }
 
     /// How often a buffer could not be shared, so that the device was given an address that faults.
@@ -87,7 +106,7 @@ pub trait Slot {
 /// Makes a type that stands for one device, for [`IommuHal`](crate::bridge::virtio_drivers::IommuHal).
 ///
 /// `dma_slot!(pub Disk);` makes `Disk`, with `Disk::fill(endpoint)` to be called once before its driver is made.
-/// As long as it is not filled the kernel's own `Hal` is used as it is.
+/// If it is not filled by then, the kernel's own `Hal` is used as it is, for good.
 #[macro_export]
 macro_rules! dma_slot {
     ($(#[$attribute:meta])* $visibility:vis $name:ident) => {
@@ -95,8 +114,11 @@ macro_rules! dma_slot {
         $visibility enum $name {}
 
         impl $name {
-            /// Fills the slot with the device's view of its domain, for good. False if it is filled already.
-            $visibility fn fill(device: impl $crate::DmaDevice + 'static) -> bool {
+            /// Fills the slot with the device's view of its domain, for good, before its driver is made.
+            ///
+            /// # Errors
+            /// The device, if the slot is filled already, or its driver began without.
+            $visibility fn fill<D: $crate::DmaDevice + 'static>(device: D) -> Result<(), D> {
                 <Self as $crate::bridge::virtio_drivers::Slot>::cell().fill(device)
             }
         }
@@ -214,22 +236,42 @@ const ACCESS_PLATFORM: u64 = 1 << 33;
 /// A transport that accepts ACCESS_PLATFORM on behalf of a driver that does not know it.
 ///
 /// It hides EVENT_IDX, whose notifications the crate's queue loses at the wrap of its index when requests come
-/// in batches, and reads FEATURES_OK back, which the crate does not: when the device refuses the features, it is
-/// marked as failed and seems to have no queues, so that the driver's constructor returns an error.
-pub struct PlatformTransport<T> {
+/// in batches, and reads FEATURES_OK back, which the crate does not. When the device refuses the features, or
+/// does not offer ACCESS_PLATFORM although it is behind the IOMMU (slot `S` is filled), it is marked as failed and
+/// seems to have no queues, so that the driver's constructor returns an error: it would take the addresses that
+/// it is given for physical ones.
+pub struct PlatformTransport<T, S> {
     inner: T,
     offered: u64,
     refused: bool,
+    slot: PhantomData<fn() -> S>,
 }
 
-impl<T: Transport> PlatformTransport<T> {
+impl<T: Transport, S: Slot> PlatformTransport<T, S> {
     /// Wraps a transport that no driver has yet.
     pub fn new(inner: T) -> Self {
-        Self { inner, offered: 0, refused: false }
+        Self { inner, offered: 0, refused: false, slot: PhantomData }
+    }
+
+    /// Looks whether the device works with the features that were written.
+    fn check_features(&mut self) {
+        let ignores_iommu = self.offered & ACCESS_PLATFORM == 0 && S::cell().get().is_some();
+        let status = self.inner.get_status();
+        if ignores_iommu {
+            log::error!(
+                "a virtio device behind the IOMMU does not offer ACCESS_PLATFORM (QEMU: iommu_platform=on)"
+            );
+        } else if !status.contains(DeviceStatus::FEATURES_OK) {
+            log::error!("a virtio device refused the features of its driver and ACCESS_PLATFORM");
+        } else {
+            return;
+        }
+        self.refused = true;
+        self.inner.set_status(status | DeviceStatus::FAILED);
     }
 }
 
-impl<T: Transport> Transport for PlatformTransport<T> {
+impl<T: Transport, S: Slot> Transport for PlatformTransport<T, S> {
     fn device_type(&self) -> DeviceType {
         self.inner.device_type()
     }
@@ -256,16 +298,15 @@ impl<T: Transport> Transport for PlatformTransport<T> {
     }
 
     fn set_status(&mut self, status: DeviceStatus) {
-        if self.refused && !status.is_empty() {
+        if status.is_empty() {
+            self.refused = false;
+        }
+        if self.refused {
             return;
         }
         self.inner.set_status(status);
-        let negotiated =
-            status.contains(DeviceStatus::FEATURES_OK) && !status.contains(DeviceStatus::DRIVER_OK);
-        self.refused = negotiated && !self.inner.get_status().contains(DeviceStatus::FEATURES_OK);
-        if self.refused {
-            log::error!("a virtio device refused the features of its driver and ACCESS_PLATFORM");
-            self.inner.set_status(DeviceStatus::FAILED);
+        if status.contains(DeviceStatus::FEATURES_OK) && !status.contains(DeviceStatus::DRIVER_OK) {
+            self.check_features();
         }
     }
 

@@ -2,6 +2,7 @@
 
 use super::HeldMemory;
 use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::engine::DomainKey;
 use crate::error::{DmaError, UnmapError};
 use crate::id::EndpointId;
 use crate::prot::Direction;
@@ -76,7 +77,8 @@ pub trait DmaDevice: Send + Sync {
     /// to its owner.
     ///
     /// # Errors
-    /// [`UnmapError`]: the mapping is in quarantine, and its memory must not be reused.
+    /// [`UnmapError`]: the mapping is in quarantine, and its memory must not be reused. A mapping of another
+    /// domain is [`UnmapError::NotMapped`], and stays as it is.
     fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError>;
 
     /// Unmaps what starts at `iova`, for interfaces that keep only an address.
@@ -131,6 +133,8 @@ pub struct PhysSegment {
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "dropping a mapping leaves its memory mapped"]
 pub struct DmaMapping {
+    /// Tells mappings of different endpoints apart, which may have the same addresses.
+    pub(super) domain: DomainKey,
     pub(super) iova: Iova,
     pub(super) len: usize,
     /// The whole granules around it.

@@ -10,6 +10,7 @@ use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
 use crate::prot::Direction;
+use crate::start::Unattached;
 use crate::viommu::Viommu;
 use core::fmt;
 use core::iter;
@@ -17,8 +18,8 @@ use core::ptr::NonNull;
 
 /// An endpoint's view of the domain that it is attached to.
 ///
-/// Dropping it leaves the endpoint attached, with everything that is mapped, and its bounce pages in
-/// quarantine: [`close`](Self::close) ends it in order.
+/// Dropping it leaves the endpoint attached, with everything that is mapped, its bounce pages in quarantine, and
+/// the address that faults out of use: [`close`](Self::close) ends it in order.
 pub struct Endpoint<P: Platform> {
     viommu: Viommu<P>,
     id: EndpointId,
@@ -36,7 +37,7 @@ impl<P: Platform> Endpoint<P> {
         domain: Domain<P>,
         options: EndpointOptions,
     ) -> Result<Self, DmaError> {
-        let faulting = domain.allocate(viommu.granule(), options.limit)?;
+        let faulting = domain.allocate(viommu.granule(), options.limit, 1)?;
         let mut endpoint = Self { viommu, id, domain, limit: options.limit, faulting, bounce: None };
         if options.bounce_bytes > 0 {
             let pages = endpoint.alloc_coherent(options.bounce_bytes)?;
@@ -54,19 +55,35 @@ impl<P: Platform> Endpoint<P> {
         &self.domain
     }
 
-    /// Detaches the endpoint and frees its bounce pages. Its bus mastering must be off.
+    /// Detaches the endpoint and frees its bounce pages. Its bus mastering must be off, and its driver's memory
+    /// free.
     ///
     /// # Errors
-    /// [`DetachError`]: the endpoint counts as attached, and its bounce pages are in quarantine.
-    /// [`Viommu::detach`] and [`Viommu::reclaim`] can be tried later.
+    /// [`DetachError`]: the endpoint counts as attached, but its bounce pages are unmapped.
+    /// [`Viommu::detach`] can be tried later.
     pub fn close(mut self) -> Result<(), DetachError> {
-        self.viommu.detach(self.id)?;
-        if let Some((_pool, range)) = self.bounce.take()
-            && let Err(error) = self.domain.unmap_range(range)
-        {
-            log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", self.id);
+        let bounce = self.bounce.take().map(|(_pool, range)| range);
+        let free_bounce = || {
+            let Some(range) = bounce else { return };
+            if let Err(error) = self.domain.unmap_range(range) {
+                log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", self.id);
+            }
+        };
+        // Detached first, the pages need no UNMAP. But that holds only where nothing bypasses.
+        if self.viommu.unattached() != Unattached::Blocked {
+            free_bounce();
+            self.viommu.detach(self.id)?;
+        } else {
+            let detached = self.viommu.detach(self.id);
+            free_bounce();
+            detached?;
         }
+        self.domain.give_back(self.faulting);
         Ok(())
+    }
+
+    fn mapping(&self, range: IovaRange, iova: Iova, len: usize) -> DmaMapping {
+        DmaMapping { domain: self.domain.key(), iova, len, range }
     }
 
     fn map_one(
@@ -75,7 +92,7 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         held: &mut Option<HeldMemory>,
     ) -> Result<IovaRange, MapError> {
-        let range = self.domain.allocate(run.len, self.limit)?;
+        let range = self.domain.allocate(run.len, self.limit, 1)?;
         self.domain.map_runs(range, iter::once(run), direction.prot(), held)?;
         Ok(range)
     }
@@ -86,7 +103,6 @@ impl<P: Platform> Drop for Endpoint<P> {
         if let Some((_pool, range)) = self.bounce.take() {
             self.domain.quarantine(range);
         }
-        self.domain.give_back(self.faulting);
     }
 }
 
@@ -139,7 +155,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         let run = Run { phys: place.phys, len: place.len as u64 };
         let mut held = Some(memory);
         match self.map_one(run, direction, &mut held) {
-            Ok(range) => Ok(DmaMapping { iova: range.start(), len: place.len, range }),
+            Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
             Err(error) => Err((error.into(), held)),
         }
     }
@@ -148,7 +164,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         let run = rounded(PhysSegment { phys, len }, self.granule())?;
         let range = self.map_one(run, direction, &mut None)?;
         let iova = Iova::new(range.start().get() + (phys.get() - run.phys.get()));
-        Ok(DmaMapping { iova, len, range })
+        Ok(self.mapping(range, iova, len))
     }
 
     unsafe fn map_scatter(
@@ -162,13 +178,17 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         }
         let granule = self.granule();
         let len = total_len(segments, granule)?;
-        let range = self.domain.allocate(len, self.limit)?;
-        self.domain.map_runs(range, Runs { segments, granule }, direction.prot(), &mut None)?;
+        let runs = Runs { segments, granule };
+        let range = self.domain.allocate(len, self.limit, runs.clone().count())?;
+        self.domain.map_runs(range, runs, direction.prot(), &mut None)?;
         place(segments, granule, range, iovas);
-        Ok(DmaMapping { iova: range.start(), len: len as usize, range })
+        Ok(self.mapping(range, range.start(), len as usize))
     }
 
     fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError> {
+        if mapping.domain != self.domain.key() {
+            return Err(UnmapError::NotMapped(mapping.iova));
+        }
         self.domain.unmap_range(mapping.range)
     }
 

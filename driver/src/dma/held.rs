@@ -7,6 +7,7 @@ use crate::platform::DmaMemory;
 /// The driver takes it with a mapping and gives it back when the device confirmed that the mapping is gone. In
 /// between nobody else has it, so that a request of unknown outcome never exposes memory that was reused.
 #[derive(Debug)]
+#[must_use = "dropping it loses the memory: neither owner nor driver has it"]
 pub struct HeldMemory {
     memory: DmaMemory,
     release: Release,
@@ -39,6 +40,11 @@ impl HeldMemory {
 
     /// Where the memory lies.
     pub const fn memory(&self) -> DmaMemory {
+        self.memory
+    }
+
+    /// Takes the memory back that was lent and not mapped. The way back is not gone.
+    pub fn into_memory(self) -> DmaMemory {
         self.memory
     }
 

@@ -1,7 +1,8 @@
 //! Attaching and detaching endpoints.
 
+use super::iova::ReserveError;
 use super::{Attachment, DomainKey, EndpointRecord, Engine, Op};
-use crate::error::{AttachError, DetachError};
+use crate::error::{AttachError, DetachError, DomainError};
 use crate::id::EndpointId;
 use crate::wire::property::ReservedRegion;
 use crate::wire::request::Request;
@@ -45,10 +46,17 @@ impl Engine {
         if let Err(at) = at
             && self.endpoints.len() < self.limits.endpoints
         {
-            let attachment = Attachment::Detached;
-            let reserved = Arc::clone(reserved);
-            self.endpoints.insert(at, EndpointRecord { id, attachment, reserved, faults: 0 });
+            let (attachment, reserved) = (Attachment::Detached, Arc::clone(reserved));
+            let record = EndpointRecord { id, attachment, reserved, rejoin: None, faults: 0 };
+            self.endpoints.insert(at, record);
         }
+    }
+
+    /// Takes the record of a detached endpoint out, to be dropped outside of the lock.
+    pub(crate) fn forget(&mut self, id: EndpointId) -> Option<EndpointRecord> {
+        let at = self.endpoints.binary_search_by_key(&id, |record| record.id).ok()?;
+        let detached = self.endpoints[at].attachment == Attachment::Detached;
+        detached.then(|| self.endpoints.remove(at))
     }
 
     /// Counts a fault for its endpoint.
@@ -61,71 +69,135 @@ impl Engine {
     pub(crate) fn begin_attach(&mut self, id: EndpointId, key: DomainKey) -> Result<AttachPlan, AttachError> {
         let at = self.endpoints.binary_search_by_key(&id, |record| record.id);
         let at = at.map_err(|_| AttachError::TooManyEndpoints { limit: self.limits.endpoints })?;
-        match self.endpoints[at].attachment {
+        let parked = match self.endpoints[at].attachment {
             Attachment::Attached(current) if current == key => return Ok(AttachPlan::Nothing),
-            Attachment::Detached => {}
+            Attachment::Detached => None,
+            // Nobody holds that domain: the endpoint is there because the device could not detach it.
+            Attachment::Attached(current) if self.domain(current).is_some_and(|domain| domain.orphaned) => {
+                Some(current)
+            }
             _ => return Err(AttachError::Busy(id)),
-        }
+        };
         let granule = self.geometry.granule;
         // Split borrows: the endpoint's regions are read while the domain's allocator changes.
         let Self { endpoints, domains, .. } = self;
         let domain = domains.get_mut(usize::from(key.index)).and_then(Option::as_mut);
-        let domain = domain.filter(|domain| domain.generation == key.generation && !domain.revoked);
+        let domain = domain.filter(|domain| domain.generation == key.generation);
         let domain = domain.ok_or(AttachError::DeadDomain)?;
-        let endpoint = &mut endpoints[at];
-        let regions = || endpoint.reserved.iter().map(|region| region.range.rounded_out(granule));
-        if let Some(region) = regions().find(|region| domain.mappings.overlaps(*region)) {
-            return Err(AttachError::ReservedInUse { endpoint: id, region });
+        if domain.possible == 0 && !domain.mappings.is_empty() {
+            return Err(AttachError::DeadDomain);
         }
-        for region in regions() {
-            domain.iova.reserve(region).map_err(|_| AttachError::TooManyReserved { endpoint: id })?;
+        for region in endpoints[at].reserved.iter() {
+            let region = region.range.rounded_out(granule);
+            domain.iova.reserve(region).map_err(|error| match error {
+                ReserveError::InUse => AttachError::ReservedInUse { endpoint: id, region },
+                ReserveError::ListFull => AttachError::TooManyReserved { endpoint: id },
+            })?;
         }
-        endpoint.attachment = Attachment::Attaching(key);
+        if let Some(parked) = parked {
+            return self.adopt_parked(id, parked, key);
+        }
         domain.possible += 1;
         let request = Request::Attach { domain: domain.id, endpoint: id };
+        endpoints[at].attachment = Attachment::Attaching(key);
         Ok(AttachPlan::Send(request, Op::Attach { endpoint: id, domain: key }))
+    }
+
+    /// Lets an empty domain take the place, and the number, of the one that the endpoint cannot leave.
+    fn adopt_parked(
+        &mut self,
+        id: EndpointId,
+        parked: DomainKey,
+        key: DomainKey,
+    ) -> Result<AttachPlan, AttachError> {
+        let empty = self.domain(key).is_some_and(|domain| domain.possible == 0);
+        let alone = self.domain(parked).is_some_and(|domain| domain.possible == 1);
+        if !(empty && alone) {
+            return Err(AttachError::Parked(id));
+        }
+        let number = |engine: &Self, key| engine.domain(key).map(|domain| domain.id);
+        if let (Some(theirs), Some(ours)) = (number(self, parked), number(self, key)) {
+            if let Some(domain) = self.domain_mut(parked) {
+                (domain.id, domain.attached, domain.possible) = (ours, 0, 0);
+            }
+            if let Some(domain) = self.domain_mut(key) {
+                (domain.id, domain.attached, domain.possible) = (theirs, 1, 1);
+            }
+        }
+        if let Some(endpoint) = self.endpoint_mut(id) {
+            endpoint.attachment = Attachment::Attached(key);
+        }
+        Ok(AttachPlan::Nothing)
     }
 
     pub(crate) fn begin_detach(&mut self, id: EndpointId) -> Result<(Request, Op), DetachError> {
         let not_attached = DetachError::NotAttached(id);
-        let key = match self.endpoint(id).ok_or(not_attached)?.attachment {
-            Attachment::Attached(key) | Attachment::Unknown { domain: key, in_flight: false } => key,
+        let attachment = self.endpoint(id).ok_or(not_attached)?.attachment;
+        let (key, was_attached) = match attachment {
+            Attachment::Attached(key) => (key, true),
+            Attachment::Unknown { domain, in_flight: false } => (domain, false),
             _ => return Err(not_attached),
         };
-        let domain = self.domain(key).ok_or(not_attached)?.id;
-        let was_attached =
-            self.endpoint(id).is_some_and(|endpoint| matches!(endpoint.attachment, Attachment::Attached(_)));
+        let domain = self.domain_mut(key).ok_or(not_attached)?;
+        domain.attached -= u32::from(was_attached);
+        let request = Request::Detach { domain: domain.id, endpoint: id };
         if let Some(endpoint) = self.endpoint_mut(id) {
-            endpoint.attachment = Attachment::Detaching(key);
+            endpoint.attachment = Attachment::Detaching { domain: key, was_attached };
         }
-        if let Some(domain) = self.domain_mut(key).filter(|_| was_attached) {
-            domain.attached -= 1;
-        }
-        Ok((Request::Detach { domain, endpoint: id }, Op::Detach { endpoint: id, domain: key }))
+        Ok((request, Op::Detach { endpoint: id, domain: key }))
     }
 
-    /// An endpoint that is attached to this domain.
-    pub(crate) fn attached_to(&self, key: DomainKey) -> Option<EndpointId> {
-        let attached = |record: &&EndpointRecord| record.attachment == Attachment::Attached(key);
-        self.endpoints.iter().find(attached).map(|record| record.id)
+    /// Begins to give a domain another number: its endpoints are to be detached, and to join it again. Refused
+    /// where it has mappings, where something is under way, or where it is done already.
+    pub(crate) fn begin_renumber(&mut self, key: DomainKey) -> bool {
+        let Some(domain) = self.domain_mut(key) else { return false };
+        let quiet = domain.mappings.is_empty() && domain.attached == domain.possible;
+        if !quiet || domain.renumbering {
+            return false;
+        }
+        domain.renumbering = true;
+        for endpoint in &mut self.endpoints {
+            if endpoint.attachment == Attachment::Attached(key) {
+                endpoint.rejoin = Some(key);
+            }
+        }
+        true
     }
 
-    pub(super) fn attach_failed(&mut self, id: EndpointId, key: DomainKey) {
-        if let Some(endpoint) = self.endpoint_mut(id) {
-            endpoint.attachment = Attachment::Detached;
+    /// An endpoint of a domain that is getting another number and is still attached.
+    pub(crate) fn next_to_leave(&self, key: DomainKey) -> Option<EndpointId> {
+        let attached = Attachment::Attached(key);
+        let leaves = |record: &&EndpointRecord| record.rejoin == Some(key) && record.attachment == attached;
+        self.endpoints.iter().find(leaves).map(|record| record.id)
+    }
+
+    /// Gives the domain its other number, once it has no endpoint. The old one stays taken: an earlier life of
+    /// the device still has mappings under it.
+    pub(crate) fn renumber(&mut self, key: DomainKey) -> Result<(), DomainError> {
+        let limit = self.limits.domains;
+        let empty = self.domain(key).filter(|domain| domain.is_idle());
+        let old = empty.map(|domain| domain.id.get()).ok_or(DomainError::TooMany { limit })?;
+        if self.retired_ids.len() == self.retired_ids.capacity() {
+            return Err(DomainError::TooMany { limit });
         }
+        let id = self.next_id()?;
+        self.retired_ids.push(old);
         if let Some(domain) = self.domain_mut(key) {
-            domain.possible -= 1;
+            domain.id = id;
         }
-        self.revoke_if_empty(usize::from(key.index));
+        Ok(())
     }
 
-    pub(super) fn mark_attached(&mut self, id: EndpointId, key: DomainKey) {
-        if let Some(endpoint) = self.endpoint_mut(id) {
-            endpoint.attachment = Attachment::Attached(key);
-        }
+    /// An endpoint that has to join the domain again; it is forgotten that it has to.
+    pub(crate) fn next_to_rejoin(&mut self, key: DomainKey) -> Option<EndpointId> {
+        let endpoint = self.endpoints.iter_mut().find(|record| record.rejoin == Some(key))?;
+        endpoint.rejoin = None;
+        Some(endpoint.id)
+    }
+
+    pub(crate) fn end_renumber(&mut self, key: DomainKey) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.attached += 1;
+            domain.renumbering = false;
         }
     }
 }

@@ -17,16 +17,16 @@ pub struct DomainStats {
     pub unmaps: u64,
     /// All requests that were sent for the domain, its attachments included.
     pub requests: u64,
-    /// Doorbells that were rung for them.
+    /// Doorbells that were due for them.
     pub kicks: u64,
-    /// Bytes that are mapped now.
+    /// Bytes that are mapped now. What is in quarantine is counted there.
     pub mapped_bytes: u64,
     /// The most bytes that were mapped at a time.
     pub peak_bytes: u64,
 }
 
 pub(crate) struct DomainRecord {
-    pub generation: u32,
+    pub generation: usize,
     pub id: DomainId,
     /// Endpoints whose ATTACH was confirmed.
     pub attached: u32,
@@ -37,6 +37,8 @@ pub(crate) struct DomainRecord {
     pub stats: DomainStats,
     /// The domain died with its last endpoint while nothing bypasses: its mappings need no UNMAP.
     pub revoked: bool,
+    /// The domain is getting another number.
+    pub renumbering: bool,
     /// The embedder let go of the domain: its record goes as soon as nothing depends on it.
     pub orphaned: bool,
 }
@@ -72,13 +74,16 @@ impl DomainRecord {
         let usable = geometry.usable;
         let range = IovaRange::from_len(start, len).filter(|range| usable.contains(*range));
         let range = range.ok_or(MapError::OutsideInputRange { start, len, usable })?;
+        if !Prot::all().contains(prot) {
+            return Err(MapError::UnknownFlags(prot.bits()));
+        }
         if !prot.intersects(Prot::READ | Prot::WRITE) {
             return Err(MapError::NoPermission);
         }
         if prot.contains(Prot::MMIO) && !geometry.mmio_flag {
             return Err(MapError::NoMmioFlag);
         }
-        if self.attached == 0 || self.revoked {
+        if self.attached == 0 || self.revoked || self.renumbering {
             return Err(MapError::NoEndpoint);
         }
         if self.mappings.is_full() {

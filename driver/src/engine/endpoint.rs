@@ -19,7 +19,11 @@ pub(crate) enum Attachment {
     Detached,
     Attaching(DomainKey),
     Attached(DomainKey),
-    Detaching(DomainKey),
+    /// DETACH was sent; a refusal leads back to where it came from.
+    Detaching {
+        domain: DomainKey,
+        was_attached: bool,
+    },
     /// An ATTACH or DETACH went unanswered, or was answered in a way that says nothing.
     Unknown {
         domain: DomainKey,
@@ -31,6 +35,8 @@ pub(crate) struct EndpointRecord {
     pub id: EndpointId,
     pub attachment: Attachment,
     pub reserved: Arc<[ReservedRegion]>,
+    /// The domain that it joins again when that got another number.
+    pub rejoin: Option<DomainKey>,
     /// Faults that the device reported for it.
     pub faults: u64,
 }

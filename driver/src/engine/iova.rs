@@ -1,8 +1,8 @@
 //! Which IOVAs of a domain are free.
 //!
-//! Free ranges in an ordered list of fixed capacity, so that nothing is allocated under the driver's lock. Each
-//! range that leaves can split one free range in two, so the list never needs more than one entry for each
-//! range outside of it, and one.
+//! Free ranges in an ordered list of fixed capacity, so that nothing is allocated under the driver's lock.
+//! Between any two free ranges lies something that is outside of the list, so that there are never more of them
+//! than outside ranges and one.
 
 use crate::addr::{Iova, IovaRange};
 use alloc::vec::Vec;
@@ -10,22 +10,36 @@ use alloc::vec::Vec;
 /// The free addresses of a domain.
 ///
 /// # Invariants
-/// `free` is sorted, and between two of its ranges lies at least one address. `len + outside` never passes the
-/// capacity: `outside` counts ranges that were taken or reserved and may come back.
+/// `free` is sorted, and between two of its ranges lies at least one address. `outside`, which counts what was
+/// taken and may come back by parts, and what is reserved, never passes `ranges`; the capacity of `free` is
+/// larger by one.
 pub(crate) struct IovaAllocator {
+    usable: IovaRange,
     free: Vec<IovaRange>,
+    outside: usize,
+    ranges: usize,
+    /// What is reserved for good.
+    holes: Vec<IovaRange>,
 }
 
-/// The list cannot take another split: more ranges are in use than the domain has records for.
+/// More ranges are in use than there is room for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListFull;
 
+/// Part of the range is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ReserveError {
+    InUse,
+    ListFull,
+}
+
 impl IovaAllocator {
-    /// All of `usable` is free, and up to `ranges` ranges can be taken or reserved. Allocates.
-    pub(crate) fn new(usable: IovaRange, ranges: usize) -> Self {
-        let mut free = Vec::with_capacity(ranges + 1);
+    /// All of `usable` is free. Up to `ranges` ranges can be taken or reserved, at most `holes` of them for good.
+    /// Allocates.
+    pub(crate) fn new(usable: IovaRange, ranges: usize, holes: usize) -> Self {
+        let mut free = Self::spare(ranges);
         free.push(usable);
-        Self { free }
+        Self { usable, free, outside: 0, ranges, holes: Vec::with_capacity(holes) }
     }
 
     /// A list for `ranges` ranges, empty: for [`grow_into`](Self::grow_into). Allocates.
@@ -38,19 +52,24 @@ impl IovaAllocator {
         if spare.capacity() > self.free.capacity() {
             spare.extend_from_slice(&self.free);
             core::mem::swap(&mut self.free, &mut spare);
+            self.ranges = self.free.capacity() - 1;
         }
         spare
     }
 
     /// Takes `len` bytes (a multiple of the granule) as high as possible, starting at a multiple of `align` and
-    /// not below `lowest`, ending at or below `limit`.
+    /// not below `lowest`, ending at or below `limit`. They come back by [`release`](Self::release), in as many
+    /// as `parts` parts.
     pub(crate) fn allocate(
         &mut self,
         len: u64,
         align: u64,
-        lowest: Iova,
-        limit: Iova,
+        (lowest, limit): (Iova, Iova),
+        parts: usize,
     ) -> Result<Option<IovaRange>, ListFull> {
+        if parts > self.ranges - self.outside {
+            return Err(ListFull);
+        }
         for index in (0..self.free.len()).rev() {
             let free = self.free[index];
             let last = free.last().min(limit).get();
@@ -60,35 +79,77 @@ impl IovaAllocator {
                 continue;
             }
             let Some(range) = IovaRange::from_len(Iova::new(start), len) else { continue };
-            return self.carve(index, range).map(|()| Some(range));
+            self.carve(index, range);
+            self.outside += parts;
+            return Ok(Some(range));
         }
         Ok(None)
     }
 
-    /// Takes exactly `range`, if all of it is free.
+    /// Takes exactly `range`, if all of it is free. It comes back in one part.
     pub(crate) fn take(&mut self, range: IovaRange) -> Result<bool, ListFull> {
-        match self.free.iter().position(|free| free.contains(range)) {
-            Some(index) => self.carve(index, range).map(|()| true),
-            None => Ok(false),
+        if self.outside == self.ranges {
+            return Err(ListFull);
         }
+        let Some(index) = self.free.iter().position(|free| free.contains(range)) else { return Ok(false) };
+        self.carve(index, range);
+        self.outside += 1;
+        Ok(true)
     }
 
-    /// Takes what is free of `range`, for good.
-    pub(crate) fn reserve(&mut self, range: IovaRange) -> Result<(), ListFull> {
-        while let Some(index) = self.free.iter().position(|free| free.overlaps(range)) {
-            let free = self.free[index];
-            let start = free.start().max(range.start());
-            let last = free.last().min(range.last());
-            let Some(part) = IovaRange::new(start, last) else { break };
-            self.carve(index, part)?;
+    /// Takes `range` for good, as far as it is usable at all. Parts of it may be reserved already; the rest must
+    /// be free. Nothing changes on an error.
+    pub(crate) fn reserve(&mut self, range: IovaRange) -> Result<(), ReserveError> {
+        let start = range.start().max(self.usable.start());
+        let last = range.last().min(self.usable.last());
+        let Some(range) = IovaRange::new(start, last) else { return Ok(()) };
+        let mut pieces = 0;
+        self.pieces_to_reserve(range, |_, _| pieces += 1)?;
+        let room = (self.ranges - self.outside).min(self.holes.capacity() - self.holes.len());
+        if pieces > room {
+            return Err(ReserveError::ListFull);
+        }
+        for _ in 0..pieces {
+            let mut first = None;
+            self.pieces_to_reserve(range, |index, piece| first = first.or(Some((index, piece))))?;
+            let Some((index, piece)) = first else { break };
+            self.carve(index, piece);
+            self.holes.push(piece);
+            self.outside += 1;
         }
         Ok(())
     }
 
-    /// Gives back a range that was taken.
-    pub(crate) fn release(&mut self, range: IovaRange) {
-        let at = self.free.partition_point(|free| free.start() < range.start());
+    /// Visits the free pieces of `range`, with the index of the free range that each is part of.
+    fn pieces_to_reserve(
+        &self,
+        range: IovaRange,
+        mut visit: impl FnMut(usize, IovaRange),
+    ) -> Result<(), ReserveError> {
+        let mut next = Some(range.start());
+        // Bounded: each step passes a whole hole or free range.
+        while let Some(at) = next.filter(|at| *at <= range.last()) {
+            let around = |candidate: &IovaRange| candidate.start() <= at && at <= candidate.last();
+            if let Some(hole) = self.holes.iter().find(|hole| around(hole)) {
+                next = hole.last().checked_add(1);
+                continue;
+            }
+            let index = self.free.iter().position(around).ok_or(ReserveError::InUse)?;
+            let last = self.free[index].last().min(range.last());
+            if let Some(piece) = IovaRange::new(at, last) {
+                visit(index, piece);
+            }
+            next = last.checked_add(1);
+        }
+        Ok(())
+    }
+
+    /// Gives back a range that was taken, or a part of it that makes `parts` of its parts.
+    pub(crate) fn release(&mut self, range: IovaRange, parts: usize) {
         debug_assert!(!self.free.iter().any(|free| free.overlaps(range)), "{range} was free already");
+        debug_assert!(parts <= self.outside);
+        self.outside -= parts;
+        let at = self.free.partition_point(|free| free.start() < range.start());
         let joins = |low: IovaRange, high: IovaRange| low.last().checked_add(1) == Some(high.start());
         let below = at.checked_sub(1).filter(|below| joins(self.free[*below], range));
         let above = Some(at).filter(|at| *at < self.free.len() && joins(range, self.free[*at]));
@@ -100,21 +161,22 @@ impl IovaAllocator {
             }
             (Some(below), None) => self.free[below] = span(self.free[below], range),
             (None, Some(above)) => self.free[above] = span(range, self.free[above]),
-            (None, None) => self.free.insert(at, range),
+            (None, None) => {
+                debug_assert!(self.free.len() < self.free.capacity());
+                self.free.insert(at, range);
+            }
         }
     }
 
     /// Removes `range` from the free range at `index`, which contains it.
-    fn carve(&mut self, index: usize, range: IovaRange) -> Result<(), ListFull> {
+    fn carve(&mut self, index: usize, range: IovaRange) {
         let free = self.free[index];
         let before = range.start().get().checked_sub(1).map(Iova::new);
         let low = before.and_then(|last| IovaRange::new(free.start(), last));
         let high = range.last().checked_add(1).and_then(|start| IovaRange::new(start, free.last()));
         match (low, high) {
             (Some(low), Some(high)) => {
-                if self.free.len() == self.free.capacity() {
-                    return Err(ListFull);
-                }
+                debug_assert!(self.free.len() < self.free.capacity());
                 self.free[index] = low;
                 self.free.insert(index + 1, high);
             }
@@ -123,39 +185,41 @@ impl IovaAllocator {
                 self.free.remove(index);
             }
         }
-        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec::Vec;
 
     fn range(start: u64, last: u64) -> IovaRange {
         IovaRange::new(Iova::new(start), Iova::new(last)).unwrap()
     }
 
-    const TOP: Iova = Iova::new(u64::MAX);
+    fn allocator(usable: IovaRange, ranges: usize) -> IovaAllocator {
+        IovaAllocator::new(usable, ranges, 4)
+    }
+
+    const ANYWHERE: (Iova, Iova) = (Iova::new(0x1000), Iova::new(u64::MAX));
 
     fn allocate(iova: &mut IovaAllocator, len: u64) -> Option<IovaRange> {
-        iova.allocate(len, 0x1000, Iova::new(0x1000), TOP).unwrap()
+        iova.allocate(len, 0x1000, ANYWHERE, 1).unwrap()
     }
 
     #[test]
     fn from_the_top_down_and_back() {
-        let mut iova = IovaAllocator::new(range(0, 0xffff), 8);
+        let mut iova = allocator(range(0, 0xffff), 8);
         let first = allocate(&mut iova, 0x1000).unwrap();
         let second = allocate(&mut iova, 0x2000).unwrap();
         assert_eq!((first, second), (range(0xf000, 0xffff), range(0xd000, 0xefff)));
-        iova.release(first);
-        iova.release(second);
-        assert_eq!(iova.free, [range(0, 0xffff)]);
+        iova.release(first, 1);
+        iova.release(second, 1);
+        assert_eq!((iova.free.as_slice(), iova.outside), ([range(0, 0xffff)].as_slice(), 0));
     }
 
     #[test]
     fn zero_is_never_given_out_but_can_be_asked_for() {
-        let mut iova = IovaAllocator::new(range(0, 0x1fff), 8);
+        let mut iova = allocator(range(0, 0x1fff), 8);
         assert_eq!(allocate(&mut iova, 0x1000), Some(range(0x1000, 0x1fff)));
         assert_eq!(allocate(&mut iova, 0x1000), None);
         assert_eq!(iova.take(range(0, 0xfff)), Ok(true));
@@ -163,40 +227,52 @@ mod tests {
     }
 
     #[test]
-    fn holes_stay_holes() {
-        let mut iova = IovaAllocator::new(range(0, 0xffff), 8);
-        iova.reserve(range(0x4000, 0xefff)).unwrap();
-        iova.reserve(range(0xe000, 0x2_0000)).unwrap();
+    fn holes_stay_holes_and_may_overlap() {
+        let mut iova = allocator(range(0, 0xffff), 8);
+        iova.reserve(range(0x4000, 0xbfff)).unwrap();
+        iova.reserve(range(0xa000, 0x2_0000)).unwrap();
+        iova.reserve(range(0x4000, 0x4fff)).unwrap();
         let taken = allocate(&mut iova, 0x3000).unwrap();
         assert_eq!(taken, range(0x1000, 0x3fff));
-        iova.release(taken);
+        iova.release(taken, 1);
         assert_eq!(iova.free, [range(0, 0x3fff)]);
         assert_eq!(iova.take(range(0x3000, 0x4fff)), Ok(false));
     }
 
     #[test]
-    fn limit_and_alignment() {
-        let mut iova = IovaAllocator::new(range(0, u64::MAX - 0x1000), 8);
-        let limit = Iova::new(0xffff_ffff);
-        let low = iova.allocate(0x20_0000, 0x20_0000, Iova::new(1), limit).unwrap().unwrap();
-        assert_eq!(low, range(0xffe0_0000, 0xffff_ffff));
-        assert_eq!(iova.allocate(0x1000, 0x1000, Iova::new(1), Iova::new(0xfff)), Ok(None));
+    fn what_is_in_use_cannot_be_reserved() {
+        let mut iova = allocator(range(0, 0xffff), 8);
+        let taken = allocate(&mut iova, 0x1000).unwrap();
+        let before = iova.free.clone();
+        assert_eq!(iova.reserve(range(0xe000, 0xffff)), Err(ReserveError::InUse));
+        assert_eq!(iova.free, before, "nothing changes on an error");
+        iova.release(taken, 1);
+        assert_eq!(iova.reserve(range(0xe000, 0xffff)), Ok(()));
     }
 
     #[test]
+    fn limit_and_alignment() {
+        let mut iova = allocator(range(0, u64::MAX - 0x1000), 8);
+        let below_4g = (Iova::new(1), Iova::new(0xffff_ffff));
+        let low = iova.allocate(0x20_0000, 0x20_0000, below_4g, 1).unwrap().unwrap();
+        assert_eq!(low, range(0xffe0_0000, 0xffff_ffff));
+        assert_eq!(iova.allocate(0x1000, 0x1000, (Iova::new(1), Iova::new(0xfff)), 1), Ok(None));
+    }
+
+    /// Fails when `outside` is not counted: neighbours that are given back alone then make the list grow.
+    #[test]
     fn the_list_never_grows_under_the_lock() {
-        let mut iova = IovaAllocator::new(range(0, 0xffff_ffff), 2);
+        let mut iova = allocator(range(0, 0xffff_ffff), 6);
         let capacity = iova.free.capacity();
-        let mut taken = Vec::new();
-        let mut start = 0x1000;
-        while iova.take(range(start, start + 0xfff)).is_ok() {
-            taken.push(range(start, start + 0xfff));
-            start += 0x2000;
+        let taken: Vec<_> = (0..6).map(|_| allocate(&mut iova, 0x1000).unwrap()).collect();
+        assert_eq!(iova.allocate(0x1000, 0x1000, ANYWHERE, 1), Err(ListFull));
+        assert_eq!(iova.take(range(0x1000, 0x1fff)), Err(ListFull));
+        for range in taken.iter().step_by(2) {
+            iova.release(*range, 1);
         }
-        assert_eq!(taken.len(), capacity - 1);
         assert_eq!(iova.free.capacity(), capacity);
-        drop(iova.grow_into(IovaAllocator::spare(capacity * 2)));
-        assert_eq!(iova.take(range(start, start + 0xfff)), Ok(true));
+        drop(iova.grow_into(IovaAllocator::spare(12)));
+        assert!(iova.allocate(0x6000, 0x1000, ANYWHERE, 6).unwrap().is_some());
     }
 
     /// Against a set of granules: what is free there is free here, whatever happened.
@@ -211,7 +287,8 @@ mod tests {
             seed % below
         };
         for _ in 0..200 {
-            let mut iova = IovaAllocator::new(range(0, GRANULES * 0x1000 - 1), GRANULES as usize);
+            let mut iova = allocator(range(0, GRANULES * 0x1000 - 1), GRANULES as usize);
+            let capacity = iova.free.capacity();
             let mut free = [true; GRANULES as usize];
             let mut live: Vec<IovaRange> = Vec::new();
             let cells = |range: IovaRange| {
@@ -243,11 +320,12 @@ mod tests {
                     }
                     _ if !live.is_empty() => {
                         let range = live.swap_remove(random(live.len() as u64) as usize);
-                        iova.release(range);
+                        iova.release(range, 1);
                         free[cells(range)].fill(true);
                     }
                     _ => {}
                 }
+                assert_eq!((iova.free.capacity(), iova.outside), (capacity, live.len()));
             }
         }
     }

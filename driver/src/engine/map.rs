@@ -17,8 +17,15 @@ pub(crate) enum UnmapPlan {
 }
 
 impl Engine {
-    /// Takes `len` bytes of IOVA (rounded up to granules by the caller) up to `limit` out of the free ones.
-    pub(crate) fn allocate(&mut self, key: DomainKey, len: u64, limit: Iova) -> Result<IovaRange, MapError> {
+    /// Takes `len` bytes of IOVA (rounded up to granules by the caller) up to `limit` out of the free ones, for
+    /// as many mappings as `parts` says.
+    pub(crate) fn allocate(
+        &mut self,
+        key: DomainKey,
+        len: u64,
+        limit: Iova,
+        parts: usize,
+    ) -> Result<IovaRange, MapError> {
         let granule = self.geometry.granule;
         let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
         if len == 0 {
@@ -26,7 +33,7 @@ impl Engine {
         }
         // IOVA 0 stays free: virtio-drivers takes it for a failure, and it catches null pointers of devices.
         let lowest = Iova::new(granule);
-        match domain.iova.allocate(len, granule, lowest, limit) {
+        match domain.iova.allocate(len, granule, (lowest, limit), parts) {
             Ok(Some(range)) => Ok(range),
             Ok(None) => Err(MapError::IovaExhausted { len, limit }),
             Err(_full) => Err(MapError::NoRecord { capacity: domain.mappings.capacity() }),
@@ -43,10 +50,10 @@ impl Engine {
         }
     }
 
-    /// Gives a range back that was allocated or taken and never mapped.
-    pub(crate) fn give_back(&mut self, key: DomainKey, range: IovaRange) {
+    /// Gives a range back that was allocated or taken, for `parts` mappings, and never mapped.
+    pub(crate) fn give_back(&mut self, key: DomainKey, range: IovaRange, parts: usize) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.iova.release(range);
+            domain.iova.release(range, parts);
         }
     }
 
@@ -81,6 +88,7 @@ impl Engine {
             phys,
             prot,
             state: MappingState::Mapping,
+            counted: false,
             held: held.take(),
         });
         let request = Request::Map { domain: domain.id, range, phys, prot };
@@ -90,6 +98,15 @@ impl Engine {
     /// Marks whole neighbouring mappings as being unmapped, and gives the one request for them (I6).
     pub(crate) fn begin_unmap(&mut self, key: DomainKey, range: IovaRange) -> Result<UnmapPlan, UnmapError> {
         self.begin_unmap_of(key, range, MappingState::Live)
+    }
+
+    /// The same for one of several that the device did not unmap together.
+    pub(crate) fn begin_unmap_apart(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+    ) -> Result<UnmapPlan, UnmapError> {
+        self.begin_unmap_of(key, range, MappingState::Apart)
     }
 
     /// The same for a mapping in quarantine.
@@ -120,23 +137,26 @@ impl Engine {
             record.state = MappingState::Unmapping;
         }
         if domain.revoked {
-            self.let_go(key, range);
+            self.let_go(key, range, MappingState::Released);
             return Ok(UnmapPlan::Nothing);
         }
         let request = Request::Unmap { domain: domain.id, range };
         Ok(UnmapPlan::Send(request, Op::Unmap { domain: key, range }))
     }
 
-    /// Puts live mappings into quarantine: their owner went away without unmapping them.
+    /// Puts whole mappings that nobody is working on into quarantine: their owner cannot unmap them.
     pub(crate) fn quarantine(&mut self, key: DomainKey, range: IovaRange) {
-        if let Some(domain) = self.domain_mut(key) {
-            domain.mappings.retain_in(range, |record| {
-                if record.state == MappingState::Live {
-                    record.state = MappingState::Quarantined { in_flight: false };
-                }
-                true
-            });
+        let records = self.domain_mut(key).and_then(|domain| domain.mappings.whole(range));
+        for record in records.into_iter().flatten() {
+            if matches!(record.state, MappingState::Live | MappingState::Apart) {
+                record.state = MappingState::Quarantined { in_flight: false };
+            }
         }
+    }
+
+    /// Whether the domain is dead, so that unmapping takes no request.
+    pub(crate) fn is_revoked(&self, key: DomainKey) -> bool {
+        self.domain(key).is_some_and(|domain| domain.revoked)
     }
 
     /// The first live mapping in `range`, with the live ones that touch it.
@@ -157,20 +177,24 @@ impl Engine {
         run
     }
 
-    /// The first mapping in `range`, above `after`, that is in quarantine and about which the device owes no
-    /// answer.
-    pub(crate) fn reclaimable_in(
-        &self,
-        key: DomainKey,
-        range: IovaRange,
-        after: Option<Iova>,
-    ) -> Option<IovaRange> {
-        let stuck = MappingState::Quarantined { in_flight: false };
+    /// The first mapping in `range` that waits to be unmapped by itself.
+    pub(crate) fn next_apart(&self, key: DomainKey, range: IovaRange) -> Option<IovaRange> {
         let mut records = self.domain(key)?.mappings.iter();
-        let found = records.find(|record| {
-            range.contains(record.range) && Some(record.range.start()) > after && record.state == stuck
-        });
-        found.map(|record| record.range)
+        let apart = |record: &&Mapping| range.contains(record.range) && record.state == MappingState::Apart;
+        records.find(apart).map(|record| record.range)
+    }
+
+    /// Takes memory back that was lent for a MAP of exactly this range, which the device refused.
+    pub(crate) fn take_returned(&mut self, key: DomainKey, range: IovaRange) -> Option<HeldMemory> {
+        let domain = self.domain_mut(key)?;
+        let record = domain.mappings.get(range.start())?;
+        if record.range != range || record.state != MappingState::Returned {
+            return None;
+        }
+        let record = domain.mappings.remove(range.start())?;
+        domain.iova.release(range, 1);
+        domain.revoked &= !domain.mappings.is_empty();
+        record.held
     }
 
     /// Takes memory that the device cannot reach any more out of the records of `range`, one a call.
@@ -180,7 +204,7 @@ impl Engine {
             |record: &&Mapping| record.state == MappingState::Released && range.contains(record.range);
         let found = domain.mappings.iter().find(released)?.range;
         let record = domain.mappings.remove(found.start())?;
-        domain.iova.release(found);
+        domain.iova.release(found, 1);
         domain.revoked &= !domain.mappings.is_empty();
         self.released -= 1;
         record.held

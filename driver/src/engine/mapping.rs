@@ -3,11 +3,12 @@
 //! ```text
 //!              MAP ok                begin unmap              UNMAP ok
 //!   Mapping ------------> Live ---------------> Unmapping ---------------> gone, or Released
-//!      |  \ MAP failed: gone, or Released           | failed or unknown
-//!      |  unknown                                   v
+//!      |  \ MAP failed: gone, or Returned         ^  | \ failed or unknown
+//!      |  unknown                          Apart -'<-'  v   (RANGE for several: each by itself)
 //!      '------------------------------------> Quarantined ---- answered, or reclaimed ----> gone, or Released
 //! ```
-//! A record whose memory the driver holds does not go by itself: it is Released until someone takes the memory.
+//! A record whose memory the driver holds does not go by itself: it is Released until the memory went back to its
+//! owner, or Returned until whoever lent it for the failed MAP took it.
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
@@ -22,11 +23,15 @@ pub(crate) enum MappingState {
     Live,
     /// UNMAP was, or is about to be, sent.
     Unmapping,
+    /// UNMAP for this and others was answered RANGE: whoever sent it unmaps each by itself.
+    Apart,
     /// The device may still reach the memory, and nobody uses the mapping. `in_flight` while the device owes an
     /// answer about it.
     Quarantined { in_flight: bool },
-    /// The device cannot reach the memory any more, which waits to be taken.
+    /// The device cannot reach the memory any more, which waits to go back to its owner.
     Released,
+    /// The device refused the MAP; the memory waits for whoever lent it, and for nobody else.
+    Returned,
 }
 
 pub(crate) struct Mapping {
@@ -34,6 +39,8 @@ pub(crate) struct Mapping {
     pub phys: PhysAddr,
     pub prot: Prot,
     pub state: MappingState,
+    /// Whether its bytes are in the domain's count of mapped ones.
+    pub counted: bool,
     /// Memory that goes back to its owner when the device cannot reach it any more.
     pub held: Option<HeldMemory>,
 }
@@ -107,11 +114,6 @@ impl MappingTable {
         (address <= record.range.last()).then_some(record)
     }
 
-    pub(crate) fn overlaps(&self, range: IovaRange) -> bool {
-        let after = self.records.partition_point(|record| record.range.start() <= range.last());
-        after.checked_sub(1).is_some_and(|at| self.records[at].range.overlaps(range))
-    }
-
     pub(crate) fn iter(&self) -> impl Iterator<Item = &Mapping> {
         self.records.iter()
     }
@@ -161,6 +163,7 @@ mod tests {
                 phys: PhysAddr::new(0),
                 prot: Prot::READ,
                 state: MappingState::Live,
+                counted: false,
                 held: None,
             });
         }
@@ -189,8 +192,5 @@ mod tests {
         assert_eq!(table.containing(Iova::new(0x1fff)).unwrap().range, range(0x1000, 0x1fff));
         assert!(table.containing(Iova::new(0x2000)).is_none());
         assert!(table.containing(Iova::new(0xfff)).is_none());
-        assert!(table.overlaps(range(0, u64::MAX)));
-        assert!(!table.overlaps(range(0x2000, 0x2fff)));
-        assert!(table.overlaps(range(0x2000, 0x3000)));
     }
 }

@@ -15,14 +15,17 @@ mod settle;
 
 pub(crate) use attach::AttachPlan;
 pub use domain::DomainStats;
-use endpoint::{Attachment, EndpointRecord};
+pub(crate) use endpoint::Attachment;
+use endpoint::EndpointRecord;
 pub(crate) use map::UnmapPlan;
 pub(crate) use mapping::Mapping;
 
 use crate::addr::IovaRange;
 use crate::error::DomainError;
 use crate::id::{DomainId, EndpointId};
+use crate::options::Options;
 use alloc::vec::Vec;
+use core::sync::atomic::{AtomicUsize, Ordering};
 use domain::DomainRecord;
 use iova::IovaAllocator;
 use mapping::{MappingState, MappingTable};
@@ -31,8 +34,12 @@ use mapping::{MappingState, MappingTable};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DomainKey {
     index: u16,
-    generation: u32,
+    generation: usize,
 }
+
+/// Counts all domains that were ever created, over all IOMMUs, so that a handle of one is never taken for a handle
+/// of another.
+static GENERATIONS: AtomicUsize = AtomicUsize::new(0);
 
 /// What a request does to the records when its answer comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,9 +55,6 @@ pub(crate) enum Op {
         endpoint: EndpointId,
         domain: DomainKey,
     },
-    /// A detach or attach that clears the device of domains of an earlier life: no record is touched.
-    SweepAttach,
-    SweepDetach,
     Map {
         domain: DomainKey,
         range: IovaRange,
@@ -65,7 +69,7 @@ impl Op {
     /// The domain that the request is counted for.
     pub(crate) fn domain(&self) -> Option<DomainKey> {
         match *self {
-            Self::None | Self::Probe | Self::SweepAttach | Self::SweepDetach => None,
+            Self::None | Self::Probe => None,
             Self::Attach { domain, .. } | Self::Detach { domain, .. } => Some(domain),
             Self::Map { domain, .. } | Self::Unmap { domain, .. } => Some(domain),
         }
@@ -92,6 +96,22 @@ pub(crate) struct Limits {
     pub domains: usize,
 }
 
+impl Limits {
+    /// The embedder's choice, cut to what the driver can count and search in bounded time.
+    pub(crate) fn new(options: &Options) -> Self {
+        Self { endpoints: options.max_endpoints.min(1 << 16), domains: options.max_domains.min(MAX_DOMAINS) }
+    }
+
+    /// Ranges of IOVA that may leave a domain's free list: its mappings, its reserved regions, and one granule
+    /// that faults for each endpoint.
+    fn ranges(self, mappings: usize) -> usize {
+        mappings + MAX_RESERVED + self.endpoints
+    }
+}
+
+/// The most domains: finding a free number takes their square in steps at worst.
+const MAX_DOMAINS: usize = 4096;
+
 /// Reserved regions that a domain has room for, over all its endpoints.
 pub(crate) const MAX_RESERVED: usize = 64;
 
@@ -112,7 +132,6 @@ pub(crate) struct Engine {
     /// Sorted by id.
     endpoints: Vec<EndpointRecord>,
     domains: Vec<Option<DomainRecord>>,
-    next_generation: u32,
     next_domain_id: u32,
     /// Numbers that an earlier life of the device still uses.
     retired_ids: Vec<u32>,
@@ -131,8 +150,7 @@ impl Engine {
             limits,
             own_endpoint,
             endpoints: Vec::with_capacity(limits.endpoints),
-            domains: (0..limits.domains.min(usize::from(u16::MAX))).map(|_| None).collect(),
-            next_generation: 0,
+            domains: (0..limits.domains).map(|_| None).collect(),
             next_domain_id: geometry.domain_ids.0,
             retired_ids: Vec::with_capacity(limits.domains),
             bypass_closed: false,
@@ -142,15 +160,19 @@ impl Engine {
     }
 
     /// The parts of a domain's record that need memory, made before the lock is taken.
-    pub(crate) fn prepare_domain(geometry: &Geometry, mappings: usize) -> (MappingTable, IovaAllocator) {
+    pub(crate) fn prepare_domain(
+        geometry: &Geometry,
+        limits: Limits,
+        mappings: usize,
+    ) -> (MappingTable, IovaAllocator) {
         let mappings = MappingTable::new(mappings);
-        let ranges = mappings.capacity() + MAX_RESERVED;
-        (mappings, IovaAllocator::new(geometry.usable, ranges))
+        let ranges = limits.ranges(mappings.capacity());
+        (mappings, IovaAllocator::new(geometry.usable, ranges, MAX_RESERVED))
     }
 
     /// Lists for `capacity` mappings, for [`grow_domain`](Self::grow_domain). Allocates.
-    pub(crate) fn prepare_growth(capacity: usize) -> (Vec<Mapping>, Vec<IovaRange>) {
-        (Vec::with_capacity(capacity), IovaAllocator::spare(capacity + MAX_RESERVED))
+    pub(crate) fn prepare_growth(limits: Limits, capacity: usize) -> (Vec<Mapping>, Vec<IovaRange>) {
+        (Vec::with_capacity(capacity), IovaAllocator::spare(limits.ranges(capacity)))
     }
 
     /// Moves a domain's records into larger lists and returns the old ones, to be dropped outside of the lock.
@@ -176,8 +198,7 @@ impl Engine {
         let id = self.next_id()?;
         let limit = self.limits.domains;
         let (mappings, iova) = parts.take().ok_or(DomainError::TooMany { limit })?;
-        let generation = self.next_generation;
-        self.next_generation = generation.wrapping_add(1);
+        let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
         self.domains[index] = Some(DomainRecord {
             generation,
             id,
@@ -187,6 +208,7 @@ impl Engine {
             iova,
             stats: DomainStats::default(),
             revoked: false,
+            renumbering: false,
             orphaned: false,
         });
         Ok(DomainKey { index: index as u16, generation })
@@ -212,21 +234,6 @@ impl Engine {
             id = next;
         }
         Err(DomainError::IdsExhausted { ids })
-    }
-
-    /// Takes a number out of use that an earlier life of the device still has mappings under, and gives the
-    /// domain, which has no endpoint at the moment, another.
-    pub(crate) fn renumber(&mut self, key: DomainKey) -> Result<(), DomainError> {
-        let Some(old) = self.domain(key).map(|domain| domain.id.get()) else { return Ok(()) };
-        if self.retired_ids.len() == self.retired_ids.capacity() {
-            return Err(DomainError::TooMany { limit: self.limits.domains });
-        }
-        self.retired_ids.push(old);
-        let id = self.next_id()?;
-        if let Some(domain) = self.domain_mut(key) {
-            domain.id = id;
-        }
-        Ok(())
     }
 
     pub(crate) fn domain(&self, key: DomainKey) -> Option<&DomainRecord> {

@@ -1,36 +1,36 @@
 //! What an answer, or its absence, does to the records.
 
-use super::mapping::MappingState;
+use super::mapping::{Mapping, MappingState};
 use super::{Attachment, DomainKey, Engine, Op};
 use crate::addr::IovaRange;
+use crate::error::RequestError;
 use crate::id::EndpointId;
 use crate::queue::{Completion, Outcome};
+use crate::wire::request::Status;
 
 impl Engine {
-    /// Takes note of a request's outcome. `abandoned` when whoever sent it gave up waiting: then nobody is there
-    /// to use what it made.
+    /// Takes note of a request's outcome. A completion is abandoned when whoever sent it gave up waiting: then
+    /// nobody is there to use what it made.
     pub(crate) fn settle(&mut self, completion: &Completion) {
         let Completion { op, outcome, abandoned } = *completion;
         match op {
             Op::None | Op::Probe => {}
-            Op::SweepAttach => self.confirmed.attaches += u64::from(outcome.is_ok()),
-            Op::SweepDetach => self.confirmed.detaches += u64::from(outcome.is_ok()),
             Op::Attach { endpoint, domain } => self.settle_attach(endpoint, domain, outcome),
             Op::Detach { endpoint, domain } => self.settle_detach(endpoint, domain, outcome),
             Op::Map { domain, range } => self.settle_map(domain, range, outcome, abandoned),
-            Op::Unmap { domain, range } => self.settle_unmap(domain, range, outcome),
+            Op::Unmap { domain, range } => self.settle_unmap(domain, range, outcome, abandoned),
         }
     }
 
     /// Takes note that nobody waits for a request's answer any more, which may still come.
     pub(crate) fn lose(&mut self, op: Op) {
         match op {
-            Op::None | Op::Probe | Op::SweepAttach | Op::SweepDetach => {}
+            Op::None | Op::Probe => {}
             Op::Attach { endpoint, domain } | Op::Detach { endpoint, domain } => {
                 self.mark_unknown(endpoint, domain, true);
             }
             Op::Map { domain, range } | Op::Unmap { domain, range } => {
-                self.mark_quarantined(domain, range, true);
+                self.mark(domain, range, MappingState::Quarantined { in_flight: true });
             }
         }
     }
@@ -42,7 +42,7 @@ impl Engine {
                 self.mark_attached(id, key);
             }
             Err(error) if error.outcome_unknown() => self.mark_unknown(id, key, false),
-            Err(_) => self.attach_failed(id, key),
+            Err(_) => self.mark_detached(id, key),
         }
     }
 
@@ -50,16 +50,17 @@ impl Engine {
         match outcome {
             Ok(()) => {
                 self.confirmed.detaches += 1;
-                if let Some(endpoint) = self.endpoint_mut(id) {
-                    endpoint.attachment = Attachment::Detached;
-                }
-                if let Some(domain) = self.domain_mut(key) {
-                    domain.possible -= 1;
-                }
-                self.revoke_if_empty(usize::from(key.index));
+                self.mark_detached(id, key);
             }
             Err(error) if error.outcome_unknown() => self.mark_unknown(id, key, false),
-            Err(_) => self.mark_attached(id, key),
+            // The device said no: the endpoint is where it was, as far as that was known.
+            Err(_) => {
+                let attachment = self.endpoint(id).map(|endpoint| endpoint.attachment);
+                match attachment {
+                    Some(Attachment::Detaching { was_attached: true, .. }) => self.mark_attached(id, key),
+                    _ => self.mark_unknown(id, key, false),
+                }
+            }
         }
     }
 
@@ -72,56 +73,71 @@ impl Engine {
                 domain.stats.mapped_bytes += range.len_bytes().unwrap_or(0);
                 domain.stats.peak_bytes = domain.stats.peak_bytes.max(domain.stats.mapped_bytes);
                 if let Some(record) = domain.mappings.get_mut(range.start()) {
+                    record.counted = true;
                     record.state = match abandoned {
                         false => MappingState::Live,
                         true => MappingState::Quarantined { in_flight: false },
                     };
                 }
             }
-            Err(error) if error.outcome_unknown() => self.mark_quarantined(key, range, false),
+            Err(error) if error.outcome_unknown() => {
+                self.mark(key, range, MappingState::Quarantined { in_flight: false });
+            }
             // The device said no: nothing was mapped.
-            Err(_) => self.let_go(key, range),
+            Err(_) if abandoned => self.let_go(key, range, MappingState::Released),
+            Err(_) => self.let_go(key, range, MappingState::Returned),
         }
     }
 
-    fn settle_unmap(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome) {
-        if outcome.is_err() {
+    fn settle_unmap(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome, abandoned: bool) {
+        let revoked = self.domain(key).is_some_and(|domain| domain.revoked);
+        match outcome {
+            Ok(()) => {
+                self.confirmed.unmaps += 1;
+                if let Some(domain) = self.domain_mut(key) {
+                    domain.stats.unmaps += 1;
+                }
+                self.let_go(key, range, MappingState::Released);
+            }
+            // The domain died meanwhile, and its mappings with it.
+            Err(_) if revoked => self.let_go(key, range, MappingState::Released),
+            Err(RequestError::Refused(Status::Range)) if !abandoned && !self.is_one(key, range) => {
+                self.mark(key, range, MappingState::Apart);
+            }
             // Whatever the reason: it counts as mapped.
-            return self.mark_quarantined(key, range, false);
+            Err(_) => self.mark(key, range, MappingState::Quarantined { in_flight: false }),
         }
-        self.confirmed.unmaps += 1;
-        if let Some(domain) = self.domain_mut(key) {
-            domain.stats.unmaps += 1;
-            let len = range.len_bytes().unwrap_or(0);
-            domain.stats.mapped_bytes = domain.stats.mapped_bytes.saturating_sub(len);
-        }
-        self.let_go(key, range);
+    }
+
+    fn is_one(&self, key: DomainKey, range: IovaRange) -> bool {
+        let record = self.domain(key).and_then(|domain| domain.mappings.get(range.start()));
+        record.is_some_and(|record| record.range == range)
     }
 
     /// The device cannot reach the memory of these records any more. Those that hold none go; the others wait
-    /// for someone to take it.
-    pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange) {
+    /// in state `waiting`.
+    pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange, waiting: MappingState) {
+        let Some(domain) = self.domain_mut(key) else { return };
+        let (iova, stats) = (&mut domain.iova, &mut domain.stats);
         let mut released = 0;
-        if let Some(domain) = self.domain_mut(key) {
-            let iova = &mut domain.iova;
-            domain.mappings.retain_in(range, |record| {
-                if record.held.is_some() {
-                    released += usize::from(record.state != MappingState::Released);
-                    record.state = MappingState::Released;
-                    return true;
-                }
-                iova.release(record.range);
-                false
-            });
-            domain.revoked &= !domain.mappings.is_empty();
-        }
+        domain.mappings.retain_in(range, |record| {
+            uncount(record, &mut stats.mapped_bytes);
+            if record.held.is_some() {
+                record.state = waiting;
+                released += usize::from(waiting == MappingState::Released);
+                return true;
+            }
+            iova.release(record.range, 1);
+            false
+        });
+        domain.revoked &= !domain.mappings.is_empty();
         self.released += released;
     }
 
-    fn mark_quarantined(&mut self, key: DomainKey, range: IovaRange, in_flight: bool) {
+    fn mark(&mut self, key: DomainKey, range: IovaRange, state: MappingState) {
         if let Some(domain) = self.domain_mut(key) {
             domain.mappings.retain_in(range, |record| {
-                record.state = MappingState::Quarantined { in_flight };
+                record.state = state;
                 true
             });
         }
@@ -133,6 +149,25 @@ impl Engine {
         }
     }
 
+    fn mark_attached(&mut self, id: EndpointId, key: DomainKey) {
+        if let Some(endpoint) = self.endpoint_mut(id) {
+            endpoint.attachment = Attachment::Attached(key);
+        }
+        if let Some(domain) = self.domain_mut(key) {
+            domain.attached += 1;
+        }
+    }
+
+    fn mark_detached(&mut self, id: EndpointId, key: DomainKey) {
+        if let Some(endpoint) = self.endpoint_mut(id) {
+            endpoint.attachment = Attachment::Detached;
+        }
+        if let Some(domain) = self.domain_mut(key) {
+            domain.possible -= 1;
+        }
+        self.revoke_if_empty(usize::from(key.index));
+    }
+
     /// A domain without endpoints is dead, and its mappings with it, if nothing bypasses (I1). Live mappings
     /// stay recorded until their owners unmap them; what was in quarantine is free.
     pub(super) fn revoke_if_empty(&mut self, index: usize) {
@@ -141,10 +176,10 @@ impl Engine {
         if !closed || domain.possible > 0 || domain.mappings.is_empty() {
             return;
         }
-        domain.stats.mapped_bytes = 0;
-        let iova = &mut domain.iova;
+        let (iova, stats) = (&mut domain.iova, &mut domain.stats);
         let mut released = 0;
         domain.mappings.retain_all(|record| {
+            uncount(record, &mut stats.mapped_bytes);
             if record.state != (MappingState::Quarantined { in_flight: false }) {
                 return true;
             }
@@ -153,10 +188,16 @@ impl Engine {
                 released += 1;
                 return true;
             }
-            iova.release(record.range);
+            iova.release(record.range, 1);
             false
         });
         domain.revoked = !domain.mappings.is_empty();
         self.released += released;
+    }
+}
+
+fn uncount(record: &mut Mapping, mapped_bytes: &mut u64) {
+    if core::mem::take(&mut record.counted) {
+        *mapped_bytes -= record.range.len_bytes().unwrap_or(0);
     }
 }

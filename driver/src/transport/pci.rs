@@ -51,8 +51,6 @@ pub enum CapabilityError {
     Endless,
     /// A structure that every modern device has is missing: its `cfg_type`.
     Missing(u8),
-    /// A structure lies in a BAR that does not exist.
-    BadBar(u8),
 }
 
 impl fmt::Display for CapabilityError {
@@ -62,7 +60,6 @@ impl fmt::Display for CapabilityError {
             Self::Missing(kind) => {
                 write!(f, "virtio capability {kind} is missing: not a modern virtio device")
             }
-            Self::BadBar(bar) => write!(f, "a virtio structure lies in BAR {bar}, which cannot be"),
         }
     }
 }
@@ -105,17 +102,15 @@ impl VirtioCapabilities {
             if id == VENDOR_SPECIFIC && at16 + 16 <= 0x100 {
                 let structure =
                     Structure { bar: read(at16 + 4) as u8, offset: read(at16 + 8), len: read(at16 + 12) };
-                let bar_checked = || match structure.bar {
-                    0..=5 => Ok(structure),
-                    bad => Err(CapabilityError::BadBar(bad)),
-                };
                 match kind {
-                    CFG_COMMON if common.is_none() => common = Some(bar_checked()?),
+                    // Reserved BAR numbers are for later versions: such a structure is to be passed over.
+                    _ if structure.bar > 5 => {}
+                    CFG_COMMON if common.is_none() => common = Some(structure),
                     CFG_NOTIFY if notify.is_none() && len >= 20 && at16 + 20 <= 0x100 => {
-                        notify = Some((bar_checked()?, read(at16 + 16)));
+                        notify = Some((structure, read(at16 + 16)));
                     }
-                    CFG_ISR if isr.is_none() => isr = Some(bar_checked()?),
-                    CFG_DEVICE if device.is_none() => device = Some(bar_checked()?),
+                    CFG_ISR if isr.is_none() => isr = Some(structure),
+                    CFG_DEVICE if device.is_none() => device = Some(structure),
                     _ => {}
                 }
             }
@@ -232,6 +227,8 @@ impl Common {
 }
 
 /// A modern virtio-iommu on PCI.
+///
+/// It routes no MSI-X vector: the device interrupts by its line. MSI-X of the function must stay disabled.
 pub struct PciTransport {
     common: Common,
     notify: Region,
@@ -424,7 +421,7 @@ mod tests {
         assert_eq!(read(&words), Err(CapabilityError::Missing(2)));
         assert_eq!(read(&[0; 64]), Err(CapabilityError::Missing(2)));
         let bad = space(&[(0, [vendor(1, 16), 7, 0, 0x1000, 0])]);
-        assert_eq!(read(&bad), Err(CapabilityError::BadBar(7)));
+        assert_eq!(read(&bad), Err(CapabilityError::Missing(2)), "a reserved BAR is passed over");
     }
 
     #[test]

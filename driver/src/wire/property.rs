@@ -35,7 +35,6 @@ pub(crate) enum Property {
 }
 
 const HEADER_LEN: usize = 4;
-const TYPE_MASK: u16 = 0x0fff;
 const TYPE_RESV_MEM: u16 = 1;
 /// The value of RESV_MEM: subtype, three reserved bytes, first address, last address.
 const RESV_MEM_LEN: usize = 20;
@@ -61,7 +60,7 @@ impl Iterator for Properties<'_> {
         let (header, rest) = self.area.split_first_chunk::<HEADER_LEN>()?;
         let kind = u16::from_le_bytes([header[0], header[1]]);
         let len = usize::from(u16::from_le_bytes([header[2], header[3]]));
-        if kind & TYPE_MASK == 0 {
+        if kind == 0 {
             self.area = &[];
             return None;
         }
@@ -164,6 +163,13 @@ mod tests {
         area.extend(MSI);
         assert_eq!(parse(&area), [Property::Malformed, Property::Malformed, msi()]);
         assert_eq!(parse(&[1, 0, 0xff, 0xff, 0]), [Property::Malformed]);
+    }
+
+    #[test]
+    fn type_zero_with_reserved_bits_is_no_end() {
+        let mut area = vec![0x00, 0x10, 0, 0];
+        area.extend(MSI);
+        assert_eq!(parse(&area), [Property::Ignored, msi()]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use virtio_drivers::device::rng::VirtIORng;
 use virtio_drivers::transport::DeviceType;
 use virtio_drivers::transport::pci::bus::PciRoot;
 use virtio_drivers::transport::pci::{PciTransport, VirtioPciError};
-use virtio_iommu::bridge::virtio_drivers::{IommuHal, PlatformTransport};
+use virtio_iommu::bridge::virtio_drivers::{IommuHal, PlatformTransport, Slot};
 use virtio_iommu::dma_slot;
 
 use crate::machine::Machine;
@@ -76,10 +76,10 @@ impl From<virtio_drivers::Error> for VirtioError {
     }
 }
 
-type Wrapped = PlatformTransport<PciTransport>;
+type Wrapped<S> = PlatformTransport<PciTransport, S>;
 
 /// The transport of a function, with ACCESS_PLATFORM. Turns its memory decoding on; bus mastering stays.
-fn transport(machine: &Machine, function: &Function) -> Result<Wrapped, VirtioError> {
+fn transport<S: Slot>(machine: &Machine, function: &Function) -> Result<Wrapped<S>, VirtioError> {
     machine.pci.set_memory_decode(function.address, MemoryDecode::On);
     let access = SegmentAccess::new(machine.pci.config(), function.address.segment());
     let mut root = PciRoot::new(access);
@@ -89,7 +89,7 @@ fn transport(machine: &Machine, function: &Function) -> Result<Wrapped, VirtioEr
 
 /// A disk. Requests have a deadline.
 pub struct Disk {
-    driver: VirtIOBlk<IommuHal<KernelHal, DiskSlot>, Wrapped>,
+    driver: VirtIOBlk<IommuHal<KernelHal, DiskSlot>, Wrapped<DiskSlot>>,
 }
 
 /// Bytes of one request: what the bounce pages take several of.
@@ -167,7 +167,7 @@ fn check(sector: usize, status: RespStatus) -> Result<(), VirtioError> {
 
 /// A source of entropy. Its waits have no bound of their own: the harness's deadline is the bound.
 pub struct Entropy {
-    driver: VirtIORng<IommuHal<KernelHal, EntropySlot>, Wrapped>,
+    driver: VirtIORng<IommuHal<KernelHal, EntropySlot>, Wrapped<EntropySlot>>,
 }
 
 impl Entropy {

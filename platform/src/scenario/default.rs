@@ -116,7 +116,7 @@ fn disk(machine: &Machine, iommu: &Iommu, info: &BootInfo, report: &mut Report) 
     let expected = word(info, "disk.sha256")?;
     let function = find(machine, VENDOR, BLOCK, "disk")?;
     let Opened { id, domain, endpoint } = setup::open(iommu, function, DISK_BOUNCE_BYTES).map_err(text)?;
-    DiskSlot::fill(endpoint);
+    DiskSlot::fill(endpoint).map_err(|_| String::from("its slot is filled already"))?;
     let mut disk = Disk::new(machine, function).map_err(text)?;
     machine.pci.set_bus_master(function.address, BusMaster::On);
     report.check("disk.attached", true, format_args!("{} sectors, {domain:?}", disk.sectors()));
@@ -144,7 +144,7 @@ fn disk(machine: &Machine, iommu: &Iommu, info: &BootInfo, report: &mut Report) 
 fn entropy(machine: &Machine, iommu: &Iommu, report: &mut Report) -> Result<Worker, String> {
     let function = find(machine, VENDOR, ENTROPY, "entropy source")?;
     let Opened { id, domain, endpoint } = setup::open(iommu, function, ENTROPY_BOUNCE_BYTES).map_err(text)?;
-    EntropySlot::fill(endpoint);
+    EntropySlot::fill(endpoint).map_err(|_| String::from("its slot is filled already"))?;
     let mut source = Entropy::new(machine, function).map_err(text)?;
     machine.pci.set_bus_master(function.address, BusMaster::On);
     report.check("entropy.attached", true, format_args!("{domain:?}"));
