@@ -79,6 +79,10 @@ pub(crate) struct Shared<P: Platform> {
     pub interrupted: AtomicBool,
 }
 
+/// Polls without an answer after which the doorbell is rung once more: whoever took it upon himself may have been
+/// interrupted, by the very code that waits, just before he rang.
+const IMPATIENT_POLLS: u64 = 4096;
+
 /// Whether an operation took a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Sent {
@@ -166,6 +170,10 @@ impl<P: Platform> Shared<P> {
             }
             if deadline.passed(&self.platform, &self.options) {
                 break;
+            }
+            if deadline.polls == IMPATIENT_POLLS.min(self.options.max_polls / 2) {
+                self.doorbell.store(true, Ordering::Release);
+                self.ring();
             }
             self.platform.relax();
         }

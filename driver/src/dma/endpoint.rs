@@ -128,7 +128,8 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     fn alloc_coherent(&self, len: usize) -> Result<CoherentMemory, DmaError> {
         let no_memory = DmaError::NoMemory { len };
         let granule = usize::try_from(self.granule()).map_err(|_| no_memory)?;
-        let len = len.max(1).checked_next_multiple_of(granule).ok_or(no_memory)?;
+        // At least two bytes, since no MAP can say one.
+        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
         let memory = self.viommu.shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
         let held = HeldMemory::from_platform(memory, granule);
         match self.adopt(held, Direction::Both) {

@@ -1,0 +1,387 @@
+//! Sequences that once went wrong, most of them between two CPUs, or between a CPU and its interrupt handler.
+
+use std::sync::{Arc, Mutex};
+
+use virtio_iommu::transport::{DeviceStatus, InterruptCause, QueueAddresses, Transport, TransportError};
+use virtio_iommu::{
+    AttachError, Direction, DmaDevice, DomainOptions, EndpointOptions, Introduction, Iova, MapError,
+    PhysSegment, Prot, RequestError, Status, UnmapError, Viommu,
+};
+use virtio_iommu_model::{Config, Execute, Inject, Release};
+
+use crate::support::{
+    ANYWHERE, Broken, EP, EP2, Machine, PAGE, RW, TestPlatform, heap_uses, take_broken,
+};
+
+/// When the other code runs, seen from the request queue's doorbell.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    /// An interrupt handler, just before the store.
+    Before,
+    /// Another CPU, after the device answered and before the waiter looks.
+    After,
+}
+
+type Work = Box<dyn FnOnce() + Send>;
+
+/// A transport that lets other code run around one doorbell.
+struct Interposed {
+    inner: Box<dyn Transport>,
+    when: When,
+    work: Meanwhile,
+}
+
+/// What runs at the next doorbell of the request queue.
+#[derive(Clone, Default)]
+struct Meanwhile(Arc<Mutex<Option<Work>>>);
+
+impl Meanwhile {
+    fn run_next(&self, work: impl FnOnce() + Send + 'static) {
+        *self.0.lock().unwrap() = Some(Box::new(work));
+    }
+
+    fn run(&self) {
+        let work = self.0.lock().unwrap().take();
+        if let Some(work) = work {
+            work();
+        }
+    }
+}
+
+impl Transport for Interposed {
+    fn device_features(&self) -> u64 {
+        self.inner.device_features()
+    }
+
+    fn set_driver_features(&self, features: u64) {
+        self.inner.set_driver_features(features);
+    }
+
+    fn status(&self) -> DeviceStatus {
+        self.inner.status()
+    }
+
+    fn set_status(&self, status: DeviceStatus) {
+        self.inner.set_status(status);
+    }
+
+    fn config_generation(&self) -> u32 {
+        self.inner.config_generation()
+    }
+
+    fn read_config_u8(&self, offset: usize) -> Result<u8, TransportError> {
+        self.inner.read_config_u8(offset)
+    }
+
+    fn read_config_u32(&self, offset: usize) -> Result<u32, TransportError> {
+        self.inner.read_config_u32(offset)
+    }
+
+    fn write_config_u8(&self, offset: usize, value: u8) -> Result<(), TransportError> {
+        self.inner.write_config_u8(offset, value)
+    }
+
+    fn max_queue_size(&self, queue: u16) -> u16 {
+        self.inner.max_queue_size(queue)
+    }
+
+    fn enable_queue(&self, queue: u16, size: u16, addresses: QueueAddresses) -> Result<(), TransportError> {
+        self.inner.enable_queue(queue, size, addresses)
+    }
+
+    fn notify(&self, queue: u16) {
+        if queue == 0 && self.when == When::Before {
+            self.work.run();
+        }
+        self.inner.notify(queue);
+        if queue == 0 && self.when == When::After {
+            self.work.run();
+        }
+    }
+
+    fn acknowledge_interrupt(&self) -> InterruptCause {
+        self.inner.acknowledge_interrupt()
+    }
+}
+
+fn interposed(when: When) -> (Machine, Viommu<TestPlatform>, Meanwhile) {
+    let machine = Machine::new(Config::default());
+    let work = Meanwhile::default();
+    let transport = Interposed { inner: Box::new(machine.transport()), when, work: work.clone() };
+    let staged = Viommu::start(transport, machine.platform(), Machine::options()).unwrap();
+    staged.introduce(EP).unwrap();
+    (machine, staged.go_live().unwrap(), work)
+}
+
+/// Fails when mappings do not carry their domain: the other endpoint's bounce pages, at the same address, are freed.
+#[test]
+fn an_endpoint_cannot_free_what_another_has_at_the_same_address() {
+    let (machine, viommu) = Machine::live(Config::default());
+    let domain = || viommu.create_domain(DomainOptions::default()).unwrap();
+    let mine = viommu.open(EP, &domain(), EndpointOptions::default()).unwrap();
+    let bounce = EndpointOptions { bounce_bytes: 0x4000, ..EndpointOptions::default() };
+    let other = viommu.open(EP2, &domain(), bounce).unwrap();
+    let memory = mine.alloc_coherent(0x4000).unwrap();
+    let (iova, before) = (memory.iova(), machine.outstanding());
+    assert_eq!(other.free_coherent(memory), Err(UnmapError::NotMapped(iova)));
+    assert_eq!(machine.outstanding(), before);
+    assert!(machine.reaches(EP2, iova.get()), "the other's bounce pages are as they were");
+}
+
+/// Fails when the error of the first failed MAP hides that the roll-back failed too.
+#[test]
+fn a_list_that_cannot_be_rolled_back_says_so() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+    let list = [(); 2].map(|()| PhysSegment { phys: machine.memory(PAGE).phys, len: PAGE as usize });
+    let map = || {
+        let mut iovas = [Iova::new(0); 2];
+        // SAFETY: the test's own memory, which is never reused.
+        unsafe { endpoint.map_scatter(&list, Direction::Both, &mut iovas) }.map(|_| ()).unwrap_err()
+    };
+
+    machine.inject([Inject::Pass, Inject::Refuse(8), Inject::Refuse(3)]);
+    let error = map();
+    assert!(error.to_string().contains("may be mapped"), "{error}");
+    assert_eq!(viommu.stats().quarantined_mappings, 1);
+    assert_eq!(viommu.reclaim(), 1);
+
+    // The first is refused, and the second is never answered: that it timed out must not be lost.
+    machine.inject([Inject::Refuse(8), Inject::Hold(Execute::Now)]);
+    let error = map();
+    assert!(error.to_string().contains("may be mapped"), "{error}");
+    assert_eq!(viommu.stats().quarantined_mappings, 1);
+    machine.release(Release::All);
+    viommu.poll();
+    assert_eq!((viommu.reclaim(), viommu.stats().quarantined_mappings), (1, 0));
+}
+
+/// Fails when memory of a refused MAP is anybody's: another CPU's poll gives it back, and the retry maps it.
+#[test]
+fn memory_lent_for_a_refused_map_goes_to_its_lender() {
+    let (machine, viommu, work) = interposed(When::After);
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+    machine.inject([Inject::Refuse(4)]);
+    let other_cpu = viommu.clone();
+    work.run_next(move || {
+        other_cpu.poll();
+    });
+    let (held, phys) = machine.lend(PAGE);
+    let mapping = endpoint.adopt(held, Direction::Both).unwrap();
+    assert!(!machine.is_lent_back(phys), "mapped, so not back");
+    assert!(machine.reaches(EP, mapping.iova().get()));
+    endpoint.unmap(mapping).unwrap();
+    assert!(machine.is_lent_back(phys));
+}
+
+/// Fails when `reclaim` may take a mapping that a waiter is still unmapping, and the waiter overlooks it.
+#[test]
+fn unmap_is_not_done_while_another_cpu_has_a_part_of_it() {
+    let (machine, viommu, work) = interposed(When::After);
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    viommu.attach(EP, &domain).unwrap();
+    let start = Iova::new(0x1_0000);
+    for page in 0..2 {
+        let iova = Iova::new(start.get() + page * PAGE);
+        // SAFETY: the test's own memory, which is never reused.
+        unsafe { domain.map_at(iova, machine.memory(PAGE).phys, PAGE, RW) }.unwrap();
+    }
+    machine.inject([Inject::Refuse(5), Inject::Pass, Inject::Hold(Execute::AtRelease)]);
+    let (again, other_cpu) = (work.clone(), viommu.clone());
+    // At the second doorbell, after the first page was unmapped by itself.
+    work.run_next(move || {
+        again.run_next(move || {
+            other_cpu.reclaim();
+        });
+    });
+    // SAFETY: mapped just above.
+    let result = unsafe { domain.unmap(start, 2 * PAGE) };
+    assert!(matches!(result, Err(UnmapError::Request { error: RequestError::TimedOut, .. })), "{result:?}");
+    assert!(machine.reaches(EP, start.get() + PAGE), "the device did not do it yet");
+    machine.release(Release::All);
+    viommu.poll();
+    assert!(!machine.reaches(EP, start.get() + PAGE));
+    assert_eq!(viommu.stats().quarantined_mappings, 0);
+}
+
+/// Fails when only the submitter whose publication crossed the device's index rings: the handler waits in vain.
+#[test]
+fn a_handler_that_interrupts_a_submitter_before_its_doorbell_is_served() {
+    let (machine, viommu, work) = interposed(When::Before);
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    viommu.attach(EP, &domain).unwrap();
+    let (outer, inner) = (machine.memory(PAGE).phys, machine.memory(PAGE).phys);
+    let result = Arc::new(Mutex::new(None));
+    let (handlers_domain, handlers_result) = (domain.clone(), Arc::clone(&result));
+    work.run_next(move || {
+        // SAFETY: the test's own memory, which is never reused.
+        let mapped = unsafe { handlers_domain.map(inner, PAGE, RW, ANYWHERE) };
+        *handlers_result.lock().unwrap() = Some(mapped);
+    });
+    // SAFETY: as above.
+    let mapped = unsafe { domain.map(outer, PAGE, RW, ANYWHERE) };
+    assert!(mapped.is_ok(), "{mapped:?}");
+    let handlers = result.lock().unwrap().take();
+    assert!(matches!(handlers, Some(Ok(_))), "{handlers:?}");
+    drop(machine);
+}
+
+/// Fails when dropping the view gives the address back that must always fault.
+#[test]
+fn the_faulting_address_outlives_a_view_that_was_dropped() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+    let faulting = endpoint.faulting_iova();
+    drop(endpoint);
+    // SAFETY: the test's own memory, which is never reused.
+    let mapped = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) }.unwrap();
+    assert_ne!(mapped, faulting);
+    assert!(!machine.reaches(EP, faulting.get()));
+}
+
+/// Fails when a failed `open` detaches whatever was attached.
+#[test]
+fn a_second_view_that_cannot_be_had_leaves_the_first_alone() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let first = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+    machine.limit_allocations(0);
+    let bounce = EndpointOptions { bounce_bytes: 4096, ..EndpointOptions::default() };
+    assert!(viommu.open(EP, &domain, bounce).is_err());
+    assert_eq!(machine.device().domain_of(EP.get()), Some(domain.id().get()));
+    drop(first);
+}
+
+/// Fails when an emptied domain takes endpoints although its records tell of mappings that are gone.
+#[test]
+fn a_domain_that_lost_its_mappings_takes_no_endpoint() {
+    let machine = Machine::new(Config::default());
+    let staged = machine.start().unwrap();
+    staged.introduce(EP).unwrap();
+    let domain = staged.create_domain(DomainOptions::default()).unwrap();
+    staged.attach(EP, &domain).unwrap();
+    // SAFETY: the test's own memory, which is never reused.
+    unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) }.unwrap();
+    staged.detach(EP).unwrap();
+    assert_eq!(staged.attach(EP, &domain), Err(AttachError::DeadDomain));
+}
+
+/// Fails when a refused DETACH counts as proof that the endpoint was attached.
+#[test]
+fn an_endpoint_of_unknown_state_is_not_attached_by_a_refusal() {
+    let machine = Machine::new(Config::default());
+    let viommu = machine.bring_up();
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    machine.inject([Inject::UsedLen(0)]);
+    assert!(viommu.attach(EP, &domain).is_err());
+    machine.inject([Inject::Refuse(6)]);
+    assert!(viommu.detach(EP).is_err());
+    assert_eq!(viommu.attach(EP, &domain), Err(AttachError::Busy(EP)));
+}
+
+/// Fails when an endpoint that the device cannot detach stays in the driver's scratch domain.
+#[test]
+fn a_device_that_cannot_detach_can_still_be_used() {
+    let machine = Machine::new(Config::crosvm());
+    let staged = machine.start().unwrap();
+    assert_eq!(staged.introduce(EP), Ok(Introduction::CannotDetach));
+    let viommu = staged.go_live().unwrap();
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    viommu.attach(EP, &domain).unwrap();
+    assert_eq!(machine.device().domain_of(EP.get()), Some(domain.id().get()));
+    let memory = machine.memory(PAGE);
+    // SAFETY: the test's own memory, which is never reused.
+    let iova = unsafe { domain.map(memory.phys, PAGE, RW, ANYWHERE) }.unwrap();
+    assert!(machine.reaches(EP, iova.get()));
+    let another = viommu.create_domain(DomainOptions::default()).unwrap();
+    assert_eq!(viommu.attach(EP, &another), Err(AttachError::Busy(EP)));
+    assert_ne!(another.id(), domain.id());
+}
+
+/// Fails when one refused ATTACH of the sweep ends the bring-up.
+#[test]
+fn an_endpoint_that_is_refused_is_reported_and_the_next_number_is_tried() {
+    let machine = Machine::new(Config::default());
+    let staged = machine.start().unwrap();
+    machine.inject([Inject::Pass, Inject::Refuse(4)]);
+    assert_eq!(staged.introduce(EP), Ok(Introduction::Known));
+    machine.inject([Inject::Pass, Inject::Refuse(2), Inject::Refuse(2)]);
+    assert_eq!(staged.introduce(EP2), Ok(Introduction::Refused(Status::Unsupp)));
+}
+
+/// Fails when taking another number uses the heap.
+#[test]
+fn mapping_uses_no_heap_even_when_the_domain_gets_another_number() {
+    let (machine, _viommu, domain) = Machine::attached(Config::default());
+    let memory = machine.memory(PAGE);
+    let before = domain.id();
+    machine.inject([Inject::Refuse(4)]);
+    // SAFETY: the test's own memory, which is never reused.
+    let (mapped, uses) = heap_uses(|| unsafe { domain.map(memory.phys, PAGE, RW, ANYWHERE) });
+    assert!(mapped.is_ok());
+    assert_ne!(domain.id(), before);
+    assert_eq!(uses, 0);
+}
+
+/// Fails when ranges that leave without a record are not counted.
+#[test]
+fn many_views_do_not_make_the_free_list_grow_under_the_lock() {
+    let (_machine, viommu, domain) = Machine::attached(Config::default());
+    let mut views: Vec<_> = (0..200).map(|_| viommu.open(EP, &domain, EndpointOptions::default()).ok()).collect();
+    for view in views.iter_mut().step_by(2) {
+        drop(view.take());
+    }
+    assert_eq!(take_broken(), Broken::NONE);
+}
+
+/// Fails when a broken ring is waited for.
+#[test]
+fn a_broken_ring_is_an_error_at_once() {
+    let (machine, _viommu, domain) = Machine::attached(Config::default());
+    let phys = machine.memory(PAGE).phys;
+    machine.inject([Inject::UsedJump(300)]);
+    // SAFETY: the test's own memory, which is never reused.
+    let map = || unsafe { domain.map(phys, PAGE, RW, ANYWHERE) };
+    assert!(matches!(map(), Err(MapError::Quarantined { error: RequestError::RingBroken { .. }, .. })));
+    let polls = machine.relaxed();
+    assert!(matches!(map(), Err(MapError::Request { error: RequestError::RingBroken { .. }, .. })));
+    assert_eq!(machine.relaxed(), polls);
+}
+
+/// Fails when bits that do not exist are sent (D-17).
+#[test]
+fn permission_bits_that_do_not_exist_are_refused() {
+    let (machine, _viommu, domain) = Machine::attached(Config::default());
+    let phys = machine.memory(PAGE).phys;
+    let odd = Prot::from_bits_retain(0x81);
+    // SAFETY: nothing is mapped.
+    let (result, requests, _) = machine.traffic(|| unsafe { domain.map(phys, PAGE, odd, ANYWHERE) });
+    assert_eq!((result, requests), (Err(MapError::UnknownFlags(0x81)), 0));
+}
+
+/// Fails when bytes of a MAP of unknown outcome are subtracted without having been added.
+#[test]
+fn mapped_bytes_are_those_of_confirmed_mappings() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let [first, second] = [(); 2].map(|()| machine.memory(PAGE).phys);
+    // SAFETY: the test's own memory, which is never reused.
+    unsafe { domain.map(first, PAGE, RW, ANYWHERE) }.unwrap();
+    machine.inject([Inject::UsedLen(0)]);
+    // SAFETY: as above.
+    assert!(unsafe { domain.map(second, PAGE, RW, ANYWHERE) }.is_err());
+    assert_eq!(viommu.reclaim(), 1);
+    assert_eq!(domain.stats().mapped_bytes, PAGE);
+}
+
+/// Fails when the endpoint is detached before its pages are unmapped while the bypass is open.
+#[test]
+fn closing_before_the_bypass_is_closed_leaves_nothing() {
+    let machine = Machine::new(Config::default());
+    let staged = machine.start().unwrap();
+    staged.introduce(EP).unwrap();
+    let domain = staged.create_domain(DomainOptions::default()).unwrap();
+    let bounce = EndpointOptions { bounce_bytes: 4096, ..EndpointOptions::default() };
+    let before = machine.outstanding();
+    staged.open(EP, &domain, bounce).unwrap().close().unwrap();
+    assert_eq!((staged.stats().quarantined_mappings, machine.outstanding()), (0, before));
+}
