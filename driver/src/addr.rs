@@ -71,6 +71,9 @@ pub struct IovaRange {
 }
 
 impl IovaRange {
+    /// The whole 64-bit space.
+    pub const WHOLE: Self = Self { start: 0, last: u64::MAX };
+
     /// The range `start..=last`, or `None` where `last` lies before `start`.
     #[inline]
     pub const fn new(start: Iova, last: Iova) -> Option<Self> {

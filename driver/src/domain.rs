@@ -327,7 +327,7 @@ impl<P: Platform> Domain<P> {
             let joined = shared.attach(endpoint, key).map_err(|error| log::error!("{error}"));
             done &= joined.is_ok();
         }
-        self.with(|engine| engine.end_renumber(key));
+        self.with(|engine| engine.end_transition(key));
         done
     }
 }
@@ -363,7 +363,7 @@ fn unmap<P: Platform>(
     // In a dead domain it takes no request, so no slot.
     let dead = {
         let mut state = shared.state.lock();
-        state.engine.is_revoked(key).then(|| plan(&mut state))
+        state.engine.is_gone(key, range).then(|| plan(&mut state))
     };
     let begun = match dead {
         Some(done) => Ok(done),

@@ -230,8 +230,19 @@ pub enum AttachError {
         /// The endpoint.
         endpoint: EndpointId,
     },
-    /// The domain lost its endpoints while it had mappings, which have to be unmapped first.
+    /// The domain lost its endpoints while it had mappings, and it is not known that the device forgot them, or it
+    /// owes an answer about one: they have to be unmapped, or answered, first.
     DeadDomain,
+    /// The domain had mappings before it lost its last endpoint, and one of them could not be mapped again. The
+    /// endpoint was detached.
+    Replay {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// The mapping.
+        range: IovaRange,
+        /// What came of its MAP request.
+        error: RequestError,
+    },
     /// The device cannot detach the endpoint from where it is, so that it needs a domain of its own, which has
     /// neither endpoints nor mappings yet.
     Parked(EndpointId),
@@ -257,6 +268,9 @@ impl fmt::Display for AttachError {
                 write!(f, "no room in the domain for the reserved regions of endpoint {endpoint}")
             }
             Self::DeadDomain => f.write_str("the domain lost its endpoints while it had mappings"),
+            Self::Replay { endpoint, range, error } => {
+                write!(f, "endpoint {endpoint}: mapping {range} again: {error}")
+            }
             Self::Parked(endpoint) => {
                 write!(f, "the device cannot move endpoint {endpoint}: it needs an empty domain of its own")
             }

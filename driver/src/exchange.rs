@@ -1,5 +1,6 @@
 //! Sending requests and waiting for their answers, with the lock held only in between.
 
+use crate::addr::IovaRange;
 use crate::barrier;
 use crate::dma::{HeldMemory, Release};
 use crate::engine::{AttachPlan, Attachment, DomainKey, Engine, Op};
@@ -212,14 +213,17 @@ impl<P: Platform> Shared<P> {
         result
     }
 
+    /// Whether the device confirmed that the endpoint is in this domain.
+    pub(crate) fn is_attached(&self, endpoint: EndpointId, key: DomainKey) -> bool {
+        let state = self.state.lock();
+        let record = state.engine.endpoint(endpoint);
+        record.is_some_and(|record| record.attachment == Attachment::Attached(key))
+    }
+
     /// Attaches an endpoint that is known. Says whether that took a request.
     pub(crate) fn attach(&self, endpoint: EndpointId, key: DomainKey) -> Result<Sent, AttachError> {
         let failed = |error| AttachError::Request { endpoint, error };
-        let attached = |state: &State| {
-            let record = state.engine.endpoint(endpoint);
-            record.is_some_and(|record| record.attachment == Attachment::Attached(key))
-        };
-        if attached(&self.state.lock()) {
+        if self.is_attached(endpoint, key) {
             return Ok(Sent::Nothing);
         }
         let begun = self.with_slot(false, |state| {
@@ -229,7 +233,48 @@ impl<P: Platform> Shared<P> {
             })
         });
         let Some(batch) = begun.map_err(failed)?? else { return Ok(Sent::Nothing) };
-        self.finish(batch).map_err(failed).map(|()| Sent::Request)
+        self.finish(batch).map_err(failed)?;
+        if self.state.lock().engine.begin_replay(key) {
+            let replayed = self.replay(key);
+            self.state.lock().engine.end_transition(key);
+            if let Err((range, error)) = replayed {
+                if let Err(error) = self.detach(endpoint) {
+                    log::error!("endpoint {endpoint} stays attached: {error}");
+                }
+                return Err(AttachError::Replay { endpoint, range, error });
+            }
+        }
+        Ok(Sent::Request)
+    }
+
+    /// Maps again what a domain lost when it died: one request each, one doorbell for as many as the ring takes.
+    fn replay(&self, key: DomainKey) -> Result<(), (IovaRange, RequestError)> {
+        let everything = IovaRange::WHOLE;
+        let mut done = None;
+        loop {
+            let batch = self.with_slot(false, |state| {
+                let mut batch = Batch::default();
+                while state.requests.can_submit(false) {
+                    let Some((request, op, start)) = state.engine.next_replay(key, done) else { break };
+                    state.submit(&request, op, &mut batch);
+                    done = Some(start);
+                }
+                state.publish(Some(key), &self.doorbell);
+                batch
+            });
+            let batch = batch.map_err(|error| (everything, error))?;
+            if batch.is_empty() {
+                return Ok(());
+            }
+            self.ring();
+            let mut result = Ok(());
+            self.wait(batch, |_, op, outcome| {
+                if let (Op::Replay { range, .. }, Err(error), Ok(())) = (op, outcome, result) {
+                    result = Err((range, error));
+                }
+            });
+            result?;
+        }
     }
 
     pub(crate) fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {

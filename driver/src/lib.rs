@@ -94,7 +94,7 @@ pub use options::{DomainOptions, EndpointOptions, Options};
 pub use platform::{DmaMemory, Platform};
 pub use prot::{Direction, Prot};
 pub use start::{Introduction, Staged, Unattached};
-pub use viommu::{Interrupt, OpenError, Stats, Viommu};
+pub use viommu::{Interrupt, MoveError, OpenError, Stats, Viommu};
 pub use wire::fault::{Fault, FaultAccess, FaultReason};
 pub use wire::feature::Features;
 pub use wire::property::{ReservedKind, ReservedRegion};

@@ -157,7 +157,7 @@ impl<P: Platform> Viommu<P> {
     /// Attaches an endpoint to a domain. [`open`](Self::open) does, and gives the view that a device driver wants.
     ///
     /// An endpoint that the driver does not know yet is probed first. Attaching it again to its own domain sends
-    /// nothing. Its reserved regions stay out of the domain's addresses, also after it left. Turn its bus mastering on only after this succeeded. Allocates when it probes.
+    /// nothing. What the domain had mapped before it lost its last endpoint is mapped again. Its reserved regions stay out of the domain's addresses, also after it left. Turn its bus mastering on only after this succeeded. Allocates when it probes.
     ///
     /// # Errors
     /// [`AttachError`]. The endpoint's bus mastering must then stay off.
@@ -200,8 +200,8 @@ impl<P: Platform> Viommu<P> {
     /// Detaches an endpoint from its domain.
     ///
     /// If it was the last one and the bypass is known to be closed, the domain is dead: what was in quarantine is
-    /// free, and live mappings stay recorded until their owners unmap them, which then takes no request. Where the
-    /// bypass is not known to be closed, unmap first.
+    /// free, and live mappings stay recorded. Unmapping them takes no request then, and attaching an endpoint
+    /// maps them again. Where the bypass is not known to be closed, unmap first.
     ///
     /// # Errors
     /// [`DetachError`]. The endpoint then counts as attached.
@@ -209,6 +209,20 @@ impl<P: Platform> Viommu<P> {
         let detached = self.shared.detach(endpoint);
         self.collect();
         detached
+    }
+
+    /// Moves an endpoint to another domain: detaches it, and attaches it there. In between it reaches nothing, if
+    /// the bypass is closed. Its old domain keeps its mappings for its other endpoints, and for when it gets one
+    /// again.
+    ///
+    /// # Errors
+    /// [`MoveError`], which says whether the endpoint is where it was, or nowhere.
+    pub fn move_endpoint(&self, endpoint: EndpointId, to: &Domain<P>) -> Result<(), MoveError> {
+        if self.shared.is_attached(endpoint, to.key()) {
+            return Ok(());
+        }
+        self.detach(endpoint).map_err(MoveError::Detach)?;
+        self.attach(endpoint, to).map_err(MoveError::Attach)
     }
 
     /// Takes in what the device sent: late answers and faults. Gives back memory whose quarantine ended.
@@ -310,6 +324,27 @@ impl<P: Platform> fmt::Debug for Viommu<P> {
         f.debug_struct("Viommu").field("features", &self.features).finish_non_exhaustive()
     }
 }
+
+/// An endpoint could not be moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MoveError {
+    /// It could not be detached, and is where it was.
+    Detach(DetachError),
+    /// It was detached, and could not be attached: it is in no domain.
+    Attach(AttachError),
+}
+
+impl fmt::Display for MoveError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Detach(error) => write!(f, "not moved: {error}"),
+            Self::Attach(error) => write!(f, "left its domain, and did not get into the other: {error}"),
+        }
+    }
+}
+
+impl core::error::Error for MoveError {}
 
 /// An endpoint could not be opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -84,7 +84,8 @@ impl Engine {
         let domain = domains.get_mut(usize::from(key.index)).and_then(Option::as_mut);
         let domain = domain.filter(|domain| domain.generation == key.generation);
         let domain = domain.ok_or(AttachError::DeadDomain)?;
-        if domain.possible == 0 && !domain.mappings.is_empty() {
+        // Mappings that the device may still have, or get, although the domain has no endpoint.
+        if domain.possible == 0 && domain.mappings.iter().any(|record| record.is_in_doubt()) {
             return Err(AttachError::DeadDomain);
         }
         for region in endpoints[at].reserved.iter() {
@@ -152,10 +153,10 @@ impl Engine {
     pub(crate) fn begin_renumber(&mut self, key: DomainKey) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
         let quiet = domain.mappings.is_empty() && domain.attached == domain.possible;
-        if !quiet || domain.renumbering {
+        if !quiet || domain.in_transition {
             return false;
         }
-        domain.renumbering = true;
+        domain.in_transition = true;
         for endpoint in &mut self.endpoints {
             if endpoint.attachment == Attachment::Attached(key) {
                 endpoint.rejoin = Some(key);
@@ -195,9 +196,10 @@ impl Engine {
         Some(endpoint.id)
     }
 
-    pub(crate) fn end_renumber(&mut self, key: DomainKey) {
+    /// Ends a renumbering or a replay.
+    pub(crate) fn end_transition(&mut self, key: DomainKey) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.renumbering = false;
+            domain.in_transition = false;
         }
     }
 }

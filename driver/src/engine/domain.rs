@@ -35,10 +35,8 @@ pub(crate) struct DomainRecord {
     pub mappings: MappingTable,
     pub iova: IovaAllocator,
     pub stats: DomainStats,
-    /// The domain died with its last endpoint while nothing bypasses: its mappings need no UNMAP.
-    pub revoked: bool,
-    /// The domain is getting another number.
-    pub renumbering: bool,
+    /// The domain is getting another number, or its mappings again: nothing new is mapped meanwhile.
+    pub in_transition: bool,
     /// The embedder let go of the domain: its record goes as soon as nothing depends on it.
     pub orphaned: bool,
 }
@@ -83,7 +81,7 @@ impl DomainRecord {
         if prot.contains(Prot::MMIO) && !geometry.mmio_flag {
             return Err(MapError::NoMmioFlag);
         }
-        if self.attached == 0 || self.revoked || self.renumbering {
+        if self.attached == 0 || self.in_transition {
             return Err(MapError::NoEndpoint);
         }
         if self.mappings.is_full() {

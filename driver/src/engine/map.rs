@@ -88,6 +88,7 @@ impl Engine {
             phys,
             prot,
             state: MappingState::Mapping,
+            on_device: true,
             counted: false,
             held: held.take(),
         });
@@ -133,10 +134,11 @@ impl Engine {
         if let Some(busy) = records.iter().find(|record| record.state != state) {
             return Err(UnmapError::NotMapped(busy.range.start()));
         }
+        let gone = records.iter().all(|record| !record.on_device);
         for record in records {
             record.state = MappingState::Unmapping;
         }
-        if domain.revoked {
+        if gone {
             self.let_go(key, range, MappingState::Released);
             return Ok(UnmapPlan::Nothing);
         }
@@ -154,9 +156,31 @@ impl Engine {
         }
     }
 
-    /// Whether the domain is dead, so that unmapping takes no request.
-    pub(crate) fn is_revoked(&self, key: DomainKey) -> bool {
-        self.domain(key).is_some_and(|domain| domain.revoked)
+    /// Whether unmapping takes no request, since the domain died.
+    pub(crate) fn is_gone(&mut self, key: DomainKey, range: IovaRange) -> bool {
+        let records = self.domain_mut(key).and_then(|domain| domain.mappings.whole(range));
+        records.is_some_and(|records| records.iter().all(|record| !record.on_device))
+    }
+
+    /// Whether a domain that has an endpoint again lost mappings. They are to be replayed then, and nothing new
+    /// is mapped before [`end_transition`](Self::end_transition).
+    pub(crate) fn begin_replay(&mut self, key: DomainKey) -> bool {
+        let Some(domain) = self.domain_mut(key) else { return false };
+        let needed = !domain.in_transition && domain.mappings.iter().any(Mapping::needs_replay);
+        domain.in_transition |= needed;
+        needed
+    }
+
+    /// The next mapping to be replayed, above `after`.
+    pub(crate) fn next_replay(&mut self, key: DomainKey, after: Option<Iova>) -> Option<(Request, Op, Iova)> {
+        let domain = self.domain_mut(key)?;
+        let next = |record: &&Mapping| record.needs_replay() && Some(record.range.start()) > after;
+        let start = domain.mappings.iter().find(next)?.range.start();
+        let record = domain.mappings.get_mut(start)?;
+        (record.state, record.on_device) = (MappingState::Replaying, true);
+        let (range, phys, prot) = (record.range, record.phys, record.prot);
+        let request = Request::Map { domain: domain.id, range, phys, prot };
+        Some((request, Op::Replay { domain: key, range }, start))
     }
 
     /// The first live mapping in `range`, with the live ones that touch it.
@@ -193,7 +217,6 @@ impl Engine {
         }
         let record = domain.mappings.remove(range.start())?;
         domain.iova.release(range, 1);
-        domain.revoked &= !domain.mappings.is_empty();
         record.held
     }
 
@@ -205,7 +228,6 @@ impl Engine {
         let found = domain.mappings.iter().find(released)?.range;
         let record = domain.mappings.remove(found.start())?;
         domain.iova.release(found, 1);
-        domain.revoked &= !domain.mappings.is_empty();
         self.released -= 1;
         record.held
     }
@@ -220,7 +242,6 @@ impl Engine {
             let released = domain.mappings.iter().any(|record| record.state == MappingState::Released);
             released.then_some((index as u16, domain.generation))
         })?;
-        let everything = IovaRange::new(Iova::new(0), Iova::new(u64::MAX))?;
-        self.take_released(DomainKey { index, generation }, everything)
+        self.take_released(DomainKey { index, generation }, IovaRange::WHOLE)
     }
 }

@@ -7,6 +7,9 @@
 //!      |  unknown                          Apart -'<-'  v   (RANGE for several: each by itself)
 //!      '------------------------------------> Quarantined ---- answered, or reclaimed ----> gone, or Released
 //! ```
+//! When the domain dies with its last endpoint, live records stay: they are replayed (Live, Replaying, Live) when it
+//! gets an endpoint again, or go without a request when they are unmapped.
+//!
 //! A record whose memory the driver holds does not go by itself: it is Released until the memory went back to its
 //! owner, or Returned until whoever lent it for the failed MAP took it.
 
@@ -21,6 +24,8 @@ pub(crate) enum MappingState {
     Mapping,
     /// The device confirmed the MAP.
     Live,
+    /// MAP was, or is about to be, sent again.
+    Replaying,
     /// UNMAP was, or is about to be, sent.
     Unmapping,
     /// UNMAP for this and others was answered RANGE: whoever sent it unmaps each by itself.
@@ -39,10 +44,29 @@ pub(crate) struct Mapping {
     pub phys: PhysAddr,
     pub prot: Prot,
     pub state: MappingState,
+    /// Whether the device may have it. False when the domain died since.
+    pub on_device: bool,
     /// Whether its bytes are in the domain's count of mapped ones.
     pub counted: bool,
     /// Memory that goes back to its owner when the device cannot reach it any more.
     pub held: Option<HeldMemory>,
+}
+
+impl Mapping {
+    /// Whether the device may have it in a domain without endpoints, now or when it answers.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        match self.state {
+            MappingState::Live | MappingState::Apart => self.on_device,
+            MappingState::Mapping | MappingState::Replaying | MappingState::Unmapping => true,
+            MappingState::Quarantined { in_flight } => in_flight || self.on_device,
+            MappingState::Released | MappingState::Returned => false,
+        }
+    }
+
+    /// Whether it has to be mapped again, since the domain died.
+    pub(crate) fn needs_replay(&self) -> bool {
+        !self.on_device && self.state == MappingState::Live
+    }
 }
 
 /// The records of a domain, ordered by address, in a list of fixed capacity.
@@ -163,6 +187,7 @@ mod tests {
                 phys: PhysAddr::new(0),
                 prot: Prot::READ,
                 state: MappingState::Live,
+                on_device: true,
                 counted: false,
                 held: None,
             });

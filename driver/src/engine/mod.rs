@@ -59,6 +59,11 @@ pub(crate) enum Op {
         domain: DomainKey,
         range: IovaRange,
     },
+    /// A mapping of a domain that had died, which has an endpoint again.
+    Replay {
+        domain: DomainKey,
+        range: IovaRange,
+    },
     Unmap {
         domain: DomainKey,
         range: IovaRange,
@@ -71,7 +76,9 @@ impl Op {
         match *self {
             Self::None | Self::Probe => None,
             Self::Attach { domain, .. } | Self::Detach { domain, .. } => Some(domain),
-            Self::Map { domain, .. } | Self::Unmap { domain, .. } => Some(domain),
+            Self::Map { domain, .. } | Self::Replay { domain, .. } | Self::Unmap { domain, .. } => {
+                Some(domain)
+            }
         }
     }
 }
@@ -207,8 +214,7 @@ impl Engine {
             mappings,
             iova,
             stats: DomainStats::default(),
-            revoked: false,
-            renumbering: false,
+            in_transition: false,
             orphaned: false,
         });
         Ok(DomainKey { index: index as u16, generation })

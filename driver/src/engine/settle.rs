@@ -18,6 +18,7 @@ impl Engine {
             Op::Attach { endpoint, domain } => self.settle_attach(endpoint, domain, outcome),
             Op::Detach { endpoint, domain } => self.settle_detach(endpoint, domain, outcome),
             Op::Map { domain, range } => self.settle_map(domain, range, outcome, abandoned),
+            Op::Replay { domain, range } => self.settle_replay(domain, range, outcome),
             Op::Unmap { domain, range } => self.settle_unmap(domain, range, outcome, abandoned),
         }
     }
@@ -29,7 +30,7 @@ impl Engine {
             Op::Attach { endpoint, domain } | Op::Detach { endpoint, domain } => {
                 self.mark_unknown(endpoint, domain, true);
             }
-            Op::Map { domain, range } | Op::Unmap { domain, range } => {
+            Op::Map { domain, range } | Op::Replay { domain, range } | Op::Unmap { domain, range } => {
                 self.mark(domain, range, MappingState::Quarantined { in_flight: true });
             }
         }
@@ -67,18 +68,11 @@ impl Engine {
     fn settle_map(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome, abandoned: bool) {
         match outcome {
             Ok(()) => {
-                self.confirmed.maps += 1;
-                let Some(domain) = self.domain_mut(key) else { return };
-                domain.stats.maps += 1;
-                domain.stats.mapped_bytes += range.len_bytes().unwrap_or(0);
-                domain.stats.peak_bytes = domain.stats.peak_bytes.max(domain.stats.mapped_bytes);
-                if let Some(record) = domain.mappings.get_mut(range.start()) {
-                    record.counted = true;
-                    record.state = match abandoned {
-                        false => MappingState::Live,
-                        true => MappingState::Quarantined { in_flight: false },
-                    };
-                }
+                let state = match abandoned {
+                    false => MappingState::Live,
+                    true => MappingState::Quarantined { in_flight: false },
+                };
+                self.mapped(key, range, state);
             }
             Err(error) if error.outcome_unknown() => {
                 self.mark(key, range, MappingState::Quarantined { in_flight: false });
@@ -89,8 +83,38 @@ impl Engine {
         }
     }
 
+    fn settle_replay(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome) {
+        match outcome {
+            Ok(()) => self.mapped(key, range, MappingState::Live),
+            Err(error) if error.outcome_unknown() => {
+                self.mark(key, range, MappingState::Quarantined { in_flight: false });
+            }
+            // The device said no: as before the replay, which its owner may unmap.
+            Err(_) => {
+                let record = self.domain_mut(key).and_then(|domain| domain.mappings.get_mut(range.start()));
+                if let Some(record) = record {
+                    (record.state, record.on_device) = (MappingState::Live, false);
+                }
+            }
+        }
+    }
+
+    /// The device confirmed a MAP.
+    fn mapped(&mut self, key: DomainKey, range: IovaRange, state: MappingState) {
+        self.confirmed.maps += 1;
+        let Some(domain) = self.domain_mut(key) else { return };
+        domain.stats.maps += 1;
+        domain.stats.mapped_bytes += range.len_bytes().unwrap_or(0);
+        domain.stats.peak_bytes = domain.stats.peak_bytes.max(domain.stats.mapped_bytes);
+        if let Some(record) = domain.mappings.get_mut(range.start()) {
+            record.counted = true;
+            record.state = state;
+        }
+    }
+
     fn settle_unmap(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome, abandoned: bool) {
-        let revoked = self.domain(key).is_some_and(|domain| domain.revoked);
+        let closed = self.bypass_closed;
+        let dead = self.domain(key).is_some_and(|domain| closed && domain.possible == 0);
         match outcome {
             Ok(()) => {
                 self.confirmed.unmaps += 1;
@@ -100,7 +124,7 @@ impl Engine {
                 self.let_go(key, range, MappingState::Released);
             }
             // The domain died meanwhile, and its mappings with it.
-            Err(_) if revoked => self.let_go(key, range, MappingState::Released),
+            Err(_) if dead => self.let_go(key, range, MappingState::Released),
             Err(RequestError::Refused(Status::Range)) if !abandoned && !self.is_one(key, range) => {
                 self.mark(key, range, MappingState::Apart);
             }
@@ -130,7 +154,6 @@ impl Engine {
             iova.release(record.range, 1);
             false
         });
-        domain.revoked &= !domain.mappings.is_empty();
         self.released += released;
     }
 
@@ -169,7 +192,7 @@ impl Engine {
     }
 
     /// A domain without endpoints is dead, and its mappings with it, if nothing bypasses (I1). Live mappings
-    /// stay recorded until their owners unmap them; what was in quarantine is free.
+    /// stay recorded until their owners unmap them, or an endpoint comes; what was in quarantine is free.
     pub(super) fn revoke_if_empty(&mut self, index: usize) {
         let closed = self.bypass_closed;
         let Some(domain) = self.domains[index].as_mut() else { return };
@@ -180,6 +203,9 @@ impl Engine {
         let mut released = 0;
         domain.mappings.retain_all(|record| {
             uncount(record, &mut stats.mapped_bytes);
+            if record.state == MappingState::Live {
+                record.on_device = false;
+            }
             if record.state != (MappingState::Quarantined { in_flight: false }) {
                 return true;
             }
@@ -191,7 +217,6 @@ impl Engine {
             iova.release(record.range, 1);
             false
         });
-        domain.revoked = !domain.mappings.is_empty();
         self.released += released;
     }
 }

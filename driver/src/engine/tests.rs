@@ -1,1 +1,350 @@
+//! What only the inside shows: states of records, from one answer to the next.
 
+use super::*;
+use crate::addr::{Iova, PhysAddr};
+use crate::dma::HeldMemory;
+use crate::error::{AttachError, RequestError, UnmapError};
+use crate::prot::Prot;
+use crate::queue::{Completion, Outcome};
+use crate::test_memory::TestMemory;
+use crate::wire::request::{Request, Status};
+use alloc::sync::Arc;
+
+const EP: EndpointId = EndpointId::new(8);
+const EP2: EndpointId = EndpointId::new(9);
+const TIMED_OUT: RequestError = RequestError::TimedOut;
+const REFUSED: RequestError = RequestError::Refused(Status::DevErr);
+
+fn range(page: u64, pages: u64) -> IovaRange {
+    IovaRange::from_len(Iova::new(page * 0x1000), pages * 0x1000).unwrap()
+}
+
+fn engine() -> Engine {
+    let usable = IovaRange::new(Iova::new(0), Iova::new(0xffff_ffff)).unwrap();
+    let geometry = Geometry { granule: 0x1000, usable, domain_ids: (5, 8), mmio_flag: true };
+    let mut engine = Engine::new(geometry, Limits { endpoints: 4, domains: 3 }, None);
+    for endpoint in [EP, EP2] {
+        engine.introduce(endpoint, &Arc::from([]));
+    }
+    engine.close_bypass();
+    engine
+}
+
+fn domain(engine: &mut Engine) -> DomainKey {
+    let mut parts = Some(Engine::prepare_domain(&engine.geometry, engine.limits, 8));
+    engine.create_domain(&mut parts).unwrap()
+}
+
+impl Engine {
+    fn answer(&mut self, op: Op, outcome: Outcome) {
+        self.settle(&Completion { op, outcome, abandoned: false });
+    }
+
+    fn answer_late(&mut self, op: Op, outcome: Outcome) {
+        self.settle(&Completion { op, outcome, abandoned: true });
+    }
+
+    fn sent_attach(&mut self, id: EndpointId, key: DomainKey) -> Op {
+        match self.begin_attach(id, key).unwrap() {
+            AttachPlan::Send(_, op) => op,
+            AttachPlan::Nothing => panic!("nothing was sent"),
+        }
+    }
+
+    fn attach(&mut self, id: EndpointId, key: DomainKey) {
+        let op = self.sent_attach(id, key);
+        self.answer(op, Ok(()));
+    }
+
+    /// Takes a range and begins to map it.
+    fn sent_map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) -> Op {
+        self.take(key, range).unwrap();
+        let mut held = held;
+        self.begin_map(key, range, PhysAddr::new(0), Prot::READ, &mut held).unwrap().1
+    }
+
+    fn map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) {
+        let op = self.sent_map(key, range, held);
+        self.answer(op, Ok(()));
+    }
+
+    fn sent_unmap(&mut self, key: DomainKey, range: IovaRange) -> Op {
+        match self.begin_unmap(key, range).unwrap() {
+            UnmapPlan::Send(_, op) => op,
+            UnmapPlan::Nothing => panic!("nothing was sent"),
+        }
+    }
+
+    fn state(&self, key: DomainKey, range: IovaRange) -> Option<MappingState> {
+        self.domain(key)?.mappings.get(range.start()).map(|record| record.state)
+    }
+
+    /// Whether the addresses could be handed out now. Leaves them as they are.
+    fn is_free(&mut self, key: DomainKey, range: IovaRange) -> bool {
+        let free = self.take(key, range).is_ok();
+        if free {
+            self.give_back(key, range, 1);
+        }
+        free
+    }
+}
+
+fn held() -> Option<HeldMemory> {
+    Some(HeldMemory::from_platform(TestMemory::leak(8), 8))
+}
+
+#[test]
+fn a_mapping_from_its_beginning_to_its_end() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    let at = range(1, 2);
+    let op = engine.sent_map(key, at, None);
+    assert_eq!(engine.state(key, at), Some(MappingState::Mapping));
+    assert_eq!(engine.begin_unmap(key, at), Err(UnmapError::NotMapped(at.start())), "not yet");
+    engine.answer(op, Ok(()));
+    assert_eq!(engine.state(key, at), Some(MappingState::Live));
+    let op = engine.sent_unmap(key, at);
+    assert_eq!(engine.state(key, at), Some(MappingState::Unmapping));
+    assert_eq!(engine.begin_unmap(key, at), Err(UnmapError::NotMapped(at.start())), "under way");
+    assert!(!engine.is_free(key, at));
+    engine.answer(op, Ok(()));
+    assert!(engine.state(key, at).is_none() && engine.is_free(key, at));
+}
+
+/// I3: every way to lose an answer, and every late answer.
+#[test]
+fn what_is_in_doubt_is_quarantined_until_the_answer() {
+    let quarantined = |in_flight| Some(MappingState::Quarantined { in_flight });
+    for (late, after) in
+        [(Ok(()), quarantined(false)), (Err(REFUSED), None), (Err(TIMED_OUT), quarantined(false))]
+    {
+        let mut engine = engine();
+        let key = domain(&mut engine);
+        engine.attach(EP, key);
+        let at = range(1, 1);
+        let op = engine.sent_map(key, at, None);
+        engine.lose(op);
+        assert_eq!(engine.state(key, at), quarantined(true));
+        assert!(engine.reclaimable().is_none() && !engine.is_free(key, at));
+        assert_eq!(engine.quarantined(), (1, 0x1000));
+        engine.answer_late(op, late);
+        assert_eq!((engine.state(key, at), engine.is_free(key, at)), (after, after.is_none()));
+    }
+    for (late, after) in [(Ok(()), None), (Err(REFUSED), quarantined(false))] {
+        let mut engine = engine();
+        let key = domain(&mut engine);
+        engine.attach(EP, key);
+        let at = range(1, 1);
+        engine.map(key, at, None);
+        let op = engine.sent_unmap(key, at);
+        engine.lose(op);
+        engine.answer_late(op, late);
+        assert_eq!((engine.state(key, at), engine.is_free(key, at)), (after, after.is_none()));
+        assert_eq!(engine.reclaimable().is_some(), after.is_some());
+    }
+}
+
+/// I1: fails when `let_go` drops a record that holds memory, or hands out its addresses before it is taken.
+#[test]
+fn held_memory_is_taken_once_and_its_addresses_with_it() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    let at = range(1, 1);
+    engine.map(key, at, held());
+    assert!(engine.take_any_released().is_none());
+    let op = engine.sent_unmap(key, at);
+    engine.answer(op, Ok(()));
+    assert_eq!(engine.state(key, at), Some(MappingState::Released));
+    assert!(!engine.is_free(key, at));
+    assert!(engine.take_any_released().is_some() && engine.is_free(key, at));
+    assert!(engine.take_any_released().is_none() && engine.take_released(key, at).is_none());
+}
+
+/// Fails when whoever polls gets the memory that goes back to the caller of a refused MAP.
+#[test]
+fn memory_of_a_refused_map_goes_to_its_lender_only() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    let at = range(1, 1);
+    let op = engine.sent_map(key, at, held());
+    engine.answer(op, Err(REFUSED));
+    assert_eq!(engine.state(key, at), Some(MappingState::Returned));
+    assert!(engine.take_any_released().is_none());
+    assert!(engine.take_returned(key, range(1, 2)).is_none());
+    assert!(engine.take_returned(key, at).is_some() && engine.is_free(key, at));
+    // Nobody waits for a late refusal: it goes the other way.
+    let op = engine.sent_map(key, at, held());
+    engine.lose(op);
+    engine.answer_late(op, Err(REFUSED));
+    assert!(engine.take_returned(key, at).is_none() && engine.take_any_released().is_some());
+}
+
+/// I1: fails when `revoke_if_empty` takes what is in flight for gone, or does not look at the bypass.
+#[test]
+fn the_last_detach_revokes_what_is_not_in_flight() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    let (live, stuck, in_flight) = (range(1, 1), range(2, 1), range(3, 1));
+    engine.map(key, live, None);
+    engine.map(key, stuck, held());
+    engine.quarantine(key, stuck);
+    let lost = engine.sent_map(key, in_flight, held());
+    engine.lose(lost);
+    let (_, op) = engine.begin_detach(EP).unwrap();
+    engine.answer(op, Ok(()));
+    assert_eq!(engine.state(key, live), Some(MappingState::Live));
+    assert_eq!(engine.state(key, stuck), Some(MappingState::Released));
+    assert_eq!(engine.state(key, in_flight), Some(MappingState::Quarantined { in_flight: true }));
+    assert!(engine.is_gone(key, live));
+    assert_eq!(engine.begin_unmap(key, live), Ok(UnmapPlan::Nothing));
+    assert!(engine.take_released(key, stuck).is_some());
+    engine.answer_late(lost, Err(REFUSED));
+    assert!(engine.take_any_released().is_some());
+    // Empty again, it can begin anew.
+    engine.attach(EP2, key);
+    assert!(!engine.begin_replay(key));
+}
+
+#[test]
+fn a_domain_in_doubt_is_not_revoked() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    let lost = engine.sent_attach(EP2, key);
+    engine.lose(lost);
+    engine.map(key, range(1, 1), None);
+    let (_, op) = engine.begin_detach(EP).unwrap();
+    engine.answer(op, Ok(()));
+    assert!(!engine.is_gone(key, range(1, 1)), "the other endpoint may be in it");
+    engine.answer_late(lost, Err(REFUSED));
+    assert!(engine.is_gone(key, range(1, 1)));
+}
+
+/// Fails when a refused DETACH makes an endpoint of unknown state an attached one.
+#[test]
+fn attachments_in_doubt_stay_in_doubt() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    let op = engine.sent_attach(EP, key);
+    engine.answer(op, Err(RequestError::Refused(Status::Other(0x80))));
+    let unknown = Attachment::Unknown { domain: key, in_flight: false };
+    assert_eq!(engine.endpoint(EP).unwrap().attachment, unknown);
+    assert_eq!(engine.begin_attach(EP, key), Err(AttachError::Busy(EP)));
+    let (_, op) = engine.begin_detach(EP).unwrap();
+    engine.answer(op, Err(REFUSED));
+    assert_eq!(engine.endpoint(EP).unwrap().attachment, unknown);
+    assert_eq!(engine.domain(key).unwrap().possible, 1);
+    let (_, op) = engine.begin_detach(EP).unwrap();
+    engine.answer(op, Ok(()));
+    assert_eq!(engine.endpoint(EP).unwrap().attachment, Attachment::Detached);
+    let record = engine.domain(key).unwrap();
+    assert_eq!((record.attached, record.possible), (0, 0));
+}
+
+#[test]
+fn counts_of_endpoints_return_to_zero_by_every_way() {
+    let outcomes: [Outcome; 3] = [Ok(()), Err(REFUSED), Err(TIMED_OUT)];
+    for attach in outcomes {
+        for detach in outcomes {
+            for late in [false, true] {
+                let mut engine = engine();
+                let key = domain(&mut engine);
+                let op = engine.sent_attach(EP, key);
+                if late {
+                    engine.lose(op);
+                    engine.answer_late(op, attach);
+                } else {
+                    engine.answer(op, attach);
+                }
+                // Until it works.
+                for outcome in [detach, Ok(()), Ok(())] {
+                    let Ok((_, op)) = engine.begin_detach(EP) else { break };
+                    engine.answer(op, outcome);
+                }
+                let record = engine.domain(key).unwrap();
+                assert_eq!((record.attached, record.possible), (0, 0), "{attach:?} {detach:?} {late}");
+                assert_eq!(engine.endpoint(EP).unwrap().attachment, Attachment::Detached);
+            }
+        }
+    }
+}
+
+/// I2, and I12's numbers that are never used again.
+#[test]
+fn numbers_are_in_use_as_long_as_their_record_is() {
+    let mut engine = engine();
+    let keys = [(); 3].map(|()| domain(&mut engine));
+    let ids = keys.map(|key| engine.domain(key).unwrap().id.get());
+    assert_eq!(ids, [5, 6, 7]);
+    engine.attach(EP, keys[0]);
+    assert!(engine.release_domain(keys[0]).is_none(), "an endpoint is in it");
+    assert!(engine.release_domain(keys[1]).is_some());
+    let next = domain(&mut engine);
+    assert_eq!(engine.domain(next).unwrap().id.get(), 8);
+    engine.renumber(next).unwrap();
+    assert_eq!(engine.domain(next).unwrap().id.get(), 6);
+    assert_eq!(engine.renumber(next), Err(DomainError::IdsExhausted { ids: 4 }), "5 and 7 in use, 8 retired");
+    assert_eq!(engine.domain(next).unwrap().id.get(), 6, "nothing changed");
+    let (_, op) = engine.begin_detach(EP).unwrap();
+    engine.answer(op, Ok(()));
+    assert!(engine.take_orphan().is_some() && engine.take_orphan().is_none());
+    engine.renumber(next).unwrap();
+    assert_eq!(engine.domain(next).unwrap().id.get(), 5);
+}
+
+#[test]
+fn a_key_of_before_names_nothing() {
+    let mut engine = engine();
+    let old = domain(&mut engine);
+    drop(engine.release_domain(old));
+    let new = domain(&mut engine);
+    assert_eq!(old.index, new.index);
+    assert!(engine.domain(old).is_none() && engine.domain(new).is_some());
+    assert_eq!(engine.begin_attach(EP, old), Err(AttachError::DeadDomain));
+    assert_eq!(engine.begin_unmap(old, range(1, 1)), Err(UnmapError::NotMapped(range(1, 1).start())));
+    engine.settle(&Completion {
+        op: Op::Map { domain: old, range: range(1, 1) },
+        outcome: Ok(()),
+        abandoned: true,
+    });
+    assert_eq!(engine.quarantined(), (0, 0));
+}
+
+#[test]
+fn requests_name_the_domain_by_its_number() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    let id = engine.domain(key).unwrap().id;
+    let Ok(AttachPlan::Send(request, op)) = engine.begin_attach(EP, key) else { panic!() };
+    assert_eq!(request, Request::Attach { domain: id, endpoint: EP });
+    engine.answer(op, Ok(()));
+    let Ok((request, _)) = engine.begin_detach(EP) else { panic!() };
+    assert_eq!(request, Request::Detach { domain: id, endpoint: EP });
+    assert_eq!(engine.begin_detach(EP).map(|_| ()), Err(crate::error::DetachError::NotAttached(EP)));
+}
+
+/// I6: RANGE for several leaves each to be unmapped by itself; for one it is a refusal.
+#[test]
+fn range_for_several_sets_them_apart() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    let out_of_range = Err(RequestError::Refused(Status::Range));
+    for page in [1, 2] {
+        engine.map(key, range(page, 1), None);
+    }
+    let op = engine.sent_unmap(key, range(1, 2));
+    engine.answer(op, out_of_range);
+    assert_eq!(engine.next_apart(key, range(1, 2)), Some(range(1, 1)));
+    for page in [1, 2] {
+        let Ok(UnmapPlan::Send(_, op)) = engine.begin_unmap_apart(key, range(page, 1)) else { panic!() };
+        engine.answer(op, if page == 1 { Ok(()) } else { out_of_range });
+    }
+    assert_eq!(engine.next_apart(key, range(1, 2)), None);
+    assert_eq!(engine.state(key, range(1, 1)), None);
+    assert_eq!(engine.state(key, range(2, 1)), Some(MappingState::Quarantined { in_flight: false }));
+}

@@ -9,9 +9,7 @@ use virtio_iommu::{
 };
 use virtio_iommu_model::{Config, Execute, Inject, Release};
 
-use crate::support::{
-    ANYWHERE, Broken, EP, EP2, Machine, PAGE, RW, TestPlatform, heap_uses, take_broken,
-};
+use crate::support::{ANYWHERE, Broken, EP, EP2, Machine, PAGE, RW, TestPlatform, heap_uses, take_broken};
 
 /// When the other code runs, seen from the request queue's doorbell.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -327,7 +325,8 @@ fn mapping_uses_no_heap_even_when_the_domain_gets_another_number() {
 #[test]
 fn many_views_do_not_make_the_free_list_grow_under_the_lock() {
     let (_machine, viommu, domain) = Machine::attached(Config::default());
-    let mut views: Vec<_> = (0..200).map(|_| viommu.open(EP, &domain, EndpointOptions::default()).ok()).collect();
+    let mut views: Vec<_> =
+        (0..200).map(|_| viommu.open(EP, &domain, EndpointOptions::default()).ok()).collect();
     for view in views.iter_mut().step_by(2) {
         drop(view.take());
     }

@@ -1,0 +1,523 @@
+//! What device drivers use: coherent memory, in-place mappings, lists, bounce pages.
+
+use std::ptr::NonNull;
+
+use virtio_iommu::{
+    Direction, DmaDevice, DmaError, Domain, DomainOptions, Endpoint, EndpointOptions, Iova, MapError,
+    OpenError, Options, PhysAddr, PhysSegment, RequestError, Status, UnmapError, Viommu,
+};
+use virtio_iommu_model::{Config, Execute, Inject, Release, Request};
+
+use crate::support::{ANYWHERE, EP, EP2, Machine, PAGE, POISON, RW, TestPlatform, bytes_of, fill};
+
+struct Bench {
+    endpoint: Endpoint<TestPlatform>,
+    domain: Domain<TestPlatform>,
+    viommu: Viommu<TestPlatform>,
+    machine: Machine,
+}
+
+fn open(config: Config, options: Options, bounce_pages: u64) -> Bench {
+    let machine = Machine::new(config);
+    let staged = machine.start_with(options).unwrap();
+    staged.introduce(EP).unwrap();
+    let viommu = staged.go_live().unwrap();
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    let options =
+        EndpointOptions { bounce_bytes: (bounce_pages * PAGE) as usize, ..EndpointOptions::default() };
+    let endpoint = viommu.open(EP, &domain, options).unwrap();
+    machine.device().clear_log();
+    Bench { endpoint, domain, viommu, machine }
+}
+
+fn bench() -> Bench {
+    open(Config::default(), Machine::options(), 0)
+}
+
+fn with_bounce(pages: u64) -> Bench {
+    open(Config::default(), Machine::options(), pages)
+}
+
+fn segment(phys: u64, len: u64) -> PhysSegment {
+    PhysSegment { phys: PhysAddr::new(phys), len: len as usize }
+}
+
+/// Every other page of a block: nothing touches.
+fn apart(base: PhysAddr, count: u64) -> Vec<PhysSegment> {
+    (0..count).map(|index| segment(base.get() + 2 * index * PAGE, PAGE)).collect()
+}
+
+#[test]
+fn coherent_memory_is_zeroed_whole_and_shared() {
+    let bench = bench();
+    let before = bench.machine.outstanding();
+    let memory = bench.endpoint.alloc_coherent(PAGE as usize + 1).unwrap();
+    let (at, len) = (memory.iova().get(), memory.len_bytes());
+    assert_eq!((len as u64, bench.machine.outstanding()), (2 * PAGE, before + 1));
+    assert_eq!(bench.machine.dma_read(EP, at, len).unwrap(), vec![0; len]);
+    bench.machine.dma_write(EP, at + PAGE, &[7]).unwrap();
+    // SAFETY: inside of the memory, which the endpoint does not write meanwhile.
+    assert_eq!(unsafe { memory.ptr().add(PAGE as usize).read_volatile() }, 7);
+    bench.endpoint.free_coherent(memory).unwrap();
+    assert_eq!(bench.machine.outstanding(), before);
+    assert!(!bench.machine.reaches(EP, at));
+}
+
+#[test]
+fn coherent_memory_of_any_granule() {
+    for mask in [!0, 0x20_1000, !0xffff] {
+        let bench = open(Config { page_size_mask: mask, ..Config::default() }, Machine::options(), 1);
+        let memory = bench.endpoint.alloc_coherent(1).unwrap();
+        assert!(memory.len_bytes() as u64 >= bench.endpoint.granule());
+        assert!(bench.machine.reaches(EP, memory.iova().get()));
+        bench.endpoint.free_coherent(memory).unwrap();
+        bench.endpoint.close().unwrap();
+    }
+}
+
+#[test]
+fn coherent_memory_runs_out_or_cannot_be_mapped() {
+    let bench = bench();
+    let before = bench.machine.outstanding();
+    bench.machine.inject([Inject::Refuse(8)]);
+    let error = bench.endpoint.alloc_coherent(1).unwrap_err();
+    let refused = RequestError::Refused(Status::NoMem);
+    assert!(matches!(error, DmaError::Map(MapError::Request { error, .. }) if error == refused));
+    assert_eq!(bench.machine.outstanding(), before, "given back at once");
+    bench.machine.limit_allocations(0);
+    assert_eq!(bench.endpoint.alloc_coherent(5).unwrap_err(), DmaError::NoMemory { len: 5 });
+    assert!(bench.endpoint.alloc_coherent(usize::MAX).is_err());
+}
+
+#[test]
+fn adopted_memory_comes_back_when_it_is_unmapped_or_refused() {
+    let bench = bench();
+    let (held, phys) = bench.machine.lend(2 * PAGE);
+    let mapping = bench.endpoint.adopt(held, Direction::FromDevice).unwrap();
+    let at = mapping.iova().get();
+    bench.machine.dma_write(EP, at + 2 * PAGE - 1, &[1]).unwrap();
+    assert!(!bench.machine.reaches(EP, at), "write only");
+    bench.endpoint.unmap(mapping).unwrap();
+    assert!(bench.machine.is_lent_back(phys));
+
+    let (held, phys) = bench.machine.lend(PAGE);
+    bench.machine.inject([Inject::Refuse(8)]);
+    let (_, back) = bench.endpoint.adopt(held, Direction::Both).unwrap_err();
+    assert_eq!(back.expect("refused, so it is the caller's").memory().phys, phys);
+    assert!(!bench.machine.is_lent_back(phys), "not by two ways");
+    // Not whole granules: refused before anything is sent.
+    let (held, _) = bench.machine.lend(PAGE / 2);
+    let (result, requests, _) = bench.machine.traffic(|| bench.endpoint.adopt(held, Direction::Both));
+    assert!(matches!(result, Err((DmaError::Map(MapError::Misaligned { .. }), Some(_)))));
+    assert_eq!(requests, 0);
+}
+
+#[test]
+fn in_place_mappings_keep_the_offset() {
+    let bench = bench();
+    let memory = bench.machine.memory(4 * PAGE);
+    let start = memory.phys.get() + PAGE + 0x234;
+    // SAFETY: nobody but the test uses the memory.
+    let mapping = unsafe { bench.endpoint.map(PhysAddr::new(start), 0x1000, Direction::ToDevice) }.unwrap();
+    fill(&memory, 0x5a);
+    assert_eq!((mapping.iova().get() & 0xfff, mapping.len_bytes()), (0x234, 0x1000));
+    assert_eq!(bench.machine.dma_read(EP, mapping.iova().get(), 0x1000).unwrap(), vec![0x5a; 0x1000]);
+    assert!(bench.machine.dma_write(EP, mapping.iova().get(), &[1]).is_err());
+    let first = mapping.iova().get() - 0x234;
+    assert!(!bench.machine.reaches(EP, first - 1) && !bench.machine.reaches(EP, first + 2 * PAGE));
+    bench.endpoint.unmap(mapping).unwrap();
+    assert!(!bench.machine.reaches(EP, first));
+}
+
+#[test]
+fn a_mapping_can_be_ended_by_its_address() {
+    let bench = bench();
+    let (held, phys) = bench.machine.lend(2 * PAGE);
+    let at = bench.endpoint.adopt(held, Direction::Both).unwrap().iova();
+    for wrong in [at.get() + PAGE, at.get() + 1, at.get() - PAGE, 0] {
+        // SAFETY: nothing starts there, so that nothing happens.
+        let error = unsafe { bench.endpoint.unmap_at(Iova::new(wrong)) };
+        assert_eq!(error, Err(UnmapError::NotMapped(Iova::new(wrong))));
+    }
+    // SAFETY: mapped above, its handle dropped.
+    unsafe { bench.endpoint.unmap_at(at) }.unwrap();
+    assert!(bench.machine.is_lent_back(phys));
+}
+
+#[test]
+fn a_list_takes_one_doorbell_and_as_few_requests_as_it_can() {
+    let bench = bench();
+    let base = bench.machine.memory(16 * PAGE).phys.get();
+    let list = [
+        segment(base + 0x100, 0xf00),
+        segment(base + PAGE, PAGE),
+        segment(base + 2 * PAGE, 0x10),
+        segment(base + 8 * PAGE + 0x800, 0x1000),
+        segment(base + 4 * PAGE, 1),
+    ];
+    let mut iovas = [Iova::new(0); 5];
+    // SAFETY: nobody but the test uses the memory.
+    let map = || unsafe { bench.endpoint.map_scatter(&list, Direction::Both, &mut iovas) };
+    let (mapping, requests, kicks) = bench.machine.traffic(map);
+    assert_eq!((requests, kicks), (3, 1));
+    for (index, (segment, at)) in list.iter().zip(iovas).enumerate() {
+        for offset in [0, segment.len as u64 - 1] {
+            bench.machine.dma_write(EP, at.get() + offset, &[index as u8 + 1]).unwrap();
+            let phys = bench.domain.translate(at).unwrap();
+            assert_eq!(phys.phys.get() + at.get() - phys.range.start().get(), segment.phys.get());
+        }
+    }
+    let (unmapped, requests, kicks) = bench.machine.traffic(|| bench.endpoint.unmap(mapping.unwrap()));
+    assert_eq!((unmapped, requests, kicks), (Ok(()), 1, 1));
+    assert!(iovas.iter().all(|at| !bench.machine.reaches(EP, at.get())));
+}
+
+#[test]
+fn lists_that_make_no_sense() {
+    let bench = bench();
+    let base = bench.machine.memory(PAGE).phys.get();
+    let mut iovas = [Iova::new(0); 2];
+    for list in [
+        &[][..],
+        &[segment(base, 1)],
+        &[segment(base, 1), segment(base, 0)],
+        &[segment(base, PAGE), segment(u64::MAX - 5, 10)],
+    ] {
+        // SAFETY: refused before anything is sent.
+        let map = || unsafe { bench.endpoint.map_scatter(list, Direction::Both, &mut iovas) };
+        let (result, requests, _) = bench.machine.traffic(map);
+        assert!(result.is_err() && requests == 0);
+    }
+}
+
+/// Fails when `try_map_runs` leaves out `roll_back`, or gives back what is in doubt.
+#[test]
+fn a_list_is_mapped_whole_or_not_at_all() {
+    const COUNT: u64 = 6;
+    let answers = [
+        Inject::Refuse(8),
+        Inject::Unwritten,
+        Inject::UsedLen(0),
+        Inject::Status(0x99),
+        Inject::Hold(Execute::Now),
+        Inject::Hold(Execute::AtRelease),
+    ];
+    for answer in answers {
+        for position in 0..COUNT {
+            // Two requests at a time, so that some were not sent when one fails; and all at once.
+            for queue_size in [4, 256] {
+                let options = Options { queue_size, ..Machine::options() };
+                let bench = open(Config::default(), options, 0);
+                let base = bench.machine.memory(2 * COUNT * PAGE).phys;
+                let mut iovas = [Iova::new(0); COUNT as usize];
+                bench.machine.device().inject.pass(position as usize);
+                bench.machine.inject([answer]);
+                // SAFETY: nobody but the test uses the memory.
+                let mapped =
+                    unsafe { bench.endpoint.map_scatter(&apart(base, COUNT), Direction::Both, &mut iovas) };
+                let Err(DmaError::Map(error)) = mapped else { panic!("{mapped:?}") };
+                let top = bench.endpoint.faulting_iova().get();
+                // What is left is the one in doubt, and nothing else.
+                let doubt = matches!(answer, Inject::UsedLen(_) | Inject::Status(_) | Inject::Hold(_));
+                match error {
+                    MapError::Request { range, .. } if !doubt => {
+                        assert_eq!(range.start().get(), top - (COUNT - position) * PAGE, "which one");
+                    }
+                    MapError::Quarantined { .. } if doubt => {}
+                    error => panic!("{error}"),
+                }
+                let stats = bench.viommu.stats();
+                assert_eq!(stats.quarantined_mappings, usize::from(doubt), "{answer:?} at {position}");
+                assert_eq!(bench.domain.mapping_count(), usize::from(doubt));
+                let there = bench.machine.device().mappings(bench.domain.id().get()).count();
+                assert!(there <= usize::from(doubt));
+
+                bench.machine.release(Release::All);
+                bench.viommu.poll();
+                bench.viommu.reclaim();
+                assert_eq!(bench.viommu.stats().quarantined_mappings, 0);
+                assert_eq!(bench.machine.device().mappings(bench.domain.id().get()).count(), 0);
+                // All addresses are free again: the same list fits into the same place.
+                // SAFETY: as above.
+                let again =
+                    unsafe { bench.endpoint.map_scatter(&apart(base, COUNT), Direction::Both, &mut iovas) };
+                assert_eq!(again.unwrap().iova().get(), top - COUNT * PAGE);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_list_that_finds_no_record_is_rolled_back() {
+    let bench = bench();
+    let base = bench.machine.memory(600 * PAGE).phys;
+    let mut iovas = vec![Iova::new(0); 300];
+    // SAFETY: nobody but the test uses the memory.
+    let mut map = || unsafe { bench.endpoint.map_scatter(&apart(base, 300), Direction::Both, &mut iovas) };
+    assert!(matches!(map(), Err(DmaError::Map(MapError::NoRecord { .. }))));
+    assert_eq!(bench.machine.device().mappings(bench.domain.id().get()).count(), 0);
+    bench.domain.reserve(300);
+    let mapping = map().unwrap();
+    bench.endpoint.unmap(mapping).unwrap();
+}
+
+/// Fails when `submit_runs` publishes each run by itself.
+#[test]
+fn batches_take_one_doorbell_for_as_many_as_the_ring_holds() {
+    for (queue_size, count, rounds) in [(256, 128, 1), (256, 129, 2), (8, 10, 3), (8, 4, 1), (2, 3, 3)] {
+        let options = Options { queue_size, ..Machine::options() };
+        let bench = open(Config::default(), options, 0);
+        bench.domain.reserve(300);
+        let base = bench.machine.memory(2 * count * PAGE).phys;
+        let mut iovas = vec![Iova::new(0); count as usize];
+        // SAFETY: nobody but the test uses the memory.
+        let map = || unsafe { bench.endpoint.map_scatter(&apart(base, count), Direction::Both, &mut iovas) };
+        let (mapping, requests, kicks) = bench.machine.traffic(map);
+        assert_eq!((requests as u64, kicks), (count, rounds));
+        assert!(iovas.iter().all(|at| bench.machine.reaches(EP, at.get())));
+        bench.endpoint.unmap(mapping.unwrap()).unwrap();
+    }
+}
+
+/// Fails when `slot_of` takes the next slot in order instead of the one that the answer names.
+#[test]
+fn answers_in_any_order_belong_to_their_requests() {
+    const COUNT: u64 = 8;
+    for refused in 0..COUNT {
+        for held in [false, true] {
+            let bench = bench();
+            let base = bench.machine.memory(2 * COUNT * PAGE).phys;
+            let mut iovas = [Iova::new(0); COUNT as usize];
+            let hold = if held { Inject::Hold(Execute::AtRelease) } else { Inject::Defer };
+            let script = (0..COUNT).map(|index| if index == refused { Inject::Refuse(8) } else { hold });
+            bench.machine.inject(script);
+            bench.machine.on_relax(|device, ram| {
+                device.release(Release::AllReversed, ram);
+            });
+            // SAFETY: nobody but the test uses the memory.
+            let mapped =
+                unsafe { bench.endpoint.map_scatter(&apart(base, COUNT), Direction::Both, &mut iovas) };
+            let Err(DmaError::Map(MapError::Request { range, error })) = mapped else { panic!("{mapped:?}") };
+            assert_eq!(error, RequestError::Refused(Status::NoMem));
+            let first = bench.machine.requests().iter().find_map(|request| match request {
+                Request::Map { virt_start, phys_start, .. } if *phys_start == base.get() => Some(*virt_start),
+                _ => None,
+            });
+            assert_eq!(range.start().get(), first.unwrap() + refused * PAGE);
+            assert_eq!(bench.domain.mapping_count(), 0);
+            // And all of them well, last first.
+            bench.machine.inject([hold; COUNT as usize]);
+            // SAFETY: as above.
+            let again =
+                unsafe { bench.endpoint.map_scatter(&apart(base, COUNT), Direction::Both, &mut iovas) };
+            bench.endpoint.unmap(again.unwrap()).unwrap();
+        }
+    }
+}
+
+fn share(endpoint: &impl DmaDevice, buffer: &mut [u8], direction: Direction) -> Result<Iova, DmaError> {
+    // SAFETY: a slice, which nobody uses during the call.
+    unsafe { endpoint.share(NonNull::from(buffer), direction) }
+}
+
+fn unshare(endpoint: &impl DmaDevice, at: Iova, buffer: &mut [u8], direction: Direction) {
+    // SAFETY: as in `share`.
+    unsafe { endpoint.unshare(at, NonNull::from(buffer), direction) }
+}
+
+#[test]
+fn buffers_bounce_in_each_direction_and_send_nothing() {
+    let bench = with_bounce(4);
+    let mut array = [0xee_u8; 300];
+    let (_, requests, kicks) = bench.machine.traffic(|| {
+        let buffer = &mut array[100..200];
+        let at = share(&bench.endpoint, buffer, Direction::ToDevice).unwrap();
+        assert_eq!(bench.machine.dma_read(EP, at.get(), 100).unwrap(), [0xee; 100]);
+        assert_eq!(bench.machine.dma_read(EP, at.get() + 100, 1).unwrap(), [0], "a neighbour is not visible");
+        bench.machine.dma_write(EP, at.get(), &[1; 100]).unwrap();
+        unshare(&bench.endpoint, at, buffer, Direction::ToDevice);
+        assert_eq!(buffer, [0xee; 100], "nothing comes back");
+
+        let at = share(&bench.endpoint, buffer, Direction::FromDevice).unwrap();
+        assert_eq!(bench.machine.dma_read(EP, at.get(), 100).unwrap(), [0; 100], "nothing goes there");
+        bench.machine.dma_write(EP, at.get(), &[2; 50]).unwrap();
+        bench.machine.dma_write(EP, at.get() + 100, &[3]).unwrap();
+        unshare(&bench.endpoint, at, buffer, Direction::FromDevice);
+        assert_eq!((buffer[49], buffer[50], buffer[99]), (2, 0, 0));
+
+        let at = share(&bench.endpoint, buffer, Direction::Both).unwrap();
+        assert_eq!(bench.machine.dma_read(EP, at.get(), 2).unwrap(), [2, 2]);
+        bench.machine.dma_write(EP, at.get(), &[4]).unwrap();
+        unshare(&bench.endpoint, at, buffer, Direction::Both);
+        assert_eq!((buffer[0], buffer[1]), (4, 2));
+    });
+    assert_eq!((requests, kicks), (0, 0));
+    assert_eq!((array[99], array[200]), (0xee, 0xee));
+}
+
+#[test]
+fn bounce_pages_run_out_and_come_back() {
+    let bench = with_bounce(4);
+    let mut buffers = [[1u8; 16]; 4];
+    let shared: Vec<_> =
+        buffers.iter_mut().map(|buffer| share(&bench.endpoint, buffer, Direction::Both).unwrap()).collect();
+    let mut more = [0; 16];
+    assert_eq!(share(&bench.endpoint, &mut more, Direction::Both), Err(DmaError::NoBounce { len: 16 }));
+    // Addresses that were not handed out are ignored.
+    for wrong in [bench.endpoint.faulting_iova(), Iova::new(0), Iova::new(shared[0].get() + 1)] {
+        unshare(&bench.endpoint, wrong, &mut more, Direction::Both);
+        assert_eq!(more, [0; 16]);
+    }
+    unshare(&bench.endpoint, shared[2], &mut buffers[2], Direction::Both);
+    assert_eq!(share(&bench.endpoint, &mut more, Direction::Both), Ok(shared[2]));
+    let mut large = vec![0; 5 * PAGE as usize];
+    assert!(share(&bench.endpoint, &mut large, Direction::Both).is_err());
+    let none = self::bench();
+    assert_eq!(share(&none.endpoint, &mut more, Direction::Both), Err(DmaError::NoBounce { len: 16 }));
+}
+
+#[test]
+fn the_faulting_address_always_faults() {
+    let bench = with_bounce(1);
+    let at = bench.endpoint.faulting_iova();
+    let memory = bench.machine.memory(PAGE);
+    for _ in 0..200 {
+        // SAFETY: nobody but the test uses the memory.
+        let mapped = unsafe { bench.domain.map(memory.phys, PAGE, RW, ANYWHERE) }.unwrap();
+        assert_ne!(mapped, at);
+    }
+    // SAFETY: refused before anything is sent.
+    let there = unsafe { bench.domain.map_at(at, memory.phys, PAGE, RW) };
+    assert!(matches!(there, Err(MapError::InUse(_))));
+    assert!(!bench.machine.reaches(EP, at.get()));
+    assert!(bench.machine.dma_write(EP, at.get() + PAGE - 1, &[1]).is_err());
+    bench.endpoint.flush().unwrap();
+}
+
+#[test]
+fn the_endpoints_limit_holds() {
+    let machine = Machine::new(Config::default());
+    let viommu = machine.bring_up();
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    let limit = Iova::new(0xffff_ffff);
+    let options = EndpointOptions { limit, bounce_bytes: 0x10_0000 };
+    let endpoint = viommu.open(EP, &domain, options).unwrap();
+    assert_eq!((endpoint.limit(), endpoint.endpoint(), endpoint.granule()), (limit, EP, PAGE));
+    let memory = endpoint.alloc_coherent(1).unwrap();
+    assert!(memory.iova() <= limit && endpoint.faulting_iova() <= limit);
+    let mut buffer = [0; 8];
+    assert!(share(&endpoint, &mut buffer, Direction::Both).unwrap() <= limit);
+    endpoint.free_coherent(memory).unwrap();
+}
+
+/// Fails when `close` forgets the bounce pages.
+#[test]
+fn closing_gives_everything_back() {
+    for shared in [false, true] {
+        let bench = with_bounce(4);
+        let Bench { endpoint, domain, viommu, machine } = bench;
+        if shared {
+            viommu.attach(EP2, &domain).unwrap();
+        }
+        let mut buffer = [0; 8];
+        let at = share(&endpoint, &mut buffer, Direction::Both).unwrap().get();
+        assert!(machine.reaches(EP, at));
+        endpoint.close().unwrap();
+        assert!(!machine.reaches(EP, at) && !machine.reaches(EP2, at));
+        assert_eq!(machine.outstanding(), 2, "the two queues");
+        assert_eq!((domain.mapping_count(), viommu.stats().quarantined_mappings), (0, 0));
+        if !shared {
+            // All of the addresses came back, too: the domain can be used once more.
+            let again = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+            assert_eq!(again.faulting_iova().get(), (1 << 39) - PAGE);
+        }
+    }
+}
+
+#[test]
+fn an_endpoint_that_is_dropped_keeps_its_pages_until_they_are_reclaimed() {
+    let Bench { endpoint, domain, viommu, machine } = with_bounce(4);
+    let mut buffer = [0x77; 8];
+    let at = share(&endpoint, &mut buffer, Direction::ToDevice).unwrap().get();
+    drop(endpoint);
+    assert!(machine.reaches(EP, at), "it is attached and mapped as before");
+    assert_eq!((machine.outstanding(), viommu.stats().quarantined_mappings), (3, 1));
+    assert_eq!(viommu.reclaim(), 1);
+    assert!(!machine.reaches(EP, at));
+    assert_eq!((machine.outstanding(), domain.mapping_count()), (2, 0));
+}
+
+#[test]
+fn closing_that_fails_frees_the_pages_all_the_same() {
+    let Bench { endpoint, domain, viommu, machine } = with_bounce(2);
+    machine.inject([Inject::Refuse(2)]);
+    assert!(endpoint.close().is_err());
+    // DETACH was refused, so they were unmapped the other way.
+    assert_eq!((machine.outstanding(), viommu.stats().quarantined_mappings), (2, 0));
+    assert_eq!(machine.device().domain_of(EP.get()), Some(domain.id().get()));
+    viommu.detach(EP).unwrap();
+}
+
+#[test]
+fn an_endpoint_whose_pages_cannot_be_had_is_detached() {
+    for script in [vec![], vec![Inject::Pass, Inject::Refuse(8)]] {
+        let machine = Machine::new(Config::default());
+        let viommu = machine.bring_up();
+        let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+        if script.is_empty() {
+            machine.limit_allocations(0);
+        }
+        machine.inject(script);
+        let options = EndpointOptions { bounce_bytes: 1, ..EndpointOptions::default() };
+        assert!(matches!(viommu.open(EP, &domain, options), Err(OpenError::Dma(_))));
+        assert_eq!((machine.device().domain_of(EP.get()), machine.outstanding()), (None, 2));
+    }
+}
+
+/// Fails when `open` detaches an endpoint that was attached before it.
+#[test]
+fn a_second_view_that_fails_leaves_the_first_one_alone() {
+    let bench = with_bounce(1);
+    let memory = bench.endpoint.alloc_coherent(1).unwrap();
+    bench.machine.limit_allocations(0);
+    let options = EndpointOptions { bounce_bytes: 1, ..EndpointOptions::default() };
+    assert!(bench.viommu.open(EP, &bench.domain, options).is_err());
+    assert!(bench.machine.reaches(EP, memory.iova().get()));
+}
+
+/// Isolation of two endpoints in domains of their own, tried both ways with a positive control.
+#[test]
+fn endpoints_do_not_reach_each_others_memory() {
+    let machine = Machine::new(Config::default());
+    let viommu = machine.bring_up();
+    let open = |id| {
+        let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+        viommu.open(id, &domain, EndpointOptions::default()).unwrap()
+    };
+    let (one, other) = (open(EP), open(EP2));
+    let memory = machine.memory(PAGE);
+    fill(&memory, 0x11);
+    // SAFETY: nobody but the test uses the memory.
+    let mapping = unsafe { one.map(memory.phys, PAGE as usize, Direction::Both) }.unwrap();
+    let at = mapping.iova().get();
+    machine.dma_write(EP, at, &[0x22]).unwrap();
+    assert!(machine.dma_write(EP2, at, &[0x33]).is_err() && !machine.reaches(EP2, at));
+    assert_eq!(bytes_of(&memory)[0], 0x22);
+    viommu.poll();
+    assert_eq!((viommu.fault_count(EP), viommu.fault_count(EP2)), (0, 2));
+    one.unmap(mapping).unwrap();
+    // SAFETY: as above.
+    let theirs = unsafe { other.map(memory.phys, PAGE as usize, Direction::Both) }.unwrap();
+    assert!(machine.reaches(EP2, theirs.iova().get()) && !machine.reaches(EP, theirs.iova().get()));
+    other.unmap(theirs).unwrap();
+}
+
+#[test]
+fn freed_memory_is_poisoned_so_that_these_tests_see_a_late_access() {
+    let bench = bench();
+    let memory = bench.endpoint.alloc_coherent(1).unwrap();
+    let ptr = memory.ptr();
+    bench.endpoint.free_coherent(memory).unwrap();
+    // SAFETY: the tests' memory stays mapped in this process for good.
+    assert_eq!(unsafe { ptr.read_volatile() }, POISON);
+}

@@ -1,0 +1,18 @@
+//! The driver through its public face, over the independent model of its device.
+
+mod attach;
+#[cfg(feature = "virtio-drivers")]
+mod bridge;
+mod dma;
+mod faults;
+mod hostile_device;
+mod locks;
+mod map;
+mod quirks;
+mod regressions;
+mod start;
+mod support;
+mod timeouts;
+
+#[global_allocator]
+static HEAP: support::WatchedHeap = support::WatchedHeap;
