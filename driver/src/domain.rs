@@ -150,6 +150,32 @@ impl<P: Platform> Domain<P> {
         self.map_runs(range, core::iter::once(Run { phys, len }), prot, &mut None)
     }
 
+    /// Maps `len` bytes from `start` at their own addresses, around what is reserved for the domain's endpoints: what
+    /// an identity domain is where the device has none. One mapping for each stretch between reserved regions.
+    ///
+    /// Waits for the answers; allocates nothing.
+    ///
+    /// # Errors
+    /// As for [`map_at`](Self::map_at). The stretches before the one that failed stay mapped.
+    ///
+    /// # Safety
+    /// As for [`map`](Self::map): the endpoints may access all of it at any time.
+    pub unsafe fn map_identity(&self, start: PhysAddr, len: u64, prot: Prot) -> Result<(), MapError> {
+        let mut next = IovaRange::from_len(Iova::new(start.get()), len);
+        if next.is_none() {
+            return Err(MapError::PhysicalWraps { phys: start, len });
+        }
+        // Bounded by the reserved regions: each round passes a whole stretch between two of them.
+        while let Some(rest) = next {
+            let Some(stretch) = self.with(|engine| engine.unreserved_in(self.0.key, rest)) else { break };
+            let (at, len) = (stretch.start(), stretch.len_bytes().unwrap_or(0));
+            // SAFETY: the caller's promise.
+            unsafe { self.map_at(at, PhysAddr::new(at.get()), len, prot) }?;
+            next = stretch.last().checked_add(1).and_then(|at| IovaRange::new(at, rest.last()));
+        }
+        Ok(())
+    }
+
     /// Unmaps `len` bytes at `iova`: one mapping, or several whole ones that touch each other, by one request.
     /// When this returns `Ok`, no endpoint reaches the memory through them any more.
     ///

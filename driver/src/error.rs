@@ -33,6 +33,8 @@ pub enum RequestError {
     NoSlot,
     /// The device says that it needs a reset.
     NeedsReset,
+    /// The driver was shut down. Nothing was sent.
+    ShutDown,
     /// The device broke the ring: its used index moved further than there were requests.
     RingBroken {
         /// The index that it wrote.
@@ -49,7 +51,7 @@ impl RequestError {
             Self::TimedOut | Self::NeedsReset | Self::RingBroken { .. } | Self::ShortAnswer { .. } => true,
             // A status that nothing defines says nothing.
             Self::Refused(Status::Other(_)) => true,
-            Self::Refused(_) | Self::NotHandled | Self::NoSlot => false,
+            Self::Refused(_) | Self::NotHandled | Self::NoSlot | Self::ShutDown => false,
         }
     }
 }
@@ -65,6 +67,7 @@ impl fmt::Display for RequestError {
             Self::TimedOut => f.write_str("the device did not answer before the deadline"),
             Self::NoSlot => f.write_str("no request slot came free before the deadline"),
             Self::NeedsReset => f.write_str("the device asks for a reset"),
+            Self::ShutDown => f.write_str("the driver was shut down"),
             Self::RingBroken { used_index, expected_at_most } => {
                 write!(f, "the device moved the used index to {used_index:#x}, past {expected_at_most:#x}")
             }
@@ -95,8 +98,8 @@ pub enum StartError {
     },
     /// The configuration space could not be read.
     Config(TransportError),
-    /// `bypass` could not be written.
-    BypassWrite(TransportError),
+    /// The bypass could not be closed.
+    Bypass(BypassError),
     /// The driver's own limits leave no domain for introducing an endpoint.
     Domain(DomainError),
     /// The configuration kept changing while it was read.
@@ -138,11 +141,6 @@ pub enum StartError {
     },
     /// The endpoint is the IOMMU itself, which is never attached.
     OwnEndpoint(EndpointId),
-    /// `bypass` did not take the value that was written.
-    BypassStuck {
-        /// What it reads as.
-        value: u8,
-    },
 }
 
 impl fmt::Display for StartError {
@@ -158,7 +156,7 @@ impl fmt::Display for StartError {
                 write!(f, "the device refused the features {asked}")
             }
             Self::Config(error) => write!(f, "cannot read the configuration: {error}"),
-            Self::BypassWrite(error) => write!(f, "cannot write bypass: {error}"),
+            Self::Bypass(error) => error.fmt(f),
             Self::Domain(error) => error.fmt(f),
             Self::ConfigUnstable => f.write_str("the configuration kept changing while it was read"),
             Self::BadConfig { field, value } => {
@@ -173,7 +171,35 @@ impl fmt::Display for StartError {
             Self::Endpoint { endpoint, error } => write!(f, "endpoint {endpoint}: {error}"),
             Self::TooManyEndpoints { limit } => write!(f, "more than {limit} endpoints"),
             Self::OwnEndpoint(endpoint) => write!(f, "endpoint {endpoint} is the IOMMU itself"),
-            Self::BypassStuck { value } => write!(f, "bypass reads {value:#x} after 0 was written"),
+        }
+    }
+}
+
+/// The device's bypass could not be changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum BypassError {
+    /// The device does not offer BYPASS_CONFIG.
+    NoFeature,
+    /// The field could not be accessed.
+    Access(TransportError),
+    /// The field did not take the value that was written.
+    Stuck {
+        /// What was written.
+        wrote: u8,
+        /// What it reads as.
+        reads: u8,
+    },
+}
+
+impl fmt::Display for BypassError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoFeature => f.write_str("the device does not offer BYPASS_CONFIG"),
+            Self::Access(error) => write!(f, "cannot access bypass: {error}"),
+            Self::Stuck { wrote, reads } => {
+                write!(f, "bypass reads {reads:#x} after {wrote:#x} was written")
+            }
         }
     }
 }
@@ -187,6 +213,8 @@ pub enum DomainError {
         /// The limit.
         limit: usize,
     },
+    /// The device does not offer BYPASS_CONFIG, which identity domains need.
+    NoIdentity,
     /// Every number in the device's domain range is in use.
     IdsExhausted {
         /// How many the range has.
@@ -198,6 +226,7 @@ impl fmt::Display for DomainError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::TooMany { limit } => write!(f, "all {limit} domains are in use"),
+            Self::NoIdentity => f.write_str("the device does not offer BYPASS_CONFIG for identity domains"),
             Self::IdsExhausted { ids } => write!(f, "all {ids} domain numbers of the device are in use"),
         }
     }
@@ -309,6 +338,8 @@ impl fmt::Display for DetachError {
 pub enum MapError {
     /// The domain has no endpoint, so that it does not exist for the device yet, or any more.
     NoEndpoint,
+    /// The domain is an identity domain: nothing can or need be mapped (D-18).
+    IdentityDomain,
     /// The length is 0, or a single byte, which no MAP can express.
     Empty,
     /// An address or length is not a multiple of the granule.
@@ -375,6 +406,7 @@ impl fmt::Display for MapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoEndpoint => f.write_str("the domain has no endpoint attached"),
+            Self::IdentityDomain => f.write_str("nothing can be mapped in an identity domain"),
             Self::Empty => f.write_str("a mapping needs at least two bytes"),
             Self::Misaligned { value, granule } => {
                 write!(f, "{value:#x} is not a multiple of the granule {granule:#x}")
@@ -474,6 +506,7 @@ impl From<MapError> for DmaError {
 
 impl Error for RequestError {}
 impl Error for StartError {}
+impl Error for BypassError {}
 impl Error for DomainError {}
 impl Error for AttachError {}
 impl Error for DetachError {}

@@ -76,6 +76,10 @@ pub(crate) struct Shared<P: Platform> {
     pub kicks: AtomicUsize,
     /// Whether the bypass was closed, as far as the device has one.
     pub live: AtomicBool,
+    /// What the bypass was when the driver started.
+    pub bypass_found: Option<u8>,
+    /// Whether the device confirmed a reset after which it has no queues.
+    pub forgotten: AtomicBool,
     /// Set by an interrupt, cleared by a poll.
     pub interrupted: AtomicBool,
 }

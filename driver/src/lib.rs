@@ -68,6 +68,7 @@ mod prot;
 mod queue;
 mod ring;
 mod shared_memory;
+mod shutdown;
 mod start;
 #[cfg(test)]
 mod test_memory;
@@ -81,7 +82,8 @@ pub use dma::{CoherentMemory, DmaDevice, DmaMapping, Endpoint, HeldMemory, PhysS
 pub use domain::{Domain, Translation};
 pub use engine::DomainStats;
 pub use error::{
-    AttachError, DetachError, DmaError, DomainError, MapError, RequestError, StartError, UnmapError,
+    AttachError, BypassError, DetachError, DmaError, DomainError, MapError, RequestError, StartError,
+    UnmapError,
 };
 pub use fault::FaultCounts;
 pub use id::{DomainId, EndpointId};
@@ -90,9 +92,10 @@ pub use lock::LockApi;
 pub use lock::RawLock;
 #[cfg(feature = "spin")]
 pub use lock::SpinNotInInterrupts;
-pub use options::{DomainOptions, EndpointOptions, Options};
+pub use options::{DomainKind, DomainOptions, EndpointOptions, Options};
 pub use platform::{DmaMemory, Platform};
 pub use prot::{Direction, Prot};
+pub use shutdown::{Leave, ShutdownError};
 pub use start::{Introduction, Staged, Unattached};
 pub use viommu::{Interrupt, MoveError, OpenError, Stats, Viommu};
 pub use wire::fault::{Fault, FaultAccess, FaultReason};

@@ -70,6 +70,10 @@ impl<L: RawLock, T> Mutex<L, T> {
         Self { lock: L::UNLOCKED, value: UnsafeCell::new(value) }
     }
 
+    pub(crate) fn get_mut(&mut self) -> &mut T {
+        self.value.get_mut()
+    }
+
     pub(crate) fn lock(&self) -> Guard<'_, L, T> {
         Guard { saved: Some(self.lock.acquire()), mutex: self }
     }

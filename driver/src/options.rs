@@ -36,16 +36,29 @@ impl Default for Options {
     }
 }
 
+/// What a domain does with addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DomainKind {
+    /// Endpoints reach what is mapped.
+    Translated,
+    /// Endpoints reach all of memory by its physical addresses: no protection at all. Needs BYPASS_CONFIG; where
+    /// that is missing, [`Domain::map_identity`](crate::Domain::map_identity) does for the ranges that it is
+    /// given.
+    Identity,
+}
+
 /// Choices for one domain.
 #[derive(Clone, Copy, Debug)]
 pub struct DomainOptions {
+    /// What it does with addresses.
+    pub kind: DomainKind,
     /// Mappings that it has records for at first; [`Domain::reserve`](crate::Domain::reserve) makes more.
     pub mappings: usize,
 }
 
 impl Default for DomainOptions {
     fn default() -> Self {
-        Self { mappings: 256 }
+        Self { kind: DomainKind::Translated, mappings: 256 }
     }
 }
 

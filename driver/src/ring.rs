@@ -133,10 +133,6 @@ impl Ring {
         &mut self.memory
     }
 
-    pub(crate) fn into_memory(self) -> SharedMemory {
-        self.memory
-    }
-
     pub(crate) fn set_descriptor(&mut self, index: u16, address: PhysAddr, len: u32, flags: u16, next: u16) {
         let mut bytes = [0; DESC_LEN];
         bytes[0..8].copy_from_slice(&address.get().to_le_bytes());

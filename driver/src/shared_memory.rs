@@ -21,8 +21,8 @@ const MIN_ALIGN: usize = 8;
 
 impl SharedMemory {
     /// # Safety
-    /// The memory is valid for reads and writes and used by no one but this and the device until
-    /// [`into_inner`](Self::into_inner).
+    /// The memory is valid for reads and writes and used by no one but this and the device as long
+    /// as this exists.
     ///
     /// # Panics
     /// When the memory is not aligned to 8 bytes, which breaks the platform's promise.
@@ -32,7 +32,8 @@ impl SharedMemory {
         Self { memory }
     }
 
-    pub(crate) fn into_inner(self) -> DmaMemory {
+    /// The whole region, to be given back when neither this nor the device uses it any more.
+    pub(crate) fn region(&self) -> DmaMemory {
         self.memory
     }
 

@@ -11,13 +11,13 @@
 use crate::addr::{Iova, IovaRange};
 use crate::barrier;
 use crate::engine::{Engine, Geometry, Limits, MAX_RESERVED, Op};
-use crate::error::{AttachError, DetachError, RequestError, StartError};
+use crate::error::{AttachError, BypassError, DetachError, RequestError, StartError};
 use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, State};
 use crate::fault::FaultBacklog;
 use crate::id::EndpointId;
 use crate::lock::Mutex;
 use crate::options::{DomainOptions, Options};
-use crate::platform::Platform;
+use crate::platform::{DmaMemory, Platform};
 use crate::queue::{EventQueue, RequestQueue};
 use crate::ring::{ALIGN, Ring, Suppression};
 use crate::shared_memory::SharedMemory;
@@ -123,7 +123,11 @@ fn negotiate<P: Platform>(
     Ok((geometry, features, probe_size))
 }
 
-fn reset<P: Platform>(transport: &dyn Transport, platform: &P, options: &Options) -> Result<(), StartError> {
+pub(crate) fn reset<P: Platform>(
+    transport: &dyn Transport,
+    platform: &P,
+    options: &Options,
+) -> Result<(), StartError> {
     transport.set_status(DeviceStatus::empty());
     let mut deadline = Deadline::new();
     loop {
@@ -245,7 +249,7 @@ fn run<P: Platform>(
         match queue_memory(&*transport, &platform, &options, EVENT_QUEUE, EventQueue::memory_len) {
             Ok(memory) => memory,
             Err(error) => {
-                give_back(&platform, requests.into_memory());
+                give_back(&platform, requests.ring().memory().region());
                 return fail(&*transport, error);
             }
         };
@@ -263,8 +267,8 @@ fn run<P: Platform>(
     if let Err(error) = started {
         // The device knows the rings: they are free only after it forgot them.
         if reset(&*transport, &platform, &options).is_ok() {
-            give_back(&platform, requests.into_memory());
-            give_back(&platform, events.into_memory());
+            give_back(&platform, requests.ring().memory().region());
+            give_back(&platform, events.ring().memory().region());
         } else {
             log::error!("the IOMMU does not finish its reset: its queues' memory is lost");
         }
@@ -275,6 +279,10 @@ fn run<P: Platform>(
         transport.notify(EVENT_QUEUE);
     }
 
+    let bypass_found = match features.contains(Features::BYPASS_CONFIG) {
+        true => transport.read_config_u8(offset::BYPASS).ok().map(|value| value & 1),
+        false => None,
+    };
     let limits = Limits::new(&options);
     let state = State {
         engine: Engine::new(geometry, limits, options.own_endpoint),
@@ -292,6 +300,8 @@ fn run<P: Platform>(
         doorbell: AtomicBool::new(false),
         kicks: AtomicUsize::new(0),
         live: AtomicBool::new(false),
+        bypass_found,
+        forgotten: AtomicBool::new(false),
         interrupted: AtomicBool::new(false),
     });
     Ok(Staged(Viommu::new(shared, features, geometry, probe_size as usize)))
@@ -315,9 +325,10 @@ fn queue_memory<P: Platform>(
     Ok((unsafe { SharedMemory::new(memory) }, size))
 }
 
-fn give_back<P: Platform>(platform: &P, memory: SharedMemory) {
-    // SAFETY: from `dma_alloc` with this alignment, and the device does not know it, or was reset.
-    unsafe { platform.dma_free(memory.into_inner(), ALIGN) };
+/// Gives a queue's memory back. The device does not know it, or forgot it by a reset.
+pub(crate) fn give_back<P: Platform>(platform: &P, memory: DmaMemory) {
+    // SAFETY: from `dma_alloc` with this alignment, and used by nobody any more.
+    unsafe { platform.dma_free(memory, ALIGN) };
 }
 
 fn enable(transport: &dyn Transport, queue: u16, ring: &Ring) -> Result<(), StartError> {
@@ -371,7 +382,11 @@ impl<P: Platform> Staged<P> {
     /// the device refuses may be in use by an earlier life: one more is tried.
     fn sweep(&self, endpoint: EndpointId) -> Result<Introduction, StartError> {
         let shared = &self.0.shared;
-        let scratch = || self.0.create_domain(DomainOptions { mappings: 0 }).map_err(StartError::Domain);
+        let scratch = || {
+            self.0
+                .create_domain(DomainOptions { mappings: 0, ..DomainOptions::default() })
+                .map_err(StartError::Domain)
+        };
         let first = scratch()?;
         let second;
         let (mut domain, mut attached) = (&first, shared.attach(endpoint, first.key()));
@@ -407,22 +422,15 @@ impl<P: Platform> Staged<P> {
     /// Closes the bypass: from now on an endpoint that is not attached reaches nothing.
     ///
     /// # Errors
-    /// [`StartError::BypassWrite`] or [`StartError::BypassStuck`]: unattached endpoints then reach all of memory,
-    /// so that no bus mastering may be turned on.
+    /// [`StartError::Bypass`]: unattached endpoints then reach all of memory, so that no bus mastering may be turned
+    /// on.
     pub fn go_live(self) -> Result<Viommu<P>, StartError> {
-        let shared = &self.0.shared;
-        if self.0.features().contains(Features::BYPASS_CONFIG) {
-            let transport = &shared.transport;
-            transport.write_config_u8(offset::BYPASS, 0).map_err(StartError::BypassWrite)?;
-            let value = transport.read_config_u8(offset::BYPASS).map_err(StartError::BypassWrite)?;
-            // The other bits are to be ignored.
-            if value & 1 != 0 {
-                return Err(StartError::BypassStuck { value });
-            }
+        match self.0.close_bypass() {
             // Without the feature unattached endpoints should be blocked too, but that is not known (I1).
-            shared.state.lock().engine.close_bypass();
+            Ok(()) | Err(BypassError::NoFeature) => {}
+            Err(error) => return Err(StartError::Bypass(error)),
         }
-        shared.live.store(true, Ordering::Release);
+        self.0.shared.live.store(true, Ordering::Release);
         Ok(self.0)
     }
 }

@@ -9,7 +9,7 @@ use crate::error::{AttachError, DetachError, DmaError, DomainError, StartError};
 use crate::exchange::{EVENT_QUEUE, Sent, Shared};
 use crate::fault::FaultCounts;
 use crate::id::EndpointId;
-use crate::options::{DomainOptions, EndpointOptions, Options};
+use crate::options::{DomainKind, DomainOptions, EndpointOptions, Options};
 use crate::platform::Platform;
 use crate::start::{Staged, Unattached};
 use crate::transport::Transport;
@@ -146,11 +146,14 @@ impl<P: Platform> Viommu<P> {
     /// Creates a domain, which exists for the device once an endpoint is attached. Allocates its records.
     ///
     /// # Errors
-    /// [`DomainError`], when all domains or all numbers are in use.
+    /// [`DomainError`], when all domains or all numbers are in use, or the device has no identity domains.
     pub fn create_domain(&self, options: DomainOptions) -> Result<Domain<P>, DomainError> {
+        if options.kind == DomainKind::Identity && !self.features.contains(Features::BYPASS_CONFIG) {
+            return Err(DomainError::NoIdentity);
+        }
         let limits = Limits::new(&self.shared.options);
         let mut parts = Some(Engine::prepare_domain(&self.geometry, limits, options.mappings));
-        let key = self.shared.state.lock().engine.create_domain(&mut parts)?;
+        let key = self.shared.state.lock().engine.create_domain(&mut parts, options.kind)?;
         Ok(Domain::new(Arc::clone(&self.shared), key))
     }
 

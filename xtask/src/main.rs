@@ -4,7 +4,9 @@
 //! |---|---|
 //! | `run` | builds the kernel, boots one scenario, shows it, judges it |
 //! | `test` | the tests, tier by tier |
+//! | `qtest` | the tier that has a package of its own |
 //! | `ci` | everything that must pass before a change is merged |
+//! | `conformance` | whether the table of requirements and the tests agree |
 //! | `setup` | finds or installs the compiler for the kernel and QEMU |
 //! | `kernel` | builds a kernel image |
 //! | `backtrace` | names the addresses that a kernel prints when it panics |
@@ -13,9 +15,11 @@
 mod backtrace;
 mod ci;
 mod command;
+mod conformance;
 mod kernel;
 mod paths;
 mod progress;
+mod qtest;
 mod run;
 mod setup;
 mod test;

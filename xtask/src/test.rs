@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use qemu_tests::machine::Arch;
 
 use crate::setup::SetupArguments;
-use crate::{command, kernel, progress, setup};
+use crate::{command, kernel, progress, qtest, setup};
 
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Default)]
@@ -28,6 +28,8 @@ pub(crate) struct TestArguments {
 pub(crate) enum Tier {
     /// What runs on the host alone
     Host,
+    /// The driver in a host process, QEMU's own device
+    Qtest,
     /// Kernel images booted in QEMU
     Machine,
 }
@@ -35,7 +37,7 @@ pub(crate) enum Tier {
 /// Runs the tiers and returns success if every test passed.
 pub(crate) fn test(arguments: &TestArguments) -> Result<ExitCode> {
     let mut failed = Vec::new();
-    for tier in [Tier::Host, Tier::Machine] {
+    for tier in [Tier::Host, Tier::Qtest, Tier::Machine] {
         if arguments.tier.is_none_or(|wanted| wanted == tier)
             && let Err(error) = run_tier(tier, arguments)
         {
@@ -55,6 +57,7 @@ pub(crate) fn run_tier(tier: Tier, arguments: &TestArguments) -> Result<()> {
     let started = Instant::now();
     match tier {
         Tier::Host => host(arguments)?,
+        Tier::Qtest => qtest::test(arguments)?,
         Tier::Machine => machine(arguments)?,
     }
     progress::note(&format!("{tier:?} tier passed in {}", progress::seconds(started.elapsed())));

@@ -1,9 +1,11 @@
 //! Attaching and detaching endpoints.
 
+use super::domain::DomainRecord;
 use super::iova::ReserveError;
 use super::{Attachment, DomainKey, EndpointRecord, Engine, Op};
 use crate::error::{AttachError, DetachError, DomainError};
 use crate::id::EndpointId;
+use crate::options::DomainKind;
 use crate::wire::property::ReservedRegion;
 use crate::wire::request::Request;
 use alloc::sync::Arc;
@@ -72,8 +74,9 @@ impl Engine {
         let parked = match self.endpoints[at].attachment {
             Attachment::Attached(current) if current == key => return Ok(AttachPlan::Nothing),
             Attachment::Detached => None,
-            // Nobody holds that domain: the endpoint is there because the device could not detach it.
-            Attachment::Attached(current) if self.domain(current).is_some_and(|domain| domain.orphaned) => {
+            // Nobody holds that domain, which is empty: the endpoint is there because the device could not
+            // detach it.
+            Attachment::Attached(current) if self.domain(current).is_some_and(DomainRecord::is_deserted) => {
                 Some(current)
             }
             _ => return Err(AttachError::Busy(id)),
@@ -99,7 +102,7 @@ impl Engine {
             return self.adopt_parked(id, parked, key);
         }
         domain.possible += 1;
-        let request = Request::Attach { domain: domain.id, endpoint: id };
+        let request = Request::Attach { domain: domain.id, endpoint: id, kind: domain.kind };
         endpoints[at].attachment = Attachment::Attaching(key);
         Ok(AttachPlan::Send(request, Op::Attach { endpoint: id, domain: key }))
     }
@@ -111,7 +114,9 @@ impl Engine {
         parked: DomainKey,
         key: DomainKey,
     ) -> Result<AttachPlan, AttachError> {
-        let empty = self.domain(key).is_some_and(|domain| domain.possible == 0);
+        let translated = DomainKind::Translated;
+        let fits = |domain: &DomainRecord| domain.possible == 0 && domain.kind == translated;
+        let empty = self.domain(key).is_some_and(fits);
         let alone = self.domain(parked).is_some_and(|domain| domain.possible == 1);
         if !(empty && alone) {
             return Err(AttachError::Parked(id));
@@ -146,6 +151,16 @@ impl Engine {
             endpoint.attachment = Attachment::Detaching { domain: key, was_attached };
         }
         Ok((request, Op::Detach { endpoint: id, domain: key }))
+    }
+
+    /// An endpoint that can be detached, with a number above `after`.
+    pub(crate) fn next_attached(&self, after: Option<EndpointId>) -> Option<EndpointId> {
+        let attached = |record: &&EndpointRecord| {
+            let state = record.attachment;
+            Some(record.id) > after
+                && matches!(state, Attachment::Attached(_) | Attachment::Unknown { in_flight: false, .. })
+        };
+        self.endpoints.iter().find(attached).map(|record| record.id)
     }
 
     /// Begins to give a domain another number: its endpoints are to be detached, and to join it again. Refused

@@ -6,6 +6,7 @@ use super::mapping::MappingTable;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::MapError;
 use crate::id::DomainId;
+use crate::options::DomainKind;
 use crate::prot::Prot;
 
 /// What a domain did so far.
@@ -28,6 +29,7 @@ pub struct DomainStats {
 pub(crate) struct DomainRecord {
     pub generation: usize,
     pub id: DomainId,
+    pub kind: DomainKind,
     /// Endpoints whose ATTACH was confirmed.
     pub attached: u32,
     /// Endpoints that may be attached: those, and the ones under way or of unknown outcome.
@@ -47,6 +49,11 @@ impl DomainRecord {
         self.possible == 0 && self.mappings.is_empty()
     }
 
+    /// Whether nobody holds the domain, and nothing is mapped in it.
+    pub(crate) fn is_deserted(&self) -> bool {
+        self.orphaned && self.mappings.is_empty()
+    }
+
     /// Refuses what must never be sent (I5).
     pub(crate) fn check(
         &self,
@@ -56,6 +63,9 @@ impl DomainRecord {
         prot: Prot,
     ) -> Result<IovaRange, MapError> {
         let (start, len) = range;
+        if self.kind == DomainKind::Identity {
+            return Err(MapError::IdentityDomain);
+        }
         let granule = geometry.granule;
         // A MAP's end must lie above its start: one byte cannot be said.
         if len < 2 {

@@ -120,6 +120,18 @@ impl IovaAllocator {
         Ok(())
     }
 
+    /// The first stretch of `range` that is not reserved.
+    pub(crate) fn unreserved_in(&self, range: IovaRange) -> Option<IovaRange> {
+        let mut start = range.start();
+        // Bounded: holes do not overlap, so each is passed once.
+        while let Some(hole) = self.holes.iter().find(|hole| hole.start() <= start && start <= hole.last()) {
+            start = hole.last().checked_add(1)?;
+        }
+        let above = self.holes.iter().map(|hole| hole.start()).filter(|hole| *hole > start);
+        let last = above.min().map_or(range.last(), |hole| Iova::new(hole.get() - 1).min(range.last()));
+        IovaRange::new(start, last)
+    }
+
     /// Visits the free pieces of `range`, with the index of the free range that each is part of.
     fn pieces_to_reserve(
         &self,

@@ -5,6 +5,7 @@ use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::error::{MapError, UnmapError};
+use crate::options::DomainKind;
 use crate::prot::Prot;
 use crate::wire::request::Request;
 
@@ -28,6 +29,9 @@ impl Engine {
     ) -> Result<IovaRange, MapError> {
         let granule = self.geometry.granule;
         let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
+        if domain.kind == DomainKind::Identity {
+            return Err(MapError::IdentityDomain);
+        }
         if len == 0 {
             return Err(MapError::Empty);
         }
@@ -48,6 +52,11 @@ impl Engine {
             Ok(false) => Err(MapError::InUse(range)),
             Err(_full) => Err(MapError::NoRecord { capacity: domain.mappings.capacity() }),
         }
+    }
+
+    /// The first stretch of `range` that is not reserved.
+    pub(crate) fn unreserved_in(&self, key: DomainKey, range: IovaRange) -> Option<IovaRange> {
+        self.domain(key)?.iova.unreserved_in(range)
     }
 
     /// Gives a range back that was allocated or taken, for `parts` mappings, and never mapped.

@@ -23,7 +23,7 @@ pub(crate) use mapping::Mapping;
 use crate::addr::IovaRange;
 use crate::error::DomainError;
 use crate::id::{DomainId, EndpointId};
-use crate::options::Options;
+use crate::options::{DomainKind, Options};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicUsize, Ordering};
 use domain::DomainRecord;
@@ -198,6 +198,7 @@ impl Engine {
     pub(crate) fn create_domain(
         &mut self,
         parts: &mut Option<(MappingTable, IovaAllocator)>,
+        kind: DomainKind,
     ) -> Result<DomainKey, DomainError> {
         let Some(index) = self.domains.iter().position(Option::is_none) else {
             return Err(DomainError::TooMany { limit: self.limits.domains });
@@ -209,6 +210,7 @@ impl Engine {
         self.domains[index] = Some(DomainRecord {
             generation,
             id,
+            kind,
             attached: 0,
             possible: 0,
             mappings,
@@ -256,6 +258,7 @@ impl Engine {
     /// nothing depends on it: now or by [`take_orphan`](Self::take_orphan).
     pub(crate) fn release_domain(&mut self, key: DomainKey) -> Option<DomainRecord> {
         self.domain_mut(key)?.orphaned = true;
+        self.revoke_if_empty(usize::from(key.index));
         self.take_if_idle(usize::from(key.index))
     }
 

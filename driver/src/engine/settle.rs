@@ -199,6 +199,7 @@ impl Engine {
         if !closed || domain.possible > 0 || domain.mappings.is_empty() {
             return;
         }
+        let orphaned = domain.orphaned;
         let (iova, stats) = (&mut domain.iova, &mut domain.stats);
         let mut released = 0;
         domain.mappings.retain_all(|record| {
@@ -206,7 +207,10 @@ impl Engine {
             if record.state == MappingState::Live {
                 record.on_device = false;
             }
-            if record.state != (MappingState::Quarantined { in_flight: false }) {
+            let quarantined = record.state == MappingState::Quarantined { in_flight: false };
+            // Nobody is left who could unmap what is live in a domain without a handle.
+            let unowned = orphaned && record.state == MappingState::Live;
+            if !quarantined && !unowned {
                 return true;
             }
             if record.held.is_some() {

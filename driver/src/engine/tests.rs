@@ -4,6 +4,7 @@ use super::*;
 use crate::addr::{Iova, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::error::{AttachError, RequestError, UnmapError};
+use crate::options::DomainKind;
 use crate::prot::Prot;
 use crate::queue::{Completion, Outcome};
 use crate::test_memory::TestMemory;
@@ -32,7 +33,7 @@ fn engine() -> Engine {
 
 fn domain(engine: &mut Engine) -> DomainKey {
     let mut parts = Some(Engine::prepare_domain(&engine.geometry, engine.limits, 8));
-    engine.create_domain(&mut parts).unwrap()
+    engine.create_domain(&mut parts, DomainKind::Translated).unwrap()
 }
 
 impl Engine {
@@ -314,13 +315,23 @@ fn a_key_of_before_names_nothing() {
     assert_eq!(engine.quarantined(), (0, 0));
 }
 
+/// I7: fails when `begin_attach` sends for an endpoint that is there already.
+#[test]
+fn attaching_again_takes_nothing() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    assert_eq!(engine.begin_attach(EP, key), Ok(AttachPlan::Nothing));
+    assert_eq!(engine.domain(key).unwrap().attached, 1);
+}
+
 #[test]
 fn requests_name_the_domain_by_its_number() {
     let mut engine = engine();
     let key = domain(&mut engine);
     let id = engine.domain(key).unwrap().id;
     let Ok(AttachPlan::Send(request, op)) = engine.begin_attach(EP, key) else { panic!() };
-    assert_eq!(request, Request::Attach { domain: id, endpoint: EP });
+    assert_eq!(request, Request::Attach { domain: id, endpoint: EP, kind: DomainKind::Translated });
     engine.answer(op, Ok(()));
     let Ok((request, _)) = engine.begin_detach(EP) else { panic!() };
     assert_eq!(request, Request::Detach { domain: id, endpoint: EP });

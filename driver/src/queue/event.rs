@@ -44,10 +44,6 @@ impl EventQueue {
         &self.ring
     }
 
-    pub(crate) fn into_memory(self) -> SharedMemory {
-        self.ring.into_memory()
-    }
-
     /// Whether the device broke the ring, so that no event comes any more.
     pub(crate) fn is_broken(&self) -> bool {
         self.broken

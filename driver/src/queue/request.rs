@@ -115,10 +115,6 @@ impl RequestQueue {
         &self.ring
     }
 
-    pub(crate) fn into_memory(self) -> SharedMemory {
-        self.ring.into_memory()
-    }
-
     /// Slots whose requests were given up on and still belong to the device.
     pub(crate) fn abandoned(&self) -> u16 {
         self.abandoned

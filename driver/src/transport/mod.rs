@@ -96,8 +96,9 @@ impl core::error::Error for TransportError {}
 
 /// Access to one virtio-iommu device.
 ///
-/// [`notify`](Self::notify), [`acknowledge_interrupt`](Self::acknowledge_interrupt) and [`status`](Self::status)
-/// may be called at any time from any CPU, the first two also inside interrupt handlers. All others are called by one thread at a time, which the
+/// [`notify`](Self::notify), [`acknowledge_interrupt`](Self::acknowledge_interrupt), [`status`](Self::status) and
+/// the accesses to single bytes of the configuration may be called at any time from any CPU, the first two also
+/// inside interrupt handlers. All others are called by one thread at a time, which the
 /// driver sees to. No method waits for the device.
 ///
 /// Values from the device come back as it gave them; the driver checks them.

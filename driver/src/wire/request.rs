@@ -4,6 +4,7 @@
 
 use crate::addr::{IovaRange, PhysAddr};
 use crate::id::{DomainId, EndpointId};
+use crate::options::DomainKind;
 use crate::prot::Prot;
 use core::fmt;
 use core::mem::size_of;
@@ -13,7 +14,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// What the driver asks of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Request {
-    Attach { domain: DomainId, endpoint: EndpointId },
+    Attach { domain: DomainId, endpoint: EndpointId, kind: DomainKind },
     Detach { domain: DomainId, endpoint: EndpointId },
     Map { domain: DomainId, range: IovaRange, phys: PhysAddr, prot: Prot },
     Unmap { domain: DomainId, range: IovaRange },
@@ -32,12 +33,15 @@ impl Request {
     #[inline]
     pub(crate) fn encode<R>(&self, write: impl FnOnce(&[u8]) -> R) -> R {
         match *self {
-            Self::Attach { domain, endpoint } => write(
+            Self::Attach { domain, endpoint, kind } => write(
                 Attach {
                     head: Head::new(1),
                     domain: domain.get().into(),
                     endpoint: endpoint.get().into(),
-                    flags: 0.into(),
+                    flags: match kind {
+                        DomainKind::Translated => 0.into(),
+                        DomainKind::Identity => ATTACH_BYPASS.into(),
+                    },
                     reserved: [0; 4],
                 }
                 .as_bytes(),
@@ -92,6 +96,10 @@ impl Head {
         Self { kind, reserved: [0; 3] }
     }
 }
+
+/// The endpoint reaches all of memory by its physical addresses. Needs BYPASS_CONFIG.
+#[doc(alias = "VIRTIO_IOMMU_ATTACH_F_BYPASS")]
+const ATTACH_BYPASS: u32 = 1 << 0;
 
 #[derive(IntoBytes, Immutable, KnownLayout, FromBytes)]
 #[repr(C)]
@@ -249,7 +257,11 @@ mod tests {
     #[test]
     fn attach() {
         let expected = [1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0, 0];
-        assert_eq!(bytes(Request::Attach { domain: DOMAIN, endpoint: ENDPOINT }), expected);
+        let kind = DomainKind::Translated;
+        assert_eq!(bytes(Request::Attach { domain: DOMAIN, endpoint: ENDPOINT, kind }), expected);
+        let expected = [1, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 0, 0, 0, 0, 0, 0, 0];
+        let kind = DomainKind::Identity;
+        assert_eq!(bytes(Request::Attach { domain: DOMAIN, endpoint: ENDPOINT, kind }), expected);
     }
 
     #[test]

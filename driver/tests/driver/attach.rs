@@ -367,3 +367,43 @@ fn more_domains_than_records() {
     let third = staged.create_domain(DomainOptions::default());
     assert_eq!(third.err(), Some(DomainError::TooMany { limit: 2 }));
 }
+
+/// Fails when `begin_attach` lets another domain take over one that nobody holds but that has mappings.
+#[test]
+fn an_endpoint_whose_domain_was_let_go_of_takes_no_mappings_along() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let memory = machine.memory(PAGE);
+    // SAFETY: nobody but the test uses the memory.
+    unsafe { domain.map_at(AT, memory.phys, PAGE, RW) }.unwrap();
+    drop(domain);
+    let other = viommu.create_domain(DomainOptions::default()).unwrap();
+    assert_eq!(viommu.attach(EP, &other), Err(AttachError::Busy(EP)));
+    viommu.detach(EP).unwrap();
+    viommu.attach(EP, &other).unwrap();
+    assert!(!machine.reaches(EP, AT.get()));
+    assert_eq!(other.mapping_count(), 0);
+}
+
+/// Fails when `revoke_if_empty` waits for an owner who is gone: number, addresses and memory would be lost.
+#[test]
+fn a_domain_that_was_let_go_of_gives_everything_back_with_its_last_endpoint() {
+    for detach_first in [false, true] {
+        let machine = Machine::new(Config { domain_range: 5..=5, ..Config::default() });
+        let viommu = machine.bring_up();
+        let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+        let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+        let (held, phys) = machine.lend(PAGE);
+        let at = endpoint.adopt(held, virtio_iommu::Direction::Both).unwrap().iova().get();
+        if detach_first {
+            viommu.detach(EP).unwrap();
+        }
+        drop((endpoint, domain));
+        assert!(detach_first || machine.reaches(EP, at) && !machine.is_lent_back(phys));
+        if !detach_first {
+            viommu.detach(EP).unwrap();
+        }
+        viommu.poll();
+        assert!(!machine.reaches(EP, at) && machine.is_lent_back(phys));
+        assert_eq!(viommu.create_domain(DomainOptions::default()).err(), None);
+    }
+}

@@ -1,6 +1,7 @@
 //! The bridge for `virtio-drivers`, and its transports under this driver.
 
 use std::cell::RefCell;
+use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -72,15 +73,31 @@ unsafe impl Hal for KernelHal {
     }
 }
 
+/// Ends the kernel with the test, so that the machine's last check is part of it.
+struct Kernel(Arc<Machine>);
+
+impl Deref for Kernel {
+    type Target = Machine;
+    fn deref(&self) -> &Machine {
+        &self.0
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        CALLS.take();
+    }
+}
+
 /// A machine whose memory `KernelHal` gives out on this thread, with an endpoint and its bounce pages.
-fn machine() -> (Arc<Machine>, Viommu<TestPlatform>, Endpoint<TestPlatform>) {
+fn machine() -> (Kernel, Viommu<TestPlatform>, Endpoint<TestPlatform>) {
     let (machine, viommu) = Machine::live(Config::default());
     let domain = viommu.create_domain(DomainOptions::default()).unwrap();
     let options = EndpointOptions { bounce_bytes: 4 * PAGE_SIZE, ..EndpointOptions::default() };
     let endpoint = viommu.open(EP, &domain, options).unwrap();
     let machine = Arc::new(machine);
     CALLS.with_borrow_mut(|calls| calls.machine = Some(Arc::clone(&machine)));
-    (machine, viommu, endpoint)
+    (Kernel(machine), viommu, endpoint)
 }
 
 const BOTH: BufferDirection = BufferDirection::Both;

@@ -103,7 +103,7 @@ fn requests_raise_no_interrupt() {
     }
 }
 
-/// D-36 to D-39, and what QEMU sends.
+/// D-36 to D-39, and what QEMU sends. Fails when `EventQueue::next` does not look at the length.
 #[test]
 fn records_that_say_less_or_more_than_they_should() {
     let machine = Machine::new(Config::default());
@@ -123,6 +123,13 @@ fn records_that_say_less_or_more_than_they_should() {
     assert_eq!((all_flags.access, all_flags.address), (FaultAccess::all(), Some(Iova::new(0))), "D-38");
     assert_eq!(send(0, &[77]).unwrap().reason, FaultReason::Unknown, "D-39");
     assert_eq!(viommu.stats().faults.malformed, 1);
+    // Too short, in a buffer that holds a whole record of before.
+    for len in [0, 20, 23] {
+        machine.push_event(&record[..len]);
+        viommu.poll();
+        assert_eq!(viommu.next_fault(), None, "{len} bytes");
+    }
+    assert_eq!(viommu.stats().faults.malformed, 4);
 
     let quirks = Quirks { omit_fault_address: true, ..Quirks::qemu_10() };
     let machine = Machine::new(Config { quirks, ..Config::default() });

@@ -3,13 +3,16 @@
 mod attach;
 #[cfg(feature = "virtio-drivers")]
 mod bridge;
+mod conformance;
 mod dma;
 mod faults;
 mod hostile_device;
+mod identity;
 mod locks;
 mod map;
 mod quirks;
 mod regressions;
+mod shutdown;
 mod start;
 mod support;
 mod timeouts;

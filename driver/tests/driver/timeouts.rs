@@ -195,7 +195,7 @@ fn i03_the_end_of_a_domain_does_not_free_what_is_in_flight() {
     }
 }
 
-/// Fails when `lose` forgets the ATTACH.
+/// Fails when `lose` takes the endpoint for detached.
 #[test]
 fn i03_an_attach_without_answer_leaves_the_endpoint_in_doubt() {
     for execute in BOTH {

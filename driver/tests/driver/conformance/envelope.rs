@@ -15,7 +15,7 @@ fn types_in(requests: &[Request]) -> usize {
         |request| matches!(request, Request::Unmap { .. }),
         |request| matches!(request, Request::Probe { .. }),
     ];
-    kinds.iter().filter(|is_kind| requests.iter().any(|request| is_kind(request))).count()
+    kinds.iter().filter(|is_kind| requests.iter().any(is_kind)).count()
 }
 
 // Seen to fail with a 1 in `Head::new`'s reserved bytes, and with a `finish` that takes a tail whose reserved bytes are

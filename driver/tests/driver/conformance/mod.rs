@@ -13,8 +13,8 @@ mod probe;
 mod unmap;
 
 use virtio_iommu::{
-    Direction, DmaDevice, Domain, DomainOptions, EndpointOptions, Features, Introduction, Iova, MapError,
-    Options, PhysAddr, PhysSegment, Prot, UnmapError, Viommu,
+    Direction, DmaDevice, Domain, DomainKind, DomainOptions, EndpointOptions, Features, Introduction, Iova,
+    Leave, MapError, Options, PhysAddr, PhysSegment, Prot, UnmapError, Viommu,
 };
 use virtio_iommu_model::{Config, Inject, feature};
 
@@ -25,6 +25,9 @@ const CORE: u64 = feature::VERSION_1 | feature::MAP_UNMAP;
 
 /// An address inside of every input range that is used here.
 const AT: u64 = 0x10_0000;
+
+/// A domain that bypasses, by the flag of ATTACH.
+const IDENTITY: DomainOptions = DomainOptions { kind: DomainKind::Identity, mappings: 0 };
 
 /// Status codes, by the standard's numbers.
 const DEVERR: Inject = Inject::Refuse(3);
@@ -65,6 +68,12 @@ fn map(domain: &Domain<TestPlatform>, phys: PhysAddr, len: u64, prot: Prot) -> R
     unsafe { domain.map(phys, len, prot, ANYWHERE) }.map(Iova::get)
 }
 
+/// Maps physical memory at its own addresses.
+fn map_identity(domain: &Domain<TestPlatform>, start: PhysAddr, len: u64) -> Result<(), MapError> {
+    // SAFETY: as in `map_at`.
+    unsafe { domain.map_identity(start, len, RW) }
+}
+
 fn unmap(domain: &Domain<TestPlatform>, at: u64, len: u64) -> Result<(), UnmapError> {
     // SAFETY: each test makes the mappings of its domains itself, and waits for no DMA through them.
     unsafe { domain.unmap(Iova::new(at), len) }
@@ -88,6 +97,12 @@ fn whole_life(machine: &Machine, options: Options) {
     assert!(!machine.reaches(EP, AT));
     viommu.poll();
     while viommu.next_fault().is_some() {}
+    if viommu.features().contains(Features::BYPASS_CONFIG) {
+        moved_life(machine, &viommu);
+        bypass_life(&viommu);
+    }
+    // SAFETY: the endpoints do no DMA any more.
+    unsafe { viommu.shutdown(Leave::AsFound) }.unwrap();
 }
 
 /// The raw layer: two endpoints in one domain, lists of mappings, and UNMAP in all its ways.
@@ -142,7 +157,8 @@ fn renumbered_life(machine: &Machine, viommu: &Viommu<TestPlatform>) {
 /// What device drivers use.
 fn device_life(machine: &Machine, viommu: &Viommu<TestPlatform>) {
     let memory = machine.memory(8 * PAGE).phys;
-    let segments = [0, 2, 4].map(|page| PhysSegment { phys: offset(memory, page * PAGE), len: PAGE as usize });
+    let segments =
+        [0, 2, 4].map(|page| PhysSegment { phys: offset(memory, page * PAGE), len: PAGE as usize });
     let options = EndpointOptions { bounce_bytes: 2 * PAGE as usize, ..EndpointOptions::default() };
     let endpoint = viommu.open(EP, &new_domain(viommu), options).unwrap();
     let coherent = endpoint.alloc_coherent(100).unwrap();
@@ -161,4 +177,31 @@ fn device_life(machine: &Machine, viommu: &Viommu<TestPlatform>) {
     }
     endpoint.free_coherent(coherent).unwrap();
     endpoint.close().unwrap();
+}
+
+/// An endpoint that goes from domain to domain, and back to what it had mapped. Where the driver cannot know that the
+/// bypass is closed, a domain that lost its endpoint is not mapped again.
+fn moved_life(machine: &Machine, viommu: &Viommu<TestPlatform>) {
+    let memory = machine.memory(PAGE).phys;
+    let (first, second) = (new_domain(viommu), new_domain(viommu));
+    viommu.attach(EP, &first).unwrap();
+    map_identity(&first, PhysAddr::new(AT), PAGE).unwrap();
+    map_at(&first, AT + PAGE, memory, PAGE, Prot::WRITE).unwrap();
+    viommu.move_endpoint(EP, &second).unwrap();
+    viommu.move_endpoint(EP, &first).unwrap();
+    assert_eq!(machine.device().mappings(first.id().get()).count(), 2);
+    unmap(&first, AT, 2 * PAGE).unwrap();
+    viommu.detach(EP).unwrap();
+}
+
+/// What bypasses: identity domains, and endpoints without a domain.
+fn bypass_life(viommu: &Viommu<TestPlatform>) {
+    let identity = viommu.create_domain(IDENTITY).unwrap();
+    viommu.attach(EP, &identity).unwrap();
+    viommu.attach(EP2, &identity).unwrap();
+    viommu.move_endpoint(EP, &new_domain(viommu)).unwrap();
+    viommu.detach(EP).unwrap();
+    // SAFETY: the endpoints do no DMA.
+    unsafe { viommu.open_bypass() }.unwrap();
+    viommu.close_bypass().unwrap();
 }

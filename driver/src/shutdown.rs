@@ -1,0 +1,140 @@
+//! The global bypass, and the end of the driver.
+
+use crate::error::{BypassError, DetachError, RequestError, StartError};
+use crate::exchange::Shared;
+use crate::id::EndpointId;
+use crate::platform::Platform;
+use crate::start::{give_back, reset};
+use crate::viommu::Viommu;
+use crate::wire::config::offset;
+use crate::wire::feature::Features;
+use core::fmt;
+use core::sync::atomic::Ordering;
+
+/// How the driver leaves endpoints at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// Reaching nothing, where the device has BYPASS_CONFIG; the next driver has to attach them.
+    Blocked,
+    /// As before the driver started: in no domain, and the bypass as it was found.
+    AsFound,
+}
+
+/// The driver could not be shut down in order. It is shut down all the same: no request is sent any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ShutdownError {
+    /// An endpoint could not be detached; the others were tried.
+    Detach(DetachError),
+    /// The bypass could not be written.
+    Bypass(BypassError),
+    /// The device did not finish its reset: the memory of its queues is lost.
+    Reset(StartError),
+}
+
+impl fmt::Display for ShutdownError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Detach(error) => error.fmt(f),
+            Self::Bypass(error) => error.fmt(f),
+            Self::Reset(error) => error.fmt(f),
+        }
+    }
+}
+
+impl core::error::Error for ShutdownError {}
+
+impl<P: Platform> Viommu<P> {
+    /// Reads the bypass: 1 when endpoints that are not attached reach all of memory, else 0. The other bits of the
+    /// field are ignored.
+    ///
+    /// # Errors
+    /// [`BypassError`].
+    pub fn read_bypass(&self) -> Result<u8, BypassError> {
+        if !self.features().contains(Features::BYPASS_CONFIG) {
+            return Err(BypassError::NoFeature);
+        }
+        let value = self.shared.transport.read_config_u8(offset::BYPASS);
+        value.map(|value| value & 1).map_err(BypassError::Access)
+    }
+
+    /// Lets endpoints that are not attached reach all of memory.
+    ///
+    /// # Errors
+    /// [`BypassError`].
+    ///
+    /// # Safety
+    /// No endpoint that is not attached does DMA, or all that it may do is to memory that is meant for it.
+    pub unsafe fn open_bypass(&self) -> Result<(), BypassError> {
+        // Before the device: what is released on the strength of a closed bypass must not be any more.
+        self.shared.state.lock().engine.bypass_closed = false;
+        self.shared.live.store(false, Ordering::Release);
+        self.write_bypass(1)
+    }
+
+    /// Blocks endpoints that are not attached. [`Staged::go_live`](crate::Staged::go_live) does.
+    ///
+    /// # Errors
+    /// [`BypassError`].
+    pub fn close_bypass(&self) -> Result<(), BypassError> {
+        self.write_bypass(0)?;
+        self.shared.state.lock().engine.close_bypass();
+        self.shared.live.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn write_bypass(&self, wrote: u8) -> Result<(), BypassError> {
+        // Reading first tells a device without the feature.
+        self.read_bypass()?;
+        self.shared.transport.write_config_u8(offset::BYPASS, wrote).map_err(BypassError::Access)?;
+        let reads = self.read_bypass()?;
+        if reads == wrote { Ok(()) } else { Err(BypassError::Stuck { wrote, reads }) }
+    }
+
+    /// Detaches all endpoints, leaves the bypass as asked, and resets the device. No request is sent after this, by
+    /// any handle. Memory that is still mapped goes back when its handles are unmapped, as far as the device
+    /// confirmed that its domain died.
+    ///
+    /// # Errors
+    /// [`ShutdownError`], the first of what went wrong.
+    ///
+    /// # Safety
+    /// With [`Leave::AsFound`] no endpoint does DMA any more, or what it may reach then is meant for it.
+    pub unsafe fn shutdown(&self, leave: Leave) -> Result<(), ShutdownError> {
+        let shared = &self.shared;
+        let mut result = Ok(());
+        let mut done: Option<EndpointId> = None;
+        // Bounded: each round goes to a higher number.
+        while let Some(endpoint) = { shared.state.lock().engine.next_attached(done) } {
+            done = Some(endpoint);
+            if let Err(error) = self.detach(endpoint) {
+                result = result.and(Err(ShutdownError::Detach(error)));
+            }
+        }
+        let found = shared.bypass_found.filter(|_| leave == Leave::AsFound);
+        if let Some(found) = found
+            && let Err(error) = self.write_bypass(found)
+        {
+            result = result.and(Err(ShutdownError::Bypass(error)));
+        }
+        shared.state.lock().dead = Some(RequestError::ShutDown);
+        match reset(&*shared.transport, &shared.platform, &shared.options) {
+            Ok(()) => shared.forgotten.store(true, Ordering::Release),
+            Err(error) => result = result.and(Err(ShutdownError::Reset(error))),
+        }
+        result
+    }
+}
+
+impl<P: Platform> Drop for Shared<P> {
+    /// Gives the queues' memory back if the device forgot them. Else it stays the device's for ever.
+    fn drop(&mut self) {
+        if !self.forgotten.load(Ordering::Acquire) {
+            return;
+        }
+        let state = self.state.get_mut();
+        for ring in [state.requests.ring(), state.events.ring()] {
+            give_back(&self.platform, ring.memory().region());
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The global bypass, and the end of the driver.
+
+use virtio_iommu::{
+    BypassError, DetachError, DmaDevice, DomainOptions, EndpointOptions, Leave, MapError, RequestError,
+    ShutdownError, Unattached,
+};
+use virtio_iommu_model::{Config, Inject, feature};
+
+use crate::support::{ANYWHERE, EP, EP2, Machine, PAGE, RW};
+
+/// Fails when the bypass is not written, or what the driver knows of it does not follow.
+#[test]
+fn the_bypass_opens_and_closes() {
+    let (machine, viommu) = Machine::live(Config::default());
+    let phys = machine.memory(PAGE).phys.get();
+    assert_eq!((viommu.read_bypass(), machine.reaches(EP, phys)), (Ok(0), false));
+    // SAFETY: the endpoints do what the test says.
+    unsafe { viommu.open_bypass() }.unwrap();
+    assert_eq!((viommu.read_bypass(), machine.reaches(EP, phys)), (Ok(1), true));
+    assert_eq!(viommu.unattached(), Unattached::Bypasses);
+    viommu.close_bypass().unwrap();
+    assert_eq!((viommu.unattached(), machine.reaches(EP, phys)), (Unattached::Blocked, false));
+    let device = machine.device();
+    let writes: Vec<_> =
+        device.config_writes().map(|write| (write.offset, write.len_bytes, write.value)).collect();
+    assert_eq!(writes, [(36, 1, 0), (36, 1, 1), (36, 1, 0)]);
+    drop(device);
+}
+
+#[test]
+fn without_the_feature_the_bypass_is_left_alone() {
+    let config =
+        Config { features: Config::default().features & !feature::BYPASS_CONFIG, ..Config::default() };
+    let (machine, viommu) = Machine::live(config);
+    assert_eq!(viommu.close_bypass(), Err(BypassError::NoFeature));
+    assert_eq!(viommu.unattached(), Unattached::BlockedByDevice);
+    assert_eq!(machine.device().config_writes().len(), 0);
+}
+
+/// Fails when shutting down detaches only some endpoints, forgets to restore the bypass, or loses the queues' memory.
+#[test]
+fn endpoints_are_left_as_asked() {
+    for (leave, found, reaches) in [
+        (Leave::Blocked, true, false),
+        (Leave::AsFound, true, true),
+        (Leave::Blocked, false, false),
+        (Leave::AsFound, false, false),
+    ] {
+        let machine = Machine::new(Config { bypass: found, ..Config::default() });
+        let phys = machine.memory(PAGE).phys.get();
+        let viommu = machine.bring_up();
+        let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+        let bounce = EndpointOptions { bounce_bytes: 0x4000, ..EndpointOptions::default() };
+        let endpoint = viommu.open(EP, &domain, bounce).unwrap();
+        viommu.attach(EP2, &domain).unwrap();
+        let memory = endpoint.alloc_coherent(1).unwrap();
+        let at = memory.iova().get();
+        // SAFETY: the endpoints do what the test says.
+        unsafe { viommu.shutdown(leave) }.unwrap();
+        let left = [EP, EP2].map(|endpoint| machine.device().domain_of(endpoint.get()));
+        assert_eq!(left, [None, None]);
+        assert!(found && leave == Leave::AsFound || !machine.reaches(EP, at));
+        assert_eq!(machine.reaches(EP, phys), reaches, "{leave:?}, found {found}");
+        // The domain died, so the memory is free without a request, which could not be sent any more.
+        endpoint.free_coherent(memory).unwrap();
+        // SAFETY: nothing is mapped.
+        let map = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) };
+        assert_eq!(map, Err(MapError::NoEndpoint));
+        drop(endpoint);
+        drop(domain);
+        drop(viommu);
+        assert_eq!(machine.outstanding(), 1, "the bounce pages of a view that was not closed");
+    }
+}
+
+/// Fails when one refused DETACH ends the shutdown.
+#[test]
+fn an_endpoint_that_cannot_be_detached_is_reported_and_the_rest_is_done() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    viommu.attach(EP2, &domain).unwrap();
+    machine.inject([Inject::Refuse(2)]);
+    // SAFETY: the endpoints do what the test says.
+    let error = unsafe { viommu.shutdown(Leave::Blocked) }.unwrap_err();
+    let refused = RequestError::Refused(virtio_iommu::Status::Unsupp);
+    assert_eq!(error, ShutdownError::Detach(DetachError::Request { endpoint: EP, error: refused }));
+    assert_eq!(machine.device().status(), 0);
+    let again = viommu.attach(EP2, &domain).unwrap_err();
+    assert!(again.to_string().contains("shut down"), "{again}");
+}
