@@ -197,7 +197,7 @@ impl<P: Platform> Domain<P> {
     /// error no mapping is left, the range is free and `held` is back, except for what is in quarantine.
     ///
     /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
-    /// of an earlier life: it gets another, once (I12).
+    /// of an earlier life: it gets another (I12).
     pub(crate) fn map_runs(
         &self,
         range: IovaRange,
@@ -206,18 +206,21 @@ impl<P: Platform> Domain<P> {
         held: &mut Option<HeldMemory>,
     ) -> Result<(), MapError> {
         let lent = held.is_some();
-        let result = self.try_map_runs(range, runs.clone(), prot, held);
-        let inval = RequestError::Refused(Status::Inval);
-        let stale = matches!(result, Err(MapError::Request { error, .. }) if error == inval);
-        let first = stale && runs.clone().nth(1).is_none() && self.stats().maps == 0;
-        if !first || held.is_some() != lent {
-            return result;
+        let mut result = self.try_map_runs(range, runs.clone(), prot, held);
+        for _ in 0..MAX_RENUMBERINGS {
+            let inval = RequestError::Refused(Status::Inval);
+            let stale = matches!(result, Err(MapError::Request { error, .. }) if error == inval);
+            let first = stale && runs.clone().nth(1).is_none() && self.stats().maps == 0;
+            if !first || held.is_some() != lent {
+                break;
+            }
+            log::warn!("domain {} cannot be mapped: an earlier life of the device may use it", self.id());
+            if !self.renumber() || self.with(|engine| engine.take(self.0.key, range)).is_err() {
+                break;
+            }
+            result = self.try_map_runs(range, runs.clone(), prot, held);
         }
-        log::warn!("domain {} cannot be mapped: an earlier life of the device may use it", self.id());
-        if !self.renumber() || self.with(|engine| engine.take(self.0.key, range)).is_err() {
-            return result;
-        }
-        self.try_map_runs(range, runs, prot, held)
+        result
     }
 
     /// One request for each run, and one doorbell for as many as the ring takes.
@@ -363,6 +366,10 @@ struct Rest<I> {
     runs: I,
     range: Option<IovaRange>,
 }
+
+/// How many numbers in a row may turn out to be in use by an earlier life of the device, before a refusal is taken
+/// for what it says.
+const MAX_RENUMBERINGS: usize = 8;
 
 /// Physically contiguous bytes, whole granules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

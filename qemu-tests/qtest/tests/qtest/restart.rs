@@ -79,20 +79,20 @@ fn stale_domains_die(machine: &Machine) {
 /// An endpoint that nobody introduced keeps a domain alive under a number that the driver then wants.
 fn a_stale_number_is_retired(machine: &Machine) {
     let memory = machine.platform().alloc(PAGE as usize).phys.get();
-    earlier_life(machine, &[(8, EDU2), (11, HOST_BRIDGE)], memory);
+    earlier_life(machine, &[(8, EDU2), (9, HOST_BRIDGE)], memory);
     let viommu = bring_up(machine, options(), &[EDU]);
-    for number in [8, 11] {
-        let domain = domain_numbered(&viommu, number);
-        viommu.attach(EDU, &domain).unwrap();
-        // SAFETY: nothing of Rust depends on the guest's memory.
-        unsafe { domain.map_at(Iova::new(OLD.0), PhysAddr::new(memory), PAGE, Prot::READ) }.unwrap();
-        assert_eq!(domain.id().get() != number, survive(machine), "{number} became {}", domain.id());
-        machine.edu.transfer(Transfer::FromMemory, OLD.0, 0, 16);
-        assert_eq!(faults(&viommu), [], "the new mapping works");
-        machine.edu.transfer(Transfer::ToMemory, OLD.0, 0, 16);
-        assert!(!faults(&viommu).is_empty(), "and the old one is not there");
-        viommu.detach(EDU).unwrap();
-    }
+    // Neighbours, as an earlier driver leaves them: the next number is not fresh either.
+    let number = 8;
+    let domain = domain_numbered(&viommu, number);
+    viommu.attach(EDU, &domain).unwrap();
+    // SAFETY: nothing of Rust depends on the guest's memory.
+    unsafe { domain.map_at(Iova::new(OLD.0), PhysAddr::new(memory), PAGE, Prot::READ) }.unwrap();
+    assert_eq!(domain.id().get() != number, survive(machine), "{number} became {}", domain.id());
+    machine.edu.transfer(Transfer::FromMemory, OLD.0, 0, 16);
+    assert_eq!(faults(&viommu), [], "the new mapping works");
+    machine.edu.transfer(Transfer::ToMemory, OLD.0, 0, 16);
+    assert!(!faults(&viommu).is_empty(), "and the old one is not there");
+    viommu.detach(EDU).unwrap();
 }
 
 /// A new domain that has this number.
