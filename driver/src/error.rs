@@ -49,8 +49,8 @@ impl RequestError {
     pub fn outcome_unknown(&self) -> bool {
         match self {
             Self::TimedOut | Self::NeedsReset | Self::RingBroken { .. } | Self::ShortAnswer { .. } => true,
-            // A status that nothing defines says nothing.
-            Self::Refused(Status::Other(_)) => true,
+            // A status that nothing defines says nothing, and an error half-way does not say how far.
+            Self::Refused(Status::Other(_) | Status::DevErr | Status::IoErr) => true,
             Self::Refused(_) | Self::NotHandled | Self::NoSlot | Self::ShutDown => false,
         }
     }

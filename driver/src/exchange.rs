@@ -12,7 +12,7 @@ use crate::options::Options;
 use crate::platform::Platform;
 use crate::queue::{Batch, EventQueue, Outcome, RequestQueue};
 use crate::transport::{DeviceStatus, Transport};
-use crate::wire::request::Request;
+use crate::wire::request::{Request, Status};
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -110,7 +110,11 @@ impl Deadline {
     pub(crate) fn passed<P: Platform>(&mut self, platform: &P, options: &Options) -> bool {
         self.polls += 1;
         match platform.now_ns() {
-            Some(now) => now >= *self.ends_ns.get_or_insert(now.saturating_add(options.timeout_ns)),
+            // The polls count even so: a clock may stand still.
+            Some(now) => {
+                let ends = *self.ends_ns.get_or_insert(now.saturating_add(options.timeout_ns));
+                now >= ends || self.polls >= options.max_polls
+            }
             None => self.polls >= options.max_polls,
         }
     }
@@ -287,7 +291,11 @@ impl<P: Platform> Shared<P> {
             let (request, op) = state.engine.begin_detach(endpoint)?;
             Ok(self.submit_one(state, &request, op))
         });
-        self.finish(begun.map_err(failed)??).map_err(failed)
+        match self.finish(begun.map_err(failed)??) {
+            // Unplugged: it is in no domain any more.
+            Ok(()) | Err(RequestError::Refused(Status::NoEnt)) => Ok(()),
+            Err(error) => Err(failed(error)),
+        }
     }
 
     /// Gives memory back that no device reaches any more. Called without the lock.

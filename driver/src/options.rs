@@ -10,7 +10,7 @@ pub struct Options {
     pub queue_size: u16,
     /// How long the driver waits for an answer, in nanoseconds, where the platform has a clock.
     pub timeout_ns: u64,
-    /// How often it polls for an answer where there is no clock.
+    /// How often it polls for an answer at most: the only bound where there is no clock.
     pub max_polls: u64,
     /// Endpoints that the driver keeps records for, at most 65,536.
     pub max_endpoints: usize,

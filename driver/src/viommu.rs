@@ -200,7 +200,8 @@ impl<P: Platform> Viommu<P> {
         })
     }
 
-    /// Detaches an endpoint from its domain.
+    /// Detaches an endpoint from its domain. One that the device does not know any more, since it was unplugged,
+    /// is detached.
     ///
     /// If it was the last one and the bypass is known to be closed, the domain is dead: what was in quarantine is
     /// free, and live mappings stay recorded. Unmapping them takes no request then, and attaching an endpoint
@@ -260,18 +261,14 @@ impl<P: Platform> Viommu<P> {
         self.shared.state.lock().faults.pop()
     }
 
-    /// Tries to UNMAP what is in quarantine and not in flight. Returns how many mappings it freed.
-    ///
-    /// Tries each at most once, and stops at the first that fails.
+    /// Tries to UNMAP what is in quarantine and not in flight, each mapping once. Returns how many it freed.
     pub fn reclaim(&self) -> usize {
         let mut freed = 0;
-        let (count, _) = self.shared.state.lock().engine.quarantined();
-        for _ in 0..count {
-            let Some((key, range)) = self.shared.state.lock().engine.reclaimable() else { break };
-            if crate::domain::reclaim(&self.shared, key, range).is_err() {
-                break;
-            }
-            freed += 1;
+        let mut done = None;
+        // Bounded: each round goes on to a later one.
+        while let Some((key, range)) = { self.shared.state.lock().engine.reclaimable(done) } {
+            freed += usize::from(crate::domain::reclaim(&self.shared, key, range).is_ok());
+            done = Some((key, range));
         }
         self.collect();
         freed

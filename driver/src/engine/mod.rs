@@ -289,13 +289,23 @@ impl Engine {
     }
 
     /// A mapping in quarantine about which the device owes no answer, so that an UNMAP can be tried.
-    pub(crate) fn reclaimable(&self) -> Option<(DomainKey, IovaRange)> {
-        self.domains.iter().enumerate().find_map(|(index, domain)| {
+    /// The next one after `after`, in the order of domains and addresses.
+    pub(crate) fn reclaimable(
+        &self,
+        after: Option<(DomainKey, IovaRange)>,
+    ) -> Option<(DomainKey, IovaRange)> {
+        let place = |key: DomainKey, range: IovaRange| (key.index, range.start());
+        let after = after.map(|(key, range)| place(key, range));
+        let keyed = self.domains.iter().enumerate().filter_map(|(index, domain)| {
             let domain = domain.as_ref()?;
+            Some((DomainKey { index: index as u16, generation: domain.generation }, domain))
+        });
+        let mut stuck = keyed.flat_map(|(key, domain)| {
             let stuck = MappingState::Quarantined { in_flight: false };
-            let record = domain.mappings.iter().find(|record| record.state == stuck)?;
-            Some((DomainKey { index: index as u16, generation: domain.generation }, record.range))
-        })
+            let records = domain.mappings.iter().filter(move |record| record.state == stuck);
+            records.map(move |record| (key, record.range))
+        });
+        stuck.find(|(key, range)| Some(place(*key, *range)) > after)
     }
 }
 

@@ -53,6 +53,8 @@ impl Engine {
                 self.confirmed.detaches += 1;
                 self.mark_detached(id, key);
             }
+            // The device does not know it any more: it was unplugged.
+            Err(RequestError::Refused(Status::NoEnt)) => self.mark_detached(id, key),
             Err(error) if error.outcome_unknown() => self.mark_unknown(id, key, false),
             // The device said no: the endpoint is where it was, as far as that was known.
             Err(_) => {

@@ -14,7 +14,7 @@ use alloc::sync::Arc;
 const EP: EndpointId = EndpointId::new(8);
 const EP2: EndpointId = EndpointId::new(9);
 const TIMED_OUT: RequestError = RequestError::TimedOut;
-const REFUSED: RequestError = RequestError::Refused(Status::DevErr);
+const REFUSED: RequestError = RequestError::Refused(Status::NoMem);
 
 fn range(page: u64, pages: u64) -> IovaRange {
     IovaRange::from_len(Iova::new(page * 0x1000), pages * 0x1000).unwrap()
@@ -127,7 +127,7 @@ fn what_is_in_doubt_is_quarantined_until_the_answer() {
         let op = engine.sent_map(key, at, None);
         engine.lose(op);
         assert_eq!(engine.state(key, at), quarantined(true));
-        assert!(engine.reclaimable().is_none() && !engine.is_free(key, at));
+        assert!(engine.reclaimable(None).is_none() && !engine.is_free(key, at));
         assert_eq!(engine.quarantined(), (1, 0x1000));
         engine.answer_late(op, late);
         assert_eq!((engine.state(key, at), engine.is_free(key, at)), (after, after.is_none()));
@@ -142,7 +142,7 @@ fn what_is_in_doubt_is_quarantined_until_the_answer() {
         engine.lose(op);
         engine.answer_late(op, late);
         assert_eq!((engine.state(key, at), engine.is_free(key, at)), (after, after.is_none()));
-        assert_eq!(engine.reclaimable().is_some(), after.is_some());
+        assert_eq!(engine.reclaimable(None).is_some(), after.is_some());
     }
 }
 

@@ -272,7 +272,7 @@ fn an_endpoint_of_unknown_state_is_not_attached_by_a_refusal() {
     let domain = viommu.create_domain(DomainOptions::default()).unwrap();
     machine.inject([Inject::UsedLen(0)]);
     assert!(viommu.attach(EP, &domain).is_err());
-    machine.inject([Inject::Refuse(6)]);
+    machine.inject([Inject::Refuse(4)]);
     assert!(viommu.detach(EP).is_err());
     assert_eq!(viommu.attach(EP, &domain), Err(AttachError::Busy(EP)));
 }
@@ -383,4 +383,33 @@ fn closing_before_the_bypass_is_closed_leaves_nothing() {
     let before = machine.outstanding();
     staged.open(EP, &domain, bounce).unwrap().close().unwrap();
     assert_eq!((staged.stats().quarantined_mappings, machine.outstanding()), (0, before));
+}
+
+/// Fails when an endpoint that was unplugged stays attached for good: its domain never dies.
+#[test]
+fn an_endpoint_that_was_unplugged_is_detached() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+    let (held, phys) = machine.lend(PAGE);
+    let mapping = endpoint.adopt(held, Direction::Both).unwrap();
+    machine.device().remove_endpoint(EP.get());
+    viommu.detach(EP).unwrap();
+    endpoint.unmap(mapping).unwrap();
+    assert!(machine.is_lent_back(phys));
+    assert!(matches!(viommu.attach(EP, &domain), Err(AttachError::Request { .. })));
+}
+
+/// Fails when the first mapping that cannot be reclaimed keeps the others in quarantine.
+#[test]
+fn reclaiming_goes_on_after_one_that_fails() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    for _ in 0..3 {
+        // SAFETY: the test's own memory, which is never reused.
+        let iova = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) }.unwrap();
+        machine.inject([Inject::Refuse(8)]);
+        // SAFETY: mapped just above.
+        assert!(unsafe { domain.unmap(iova, PAGE) }.is_err());
+    }
+    machine.inject([Inject::Refuse(8)]);
+    assert_eq!((viommu.reclaim(), viommu.stats().quarantined_mappings), (2, 1));
 }
