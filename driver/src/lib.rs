@@ -61,6 +61,7 @@ mod error;
 mod exchange;
 mod fault;
 mod id;
+mod introduce;
 mod lock;
 mod options;
 mod platform;
@@ -87,6 +88,7 @@ pub use error::{
 };
 pub use fault::FaultCounts;
 pub use id::{DomainId, EndpointId};
+pub use introduce::Introduction;
 #[cfg(feature = "lock_api")]
 pub use lock::LockApi;
 pub use lock::RawLock;
@@ -96,7 +98,7 @@ pub use options::{DomainKind, DomainOptions, EndpointOptions, Options};
 pub use platform::{DmaMemory, Platform};
 pub use prot::{Direction, Prot};
 pub use shutdown::{Leave, ShutdownError};
-pub use start::{Introduction, Staged, Unattached};
+pub use start::{Staged, Unattached};
 pub use viommu::{Interrupt, MoveError, OpenError, Stats, Viommu};
 pub use wire::fault::{Fault, FaultAccess, FaultReason};
 pub use wire::feature::Features;
