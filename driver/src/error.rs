@@ -181,6 +181,8 @@ impl fmt::Display for StartError {
 pub enum BypassError {
     /// The device does not offer BYPASS_CONFIG.
     NoFeature,
+    /// The driver was shut down: the device is not its own any more.
+    ShutDown,
     /// The field could not be accessed.
     Access(TransportError),
     /// The field did not take the value that was written.
@@ -196,6 +198,7 @@ impl fmt::Display for BypassError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NoFeature => f.write_str("the device does not offer BYPASS_CONFIG"),
+            Self::ShutDown => f.write_str("the driver was shut down"),
             Self::Access(error) => write!(f, "cannot access bypass: {error}"),
             Self::Stuck { wrote, reads } => {
                 write!(f, "bypass reads {reads:#x} after {wrote:#x} was written")

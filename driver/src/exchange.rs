@@ -140,10 +140,12 @@ impl<P: Platform> Shared<P> {
             if state.requests.can_submit(probe) {
                 return Ok(work(&mut state));
             }
-            // A broken ring never has a slot again.
-            let hopeless = state.requests.is_broken();
+            if let Some(broken) = state.requests.broken() {
+                state.dead = Some(broken);
+                return Err(broken);
+            }
             drop(state);
-            if hopeless || deadline.passed(&self.platform, &self.options) {
+            if deadline.passed(&self.platform, &self.options) {
                 return Err(RequestError::NoSlot);
             }
             self.platform.relax();
@@ -173,7 +175,7 @@ impl<P: Platform> Shared<P> {
                 if batch.is_empty() {
                     return;
                 }
-                if state.requests.is_broken() {
+                if state.requests.broken().is_some() {
                     break;
                 }
             }
@@ -188,20 +190,18 @@ impl<P: Platform> Shared<P> {
         }
         let needs_reset = self.transport.status().contains(DeviceStatus::NEEDS_RESET);
         let mut state = self.state.lock();
-        if needs_reset {
-            state.dead = Some(RequestError::NeedsReset);
-        }
         // An answer may have come between the last look and now.
         state.drain();
+        let needs_reset = needs_reset.then_some(RequestError::NeedsReset);
+        state.dead = state.requests.broken().or(needs_reset).or(state.dead);
+        let why = state.dead.unwrap_or(RequestError::TimedOut);
         for _ in 0..batch.len() {
-            let Some((op, outcome, lost)) = state.requests.abandon(&mut batch, needs_reset) else { return };
-            if lost {
+            if let Some((op, outcome)) = state.requests.take(&mut batch) {
+                each(&mut state, op, outcome);
+            } else if let Some(op) = state.requests.abandon(&mut batch) {
                 state.engine.lose(op);
-                if state.requests.is_broken() {
-                    state.dead = outcome.err();
-                }
+                each(&mut state, op, Err(why));
             }
-            each(&mut state, op, outcome);
         }
     }
 

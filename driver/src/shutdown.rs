@@ -54,6 +54,9 @@ impl<P: Platform> Viommu<P> {
         if !self.features().contains(Features::BYPASS_CONFIG) {
             return Err(BypassError::NoFeature);
         }
+        if self.is_shut_down() {
+            return Err(BypassError::ShutDown);
+        }
         let value = self.shared.transport.read_config_u8(offset::BYPASS);
         value.map(|value| value & 1).map_err(BypassError::Access)
     }
@@ -66,10 +69,20 @@ impl<P: Platform> Viommu<P> {
     /// # Safety
     /// No endpoint that is not attached does DMA, or all that it may do is to memory that is meant for it.
     pub unsafe fn open_bypass(&self) -> Result<(), BypassError> {
-        // Before the device: what is released on the strength of a closed bypass must not be any more.
+        self.read_bypass()?;
+        self.expect_bypass();
+        self.write_bypass(1)
+    }
+
+    /// Takes note that unattached endpoints may reach memory. Before the device is told, since what is released
+    /// on the strength of a closed bypass must not be any more.
+    fn expect_bypass(&self) {
         self.shared.state.lock().engine.bypass_closed = false;
         self.shared.live.store(false, Ordering::Release);
-        self.write_bypass(1)
+    }
+
+    fn is_shut_down(&self) -> bool {
+        self.shared.state.lock().dead == Some(RequestError::ShutDown)
     }
 
     /// Blocks endpoints that are not attached. [`Staged::go_live`](crate::Staged::go_live) does.
@@ -92,7 +105,7 @@ impl<P: Platform> Viommu<P> {
     }
 
     /// Detaches all endpoints, leaves the bypass as asked, and resets the device. No request is sent after this, by
-    /// any handle. Memory that is still mapped goes back when its handles are unmapped, as far as the device
+    /// any handle, and a second call does nothing. Memory that is still mapped goes back when its handles are unmapped, as far as the device
     /// confirmed that its domain died.
     ///
     /// # Errors
@@ -101,6 +114,9 @@ impl<P: Platform> Viommu<P> {
     /// # Safety
     /// With [`Leave::AsFound`] no endpoint does DMA any more, or what it may reach then is meant for it.
     pub unsafe fn shutdown(&self, leave: Leave) -> Result<(), ShutdownError> {
+        if self.is_shut_down() {
+            return Ok(());
+        }
         let shared = &self.shared;
         let mut result = Ok(());
         let mut done: Option<EndpointId> = None;
@@ -112,10 +128,13 @@ impl<P: Platform> Viommu<P> {
             }
         }
         let found = shared.bypass_found.filter(|_| leave == Leave::AsFound);
-        if let Some(found) = found
-            && let Err(error) = self.write_bypass(found)
-        {
-            result = result.and(Err(ShutdownError::Bypass(error)));
+        if let Some(found) = found {
+            if found != 0 {
+                self.expect_bypass();
+            }
+            if let Err(error) = self.write_bypass(found) {
+                result = result.and(Err(ShutdownError::Bypass(error)));
+            }
         }
         shared.state.lock().dead = Some(RequestError::ShutDown);
         match reset(&*shared.transport, &shared.platform, &shared.options) {

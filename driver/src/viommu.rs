@@ -5,7 +5,7 @@ use crate::barrier;
 use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::engine::{Engine, Geometry, Limits};
-use crate::error::{AttachError, DetachError, DmaError, DomainError, StartError};
+use crate::error::{AttachError, DetachError, DmaError, DomainError, RequestError, StartError};
 use crate::exchange::{EVENT_QUEUE, Sent, Shared};
 use crate::fault::FaultCounts;
 use crate::id::EndpointId;
@@ -235,7 +235,7 @@ impl<P: Platform> Viommu<P> {
     pub fn poll(&self) -> u64 {
         self.shared.interrupted.store(false, Ordering::Release);
         let mut records = 0;
-        let (doorbell, broken) = {
+        let doorbell = {
             let mut guard = self.shared.state.lock();
             let state = &mut *guard;
             state.drain();
@@ -246,9 +246,11 @@ impl<P: Platform> Viommu<P> {
                     state.engine.count_fault(fault.endpoint);
                 }
             }
-            (state.events.publish(), state.events.is_broken())
+            // After a shutdown the queue is nobody's.
+            let gone = state.events.is_broken() || state.dead == Some(RequestError::ShutDown);
+            !gone && state.events.publish()
         };
-        if doorbell && !broken {
+        if doorbell {
             barrier::memory_before_doorbell();
             self.shared.transport.notify(EVENT_QUEUE);
         }

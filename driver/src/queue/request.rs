@@ -270,30 +270,23 @@ impl RequestQueue {
         Some((slot.op, outcome))
     }
 
-    /// Gives up on the batch's first request. If it is still in flight, its slot stays with the device, the
-    /// outcome is why, and the last value is true.
-    pub(crate) fn abandon(&mut self, batch: &mut Batch, needs_reset: bool) -> Option<(Op, Outcome, bool)> {
-        if let Some((op, outcome)) = self.take(batch) {
-            return Some((op, outcome, false));
-        }
+    /// Gives up on the batch's first request, which is in flight: its slot stays with the device. Returns what it
+    /// would have done.
+    pub(crate) fn abandon(&mut self, batch: &mut Batch) -> Option<Op> {
         let (head, _) = batch.ends?;
         self.advance(batch);
         let slot = &mut self.slots[usize::from(head)];
+        debug_assert_eq!(slot.state, SlotState::InFlight);
         slot.state = SlotState::Abandoned;
         slot.next = None;
         self.abandoned += 1;
-        let error = match self.broken {
-            Some(UsedIndexJumped { seen, expected_at_most }) => {
-                RequestError::RingBroken { used_index: seen, expected_at_most }
-            }
-            None if needs_reset => RequestError::NeedsReset,
-            None => RequestError::TimedOut,
-        };
-        Some((slot.op, Err(error), true))
+        Some(slot.op)
     }
 
-    pub(crate) fn is_broken(&self) -> bool {
-        self.broken.is_some()
+    /// Why nothing is answered any more, if the device broke the ring.
+    pub(crate) fn broken(&self) -> Option<RequestError> {
+        let UsedIndexJumped { seen, expected_at_most } = self.broken?;
+        Some(RequestError::RingBroken { used_index: seen, expected_at_most })
     }
 
     fn advance(&mut self, batch: &mut Batch) {

@@ -87,3 +87,19 @@ fn an_endpoint_that_cannot_be_detached_is_reported_and_the_rest_is_done() {
     let again = viommu.attach(EP2, &domain).unwrap_err();
     assert!(again.to_string().contains("shut down"), "{again}");
 }
+
+/// Fails when anything reaches the device after it was given up: a driver that comes after may have it.
+#[test]
+fn nothing_touches_the_device_after_the_shutdown() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    // SAFETY: the endpoints do what the test says.
+    unsafe { viommu.shutdown(Leave::AsFound) }.unwrap();
+    assert_eq!(viommu.unattached(), Unattached::Bypasses, "as it was found");
+    assert_eq!(viommu.close_bypass(), Err(BypassError::ShutDown));
+    // SAFETY: as above.
+    unsafe { (viommu.open_bypass().unwrap_err(), viommu.shutdown(Leave::Blocked).unwrap()) };
+    viommu.poll();
+    viommu.reclaim();
+    drop(domain);
+    assert_eq!(machine.device().config_writes().len(), 2, "closed at the start, and opened again at the end");
+}

@@ -151,11 +151,10 @@ fn an_abandoned_slot_is_free_only_after_its_answer() {
     let mut batch = bench.submit(&[unmap(1), unmap(2), unmap(3)]);
     bench.answer(1, 0);
     bench.drain();
-    let given_up: Vec<_> = core::iter::from_fn(|| bench.queue.abandon(&mut batch, false))
-        .map(|(_, o, lost)| (o, lost))
-        .collect();
-    let timed_out = (Err(RequestError::TimedOut), true);
-    assert_eq!(given_up, [timed_out, (Ok(()), false), timed_out]);
+    assert!(bench.queue.take(&mut batch).is_none() && bench.queue.abandon(&mut batch).is_some());
+    assert_eq!(bench.queue.take(&mut batch).map(|(_, outcome)| outcome), Some(Ok(())));
+    assert!(bench.queue.take(&mut batch).is_none() && bench.queue.abandon(&mut batch).is_some());
+    assert_eq!(bench.queue.abandon(&mut batch), None);
     assert_eq!((bench.queue.abandoned(), batch.is_empty()), (2, true));
     for _ in 0..10 {
         let mut again = bench.submit(&[unmap(4), unmap(5)]);
@@ -175,19 +174,19 @@ fn an_abandoned_slot_is_free_only_after_its_answer() {
 }
 
 #[test]
-fn why_a_request_was_given_up_is_said() {
+fn a_broken_ring_says_where_the_index_went() {
     let mut bench = bench();
+    let mut abandoned = bench.submit(&[unmap(1)]);
+    assert!(bench.queue.abandon(&mut abandoned).is_some());
     let mut batch = bench.submit(&[unmap(1)]);
-    let outcome = bench.queue.abandon(&mut batch, true).map(|(_, outcome, _)| outcome);
-    assert_eq!(outcome, Some(Err(RequestError::NeedsReset)));
-    let mut batch = bench.submit(&[unmap(1)]);
+    assert_eq!(bench.queue.broken(), None);
     bench.used_idx = 9;
     bench.give_back(2, 4);
     assert_eq!(bench.drain(), 0);
-    assert!(bench.queue.is_broken() && !bench.queue.can_submit(false));
-    let outcome = bench.queue.abandon(&mut batch, true).map(|(_, outcome, _)| outcome);
+    assert!(bench.queue.broken().is_some() && !bench.queue.can_submit(false));
     let broken = RequestError::RingBroken { used_index: 10, expected_at_most: 2 };
-    assert_eq!(outcome, Some(Err(broken)));
+    assert_eq!(bench.queue.broken(), Some(broken));
+    assert!(bench.queue.abandon(&mut batch).is_some());
 }
 
 #[test]
@@ -264,7 +263,7 @@ fn probe_borrows_a_slot_and_gives_it_back() {
 fn a_probe_that_was_given_up_keeps_its_area() {
     let mut bench = bench();
     let mut batch = bench.submit(&[PROBE]);
-    bench.queue.abandon(&mut batch, false);
+    bench.queue.abandon(&mut batch);
     assert!(!bench.queue.submit(&PROBE, Op::Probe, &mut batch));
     bench.answer(0, 0);
     bench.drain();
@@ -322,7 +321,9 @@ fn slots_are_neither_lost_nor_doubled() {
             _ if !batches.is_empty() => {
                 bench.drain();
                 let mut batch = batches.swap_remove(random(batches.len() as u64) as usize);
-                bench.queue.abandon(&mut batch, false);
+                if bench.queue.take(&mut batch).is_none() {
+                    bench.queue.abandon(&mut batch);
+                }
             }
             _ => {}
         }

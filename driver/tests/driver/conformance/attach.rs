@@ -1,9 +1,9 @@
-//! ATTACH and DETACH, and the numbers of domains: D-11 to D-16.
+//! ATTACH and DETACH, and the numbers of domains: D-07, and D-11 to D-16.
 
-use virtio_iommu::{DomainError, DomainOptions};
+use virtio_iommu::{DmaDevice, DomainError, DomainOptions, EndpointId, EndpointOptions};
 use virtio_iommu_model::{Config, Endpoint, Request, feature, flag};
 
-use super::{AT, IDENTITY, INVAL, NOMEM, map_at, new_domain, one_slot, unmap, whole_life, without};
+use super::{AT, DEVERR, IDENTITY, INVAL, NOMEM, map_at, new_domain, one_slot, unmap, whole_life, without};
 use crate::support::{EP, EP2, Machine, PAGE, RW};
 
 /// Flags and reserved bytes of each ATTACH in the log.
@@ -25,6 +25,54 @@ fn lives() -> Vec<Machine> {
         machine
     });
     lives.collect()
+}
+
+// Seen to fail with an `attach_known` that makes a record without asking `probe`.
+#[test]
+fn d07_an_endpoint_is_probed_before_it_is_first_attached() {
+    let ways: [fn(&Machine); 3] = [
+        |machine| drop(machine.bring_up()),
+        |machine| {
+            let viommu = machine.start().unwrap().go_live().unwrap();
+            let domain = new_domain(&viommu);
+            for endpoint in [EP, EP2] {
+                viommu.attach(endpoint, &domain).unwrap();
+            }
+        },
+        |machine| {
+            let viommu = machine.start().unwrap().go_live().unwrap();
+            let open = |id| viommu.open(id, &new_domain(&viommu), EndpointOptions::default()).unwrap();
+            assert_eq!([EP, EP2].map(|id| open(id).endpoint()), [EP, EP2]);
+        },
+    ];
+    for way in ways {
+        let machine = Machine::new(Config::default());
+        // In the second life too.
+        for _ in 0..2 {
+            machine.device().clear_log();
+            way(&machine);
+            for endpoint in [EP.get(), EP2.get()] {
+                let of_it = |request: &Request| request.endpoint() == Some(endpoint);
+                let first = machine.requests().into_iter().find(of_it);
+                assert!(matches!(first, Some(Request::Probe { .. })), "{first:?}");
+            }
+        }
+        let machine = Machine::new(without(feature::PROBE));
+        way(&machine);
+        assert_eq!(machine.device().counters().probe, 0);
+    }
+    // One that comes later, and is known only at the second try; and one whose PROBE fails.
+    let machine = Machine::new(Config::default());
+    let viommu = machine.bring_up();
+    let (late, domain) = (EndpointId::new(77), new_domain(&viommu));
+    machine.device().clear_log();
+    viommu.attach(late, &domain).unwrap_err();
+    machine.device().add_endpoint(Endpoint::x86(77));
+    machine.inject([DEVERR]);
+    viommu.attach(late, &domain).unwrap_err();
+    viommu.attach(late, &domain).unwrap();
+    let kinds: Vec<_> = machine.requests().iter().map(|r| matches!(r, Request::Probe { .. })).collect();
+    assert_eq!(kinds, [true, true, true, false]);
 }
 
 // Seen to fail with a `next_id` that goes on at 0 after the last number.
@@ -99,7 +147,7 @@ fn d13_endpoints_that_cannot_be_isolated_can_share_a_domain() {
     let mut third = Endpoint::new(10);
     third.raw_before = super::probe::region(0, AT, AT + PAGE - 1);
     machine.device().add_endpoint(third);
-    viommu.attach(virtio_iommu::EndpointId::new(10), &domain).unwrap();
+    viommu.attach(EndpointId::new(10), &domain).unwrap();
     map_at(&domain, AT, memory.phys, PAGE, RW).unwrap_err();
 }
 

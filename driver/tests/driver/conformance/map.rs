@@ -1,19 +1,17 @@
-//! MAP: D-10, D-17 to D-22, and D-41.
+//! MAP's flags, and what has no mappings: D-17 to D-22.
 
 use std::ptr::NonNull;
 
-use virtio_iommu::{
-    Direction, DmaDevice, DomainOptions, EndpointOptions, Iova, MapError, PhysAddr, PhysSegment, Prot,
-};
-use virtio_iommu_model::{AccessKind, Answer, Config, Inject, Request, Status, feature, flag};
+use virtio_iommu::{Direction, DmaDevice, DomainOptions, EndpointOptions, Iova, MapError, PhysSegment, Prot};
+use virtio_iommu_model::{Answer, Config, Inject, Request, Status, feature, flag};
 
 use super::{
     AT, IDENTITY, map, map_at, map_identity, new_domain, offset, one_slot, unmap, whole_life, without,
 };
-use crate::support::{ANYWHERE, EP, Machine, PAGE, RW, Rng};
+use crate::support::{ANYWHERE, EP, Machine, PAGE, RW};
 
 /// First and last IOVA, and flags, of each MAP in the log.
-fn maps(machine: &Machine) -> Vec<(u64, u64, u32)> {
+pub(super) fn maps(machine: &Machine) -> Vec<(u64, u64, u32)> {
     let fields = |request: Request| match request {
         Request::Map { virt_start, virt_end, flags, .. } => Some((virt_start, virt_end, flags)),
         _ => None,
@@ -23,40 +21,6 @@ fn maps(machine: &Machine) -> Vec<(u64, u64, u32)> {
 
 fn flags(machine: &Machine) -> Vec<u32> {
     maps(machine).into_iter().map(|(_, _, flags)| flags).collect()
-}
-
-// Seen to fail with a `read_config_once` that leaves the input range at its 64 bits.
-#[test]
-fn d10_no_iova_outside_of_the_input_range_is_used() {
-    let (first, last) = (0x10_0800, 0x17_f7ff);
-    let machine = Machine::new(Config { input_range: first..=last, ..Config::default() });
-    let (machine, viommu, domain) = machine.attach_one();
-    let memory = machine.memory(8 * PAGE).phys;
-    let mut rng = Rng::new(10);
-    let mut mapped = 0;
-    for _ in 0..2000 {
-        let (at, len) = (0xf_8000 + PAGE * rng.below(0x90), PAGE * (1 + rng.below(8)));
-        let inside = at >= first && at + len - 1 <= last;
-        let result = map_at(&domain, at, memory, len, RW);
-        assert_eq!(result.is_ok(), inside, "{len:#x} bytes at {at:#x}: {result:?}");
-        if inside {
-            unmap(&domain, at, len).unwrap();
-            mapped += 1;
-        }
-    }
-    assert!((500..1950).contains(&mapped), "one side was hardly tried: {mapped}");
-    for (at, len) in [(0, PAGE), (first, u64::MAX - first + 1), (u64::MAX - 0x1fff, PAGE)] {
-        map_at(&domain, at, memory, len & !0xfff, RW).unwrap_err();
-        map_identity(&domain, PhysAddr::new(at & !0xfff), len & !0xfff).unwrap_err();
-    }
-    // The addresses of the driver's own choice, until there are no more.
-    let endpoint = viommu.open(EP, &domain, EndpointOptions { bounce_bytes: 1, ..Default::default() });
-    assert!((first..=last).contains(&endpoint.unwrap().faulting_iova().get()));
-    while map(&domain, memory, PAGE, RW).is_ok() {}
-    let maps = maps(&machine);
-    assert!(maps.iter().all(|(start, end, _)| *start >= first && *end <= last));
-    assert_eq!(maps.iter().map(|(start, ..)| *start).min(), Some(0x10_1000));
-    assert_eq!(maps.iter().map(|(_, end, _)| *end).max(), Some(0x17_efff));
 }
 
 // Seen to fail with a `DomainRecord::check` that takes every flag.
@@ -143,7 +107,7 @@ fn d19_the_end_of_a_map_lies_above_its_start() {
     assert!(maps.len() >= 3 && maps.iter().all(|(start, end, _)| end > start), "{maps:x?}");
 }
 
-// Seen to fail with a `begin_map` that clears the flag, and with one that sets it always.
+// Seen to fail with a `begin_map` that clears the flag, with one that sets it always, and with a `next_replay` that clears it.
 #[test]
 fn d20_the_mmio_flag_marks_device_registers_and_nothing_else() {
     let (machine, viommu, domain) = Machine::attached(Config::default());
@@ -236,43 +200,4 @@ fn d22_the_mmio_flag_is_not_sent_without_its_feature() {
     assert_eq!(flags(&machine), [3]);
     let entry = machine.entries()[0];
     assert_eq!((entry.answer, entry.inject), (Answer::Status(Status::Ok), Inject::Pass));
-}
-
-/// What is guest-physical memory only the embedder knows: `map` and `map_at` are `unsafe` for it. What the driver sees is
-/// a range that does not exist.
-// Seen to fail with a `DomainRecord::check` that does not look where the physical range ends.
-#[test]
-fn d41_physical_ranges_do_not_wrap_and_virtual_ones_are_usable() {
-    let machine = Machine::new(Config { input_range: 0..=u64::MAX, ..Config::default() });
-    let (machine, viommu, domain) = machine.attach_one();
-    let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
-    let top = PhysAddr::new(u64::MAX - 0xfff);
-    for pages in [2, 3, 1 << 20] {
-        let len = pages * PAGE;
-        let wraps = MapError::PhysicalWraps { phys: top, len };
-        let call = || (map_at(&domain, AT, top, len, RW), map(&domain, top, len, RW));
-        let (results, requests, _) = machine.traffic(call);
-        assert_eq!((results, requests), ((Err(wraps), Err(wraps)), 0));
-        let (result, requests, _) = machine.traffic(|| map_identity(&domain, top, len));
-        assert_eq!((result, requests), (Err(wraps), 0));
-        let segments = [PhysSegment { phys: top, len: len as usize }];
-        // SAFETY: refused before anything is sent.
-        let call = || unsafe {
-            let list = endpoint.map_scatter(&segments, Direction::Both, &mut [ANYWHERE]);
-            (endpoint.map(top, len as usize, Direction::Both).is_err(), list.is_err())
-        };
-        assert_eq!(machine.traffic(call), ((true, true), 0, 0));
-    }
-    // Virtual ranges that would pass the end, or take the last granule, of an input range of 64 bits.
-    let memory = machine.memory(2 * PAGE).phys;
-    for (at, len) in [(top.get(), PAGE), (top.get(), 2 * PAGE), (top.get() - PAGE, 2 * PAGE), (PAGE, !0xfff)]
-    {
-        let (result, requests, _) = machine.traffic(|| map_at(&domain, at, memory, len, RW));
-        let outside = matches!(result, Err(MapError::OutsideInputRange { .. }));
-        assert!((outside || result == Err(MapError::PhysicalWraps { phys: memory, len })) && requests == 0);
-    }
-    // The last page of the physical space is one like others.
-    let (at, last) = (endpoint.faulting_iova().get() - PAGE, endpoint.faulting_iova().get() - 1);
-    map_at(&domain, at, top, PAGE, RW).unwrap();
-    assert_eq!(machine.device().translate(EP.get(), last, AccessKind::Write), Ok(u64::MAX));
 }

@@ -10,6 +10,7 @@ mod faults;
 mod features;
 mod map;
 mod probe;
+mod ranges;
 mod unmap;
 
 use virtio_iommu::{

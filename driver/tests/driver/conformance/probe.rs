@@ -1,12 +1,9 @@
-//! PROBE and the properties it returns: D-07, D-27 to D-35, and the first half of D-40.
+//! PROBE and the properties it returns: D-27 to D-35.
 
-use virtio_iommu::{
-    DmaDevice, EndpointId, EndpointOptions, Introduction, Iova, MapError, PhysAddr, ReservedKind,
-    ReservedRegion, Viommu,
-};
-use virtio_iommu_model::{Config, Endpoint, Request, feature};
+use virtio_iommu::{Introduction, Iova, MapError, PhysAddr, ReservedKind, ReservedRegion, Viommu};
+use virtio_iommu_model::{Config, Endpoint, Request};
 
-use super::{map, map_at, map_identity, new_domain, one_slot, whole_life, without};
+use super::{map, map_at, map_identity, new_domain, one_slot, whole_life};
 use crate::support::{EP, EP2, Machine, PAGE, RW, TestPlatform};
 
 /// Any property: the type word, the length of the value, the value.
@@ -51,54 +48,6 @@ pub(super) const FOUND: (u64, u64, ReservedKind) = (0x50_0000, 0x5f_ffff, Reserv
 
 pub(super) fn found() -> Vec<u8> {
     region(1, FOUND.0, FOUND.1)
-}
-
-// Seen to fail with an `attach_known` that makes a record without asking `probe`.
-#[test]
-fn d07_an_endpoint_is_probed_before_it_is_first_attached() {
-    let ways: [fn(&Machine); 3] = [
-        |machine| drop(machine.bring_up()),
-        |machine| {
-            let viommu = machine.start().unwrap().go_live().unwrap();
-            let domain = new_domain(&viommu);
-            for endpoint in [EP, EP2] {
-                viommu.attach(endpoint, &domain).unwrap();
-            }
-        },
-        |machine| {
-            let viommu = machine.start().unwrap().go_live().unwrap();
-            let open = |id| viommu.open(id, &new_domain(&viommu), EndpointOptions::default()).unwrap();
-            assert_eq!([EP, EP2].map(|id| open(id).endpoint()), [EP, EP2]);
-        },
-    ];
-    for way in ways {
-        let machine = Machine::new(Config::default());
-        // In the second life too.
-        for _ in 0..2 {
-            machine.device().clear_log();
-            way(&machine);
-            for endpoint in [EP.get(), EP2.get()] {
-                let of_it = |request: &Request| request.endpoint() == Some(endpoint);
-                let first = machine.requests().into_iter().find(of_it);
-                assert!(matches!(first, Some(Request::Probe { .. })), "{first:?}");
-            }
-        }
-        let machine = Machine::new(without(feature::PROBE));
-        way(&machine);
-        assert_eq!(machine.device().counters().probe, 0);
-    }
-    // One that comes later, and is known only at the second try; and one whose PROBE fails.
-    let machine = Machine::new(Config::default());
-    let viommu = machine.bring_up();
-    let (late, domain) = (EndpointId::new(77), new_domain(&viommu));
-    machine.device().clear_log();
-    viommu.attach(late, &domain).unwrap_err();
-    machine.device().add_endpoint(Endpoint::x86(77));
-    machine.inject([super::DEVERR]);
-    viommu.attach(late, &domain).unwrap_err();
-    viommu.attach(late, &domain).unwrap();
-    let kinds: Vec<_> = machine.requests().iter().map(|r| matches!(r, Request::Probe { .. })).collect();
-    assert_eq!(kinds, [true, true, true, false]);
 }
 
 // Seen to fail with a `RequestQueue` that rounds the area up to 8 bytes.
