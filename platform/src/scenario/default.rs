@@ -12,7 +12,7 @@ use virtio_iommu::{DmaDevice, Endpoint, Options};
 use super::attack::{self, Arena};
 use super::setup::{self, Opened};
 use super::show::{self, Worker};
-use super::{give_up, word};
+use super::{give_up, scatter, word};
 use crate::boot::BootInfo;
 use crate::devices::edu::{self, BUFFER_BYTES, Edu};
 use crate::devices::virtio::{BLOCK, Disk, DiskSlot, ENTROPY, Entropy, EntropySlot, VENDOR};
@@ -22,7 +22,7 @@ use crate::pci::function::{BusMaster, Function};
 use crate::report::Report;
 
 /// Checks before the attacks, and after them.
-const CHECKS: usize = 11;
+const CHECKS: usize = 12;
 
 /// The disk's first half is given, and its second half is written to: sectors of 512 bytes.
 const DISK_HALF_BYTES: usize = 1 << 20;
@@ -177,6 +177,7 @@ fn edu(
         copied.is_ok(),
         copied.err().unwrap_or_else(|| format!("{BUFFER_BYTES} bytes out and in, every byte checked")),
     );
+    report.check_result("edu.scatter", scatter::run(iommu, &opened, &mut edu), String::clone);
     attack::run(Arena { iommu, edu: &mut edu, attacker: &opened, other: &other.domain }, report);
     machine.pci.set_bus_master(function.address, BusMaster::Off);
     let worker =
@@ -225,6 +226,6 @@ fn hex(bytes: &[u8]) -> String {
     text
 }
 
-fn text(error: impl core::fmt::Display) -> String {
+pub(super) fn text(error: impl core::fmt::Display) -> String {
     format!("{error}")
 }

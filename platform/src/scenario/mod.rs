@@ -13,6 +13,7 @@ mod attack;
 mod default;
 mod defect;
 mod misbehave;
+mod scatter;
 mod setup;
 mod show;
 mod tamper;
