@@ -115,7 +115,10 @@ impl Engine {
         key: DomainKey,
     ) -> Result<AttachPlan, AttachError> {
         let translated = DomainKind::Translated;
-        let fits = |domain: &DomainRecord| domain.possible == 0 && domain.kind == translated;
+        // With mappings of its own it would seem to have them on the device, where the number is another's.
+        let fits = |domain: &DomainRecord| {
+            domain.possible == 0 && domain.kind == translated && domain.mappings.is_empty()
+        };
         let empty = self.domain(key).is_some_and(fits);
         let alone = self.domain(parked).is_some_and(|domain| domain.possible == 1);
         if !(empty && alone) {

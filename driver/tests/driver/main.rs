@@ -12,6 +12,7 @@ mod locks;
 mod map;
 mod quirks;
 mod regressions;
+mod sequences;
 mod shutdown;
 mod start;
 mod support;
