@@ -71,7 +71,7 @@ impl<P: Platform> Domain<P> {
         read(&mut self.0.shared.state.lock().engine)
     }
 
-    /// The number that requests carry. It can change once, before the first mapping succeeded, when the device
+    /// The number that requests carry. It can change before the first mapping succeeded, when the device
     /// still has mappings of an earlier life under it.
     pub fn id(&self) -> DomainId {
         let key = self.0.key;

@@ -175,7 +175,8 @@ impl<P: Platform> Shared<P> {
                 if batch.is_empty() {
                     return;
                 }
-                if state.requests.broken().is_some() {
+                // No answer comes any more; and after a shutdown the doorbell is not ours.
+                if state.requests.broken().is_some() || state.dead == Some(RequestError::ShutDown) {
                     break;
                 }
             }
@@ -193,8 +194,10 @@ impl<P: Platform> Shared<P> {
         // An answer may have come between the last look and now.
         state.drain();
         let needs_reset = needs_reset.then_some(RequestError::NeedsReset);
-        state.dead = state.requests.broken().or(needs_reset).or(state.dead);
-        let why = state.dead.unwrap_or(RequestError::TimedOut);
+        let dead = state.requests.broken().or(needs_reset);
+        state.dead = state.dead.or(dead);
+        // Not that the driver was shut down meanwhile: these requests were sent, and their outcome is unknown.
+        let why = dead.unwrap_or(RequestError::TimedOut);
         for _ in 0..batch.len() {
             if let Some((op, outcome)) = state.requests.take(&mut batch) {
                 each(&mut state, op, outcome);

@@ -84,14 +84,14 @@ impl<P: Platform> Staged<P> {
         };
         let first = scratch()?;
         let second;
-        let (mut domain, mut attached) = (&first, shared.attach(endpoint, first.key()));
+        let mut attached = shared.attach(endpoint, first.key());
         let refused = |result: &Result<_, AttachError>| match result {
             Err(AttachError::Request { error: RequestError::Refused(status), .. }) => Some(*status),
             _ => None,
         };
         if refused(&attached).is_some_and(|status| status != Status::NoEnt) {
             second = scratch()?;
-            (domain, attached) = (&second, shared.attach(endpoint, second.key()));
+            attached = shared.attach(endpoint, second.key());
         }
         match (refused(&attached), attached) {
             (Some(Status::NoEnt), _) => return Ok(Introduction::Unknown),
@@ -102,8 +102,7 @@ impl<P: Platform> Staged<P> {
             (None, Err(_)) => return Ok(Introduction::Refused(Status::NoMem)),
             (None, Ok(_)) => {}
         }
-        // The scratch domain goes with its handle; its number stays taken as long as the endpoint may be in it.
-        let _in_use = domain;
+        // The scratch domains go with their handles; a number stays taken as long as the endpoint may be in it.
         match shared.detach(endpoint) {
             Ok(()) => Ok(Introduction::Known),
             Err(DetachError::Request { error: RequestError::Refused(Status::Unsupp), .. }) => {

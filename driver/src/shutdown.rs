@@ -105,8 +105,8 @@ impl<P: Platform> Viommu<P> {
     }
 
     /// Detaches all endpoints, leaves the bypass as asked, and resets the device. No request is sent after this, by
-    /// any handle, and a second call does nothing. Memory that is still mapped goes back when its handles are unmapped, as far as the device
-    /// confirmed that its domain died.
+    /// any handle, and a second call does nothing. Memory that is still mapped goes back when its handles are
+    /// unmapped, as far as the device confirmed that its domain died.
     ///
     /// # Errors
     /// [`ShutdownError`], the first of what went wrong.

@@ -288,8 +288,8 @@ impl Engine {
         })
     }
 
-    /// A mapping in quarantine about which the device owes no answer, so that an UNMAP can be tried.
-    /// The next one after `after`, in the order of domains and addresses.
+    /// The next mapping after `after`, in the order of domains and addresses, that is in quarantine and about which
+    /// the device owes no answer, so that an UNMAP can be tried.
     pub(crate) fn reclaimable(
         &self,
         after: Option<(DomainKey, IovaRange)>,

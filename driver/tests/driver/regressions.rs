@@ -413,3 +413,21 @@ fn reclaiming_goes_on_after_one_that_fails() {
     machine.inject([Inject::Refuse(8)]);
     assert_eq!((viommu.reclaim(), viommu.stats().quarantined_mappings), (2, 1));
 }
+
+/// Fails when a request that was sent, and given up on after a shutdown, is said not to have been sent.
+#[test]
+fn a_request_that_a_shutdown_overtakes_has_an_unknown_outcome() {
+    let (machine, viommu, work) = interposed(When::After);
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    viommu.attach(EP, &domain).unwrap();
+    machine.inject([Inject::Hold(Execute::AtRelease)]);
+    let other_cpu = viommu.clone();
+    work.run_next(move || {
+        // SAFETY: the endpoint does what the test says.
+        let _ = unsafe { other_cpu.shutdown(virtio_iommu::Leave::Blocked) };
+    });
+    // SAFETY: the test's own memory, which is never reused.
+    let mapped = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) };
+    assert!(matches!(mapped, Err(MapError::Quarantined { .. })), "{mapped:?}");
+    assert_eq!(viommu.stats().quarantined_mappings, 1);
+}
