@@ -128,6 +128,11 @@ impl IovaRange {
         self.start <= other.start && other.last <= self.last
     }
 
+    /// What of this range lies behind `part`.
+    pub(crate) const fn after(self, part: Self) -> Option<Self> {
+        if part.last < self.last { Some(Self { start: part.last + 1, last: self.last }) } else { None }
+    }
+
     /// The smallest range of whole granules around this one. `granule` is a power of two.
     pub(crate) const fn rounded_out(self, granule: u64) -> Self {
         Self { start: self.start & !(granule - 1), last: self.last | (granule - 1) }

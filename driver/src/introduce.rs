@@ -55,7 +55,7 @@ impl<P: Platform> Staged<P> {
         if !needed {
             return Ok(Introduction::Known);
         }
-        let reserved = match self.0.probe(endpoint) {
+        let reserved = match shared.block_on(self.0.probe(endpoint)) {
             Ok(reserved) => reserved,
             Err(AttachError::Request { error: RequestError::Refused(Status::NoEnt), .. }) => {
                 return Ok(Introduction::Unknown);
@@ -84,14 +84,14 @@ impl<P: Platform> Staged<P> {
         };
         let first = scratch()?;
         let second;
-        let mut attached = shared.attach(endpoint, first.key());
+        let mut attached = shared.block_on(shared.attach(endpoint, first.key()));
         let refused = |result: &Result<_, AttachError>| match result {
             Err(AttachError::Request { error: RequestError::Refused(status), .. }) => Some(*status),
             _ => None,
         };
         if refused(&attached).is_some_and(|status| status != Status::NoEnt) {
             second = scratch()?;
-            attached = shared.attach(endpoint, second.key());
+            attached = shared.block_on(shared.attach(endpoint, second.key()));
         }
         match (refused(&attached), attached) {
             (Some(Status::NoEnt), _) => return Ok(Introduction::Unknown),
@@ -103,7 +103,7 @@ impl<P: Platform> Staged<P> {
             (None, Ok(_)) => {}
         }
         // The scratch domains go with their handles; a number stays taken as long as the endpoint may be in it.
-        match shared.detach(endpoint) {
+        match shared.block_on(shared.detach(endpoint)) {
             Ok(()) => Ok(Introduction::Known),
             Err(DetachError::Request { error: RequestError::Refused(Status::Unsupp), .. }) => {
                 Ok(Introduction::CannotDetach)
@@ -116,7 +116,7 @@ impl<P: Platform> Staged<P> {
 
 impl<P: Platform> Viommu<P> {
     /// Reads the endpoint's reserved regions, none where the device has no PROBE. Allocates.
-    pub(crate) fn probe(&self, endpoint: EndpointId) -> Result<Arc<[ReservedRegion]>, AttachError> {
+    pub(crate) async fn probe(&self, endpoint: EndpointId) -> Result<Arc<[ReservedRegion]>, AttachError> {
         if !self.features().contains(Features::PROBE) {
             return Ok(Arc::from([]));
         }
@@ -124,14 +124,14 @@ impl<P: Platform> Viommu<P> {
         let mut area = vec![0; self.probe_size];
         let request = Request::Probe { endpoint };
         let submit = |state: &mut State| self.shared.submit_one(state, &request, Op::Probe);
-        let batch = self.shared.with_slot(true, submit).map_err(failed)?;
-        self.shared.ring();
+        let batch = self.shared.with_slot(true, submit).await.map_err(failed)?;
         let mut result = Ok(());
-        self.shared.wait(batch, |state, _, outcome| {
+        let each = |state: &mut State, _, outcome| {
             result = outcome;
             // Under the same lock that took the answer: the next PROBE cannot overwrite it.
             state.requests.copy_properties(&mut area);
-        });
+        };
+        self.shared.wait(batch, each).await;
         result.map_err(failed)?;
         let mut regions = Vec::new();
         let mut malformed = 0;

@@ -99,14 +99,30 @@ impl Ring {
         let layout = Layout::new(size);
         let mut ring =
             Self { memory, layout, size, suppression, interrupts, avail_idx: 0, published: 0, used_idx: 0 };
-        match suppression {
-            Suppression::Flags if interrupts == Interrupts::Unwanted => {
-                ring.memory.write_u16(ring.layout.avail, AVAIL_NO_INTERRUPT.to_le());
-            }
-            Suppression::Flags => {}
-            Suppression::EventIndex => ring.write_used_event(),
-        }
+        ring.write_wish();
         ring
+    }
+
+    /// Changes whether the owner wants to be interrupted. What the device did before it sees a new wish comes without
+    /// an interrupt, so that the owner has to look once more.
+    pub(crate) fn set_interrupts(&mut self, interrupts: Interrupts) {
+        if self.interrupts == interrupts {
+            return;
+        }
+        self.interrupts = interrupts;
+        self.write_wish();
+        // Our wish, then our look; the device writes its index, then looks at our wish.
+        fence(Ordering::SeqCst);
+    }
+
+    fn write_wish(&mut self) {
+        match self.suppression {
+            Suppression::Flags => {
+                let flags = if self.interrupts == Interrupts::Wanted { 0 } else { AVAIL_NO_INTERRUPT };
+                self.memory.write_u16(self.layout.avail, flags.to_le());
+            }
+            Suppression::EventIndex => self.write_used_event(),
+        }
     }
 
     pub(crate) fn size(&self) -> u16 {

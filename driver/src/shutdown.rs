@@ -136,7 +136,7 @@ impl<P: Platform> Viommu<P> {
                 result = result.and(Err(ShutdownError::Bypass(error)));
             }
         }
-        shared.state.lock().dead = Some(RequestError::ShutDown);
+        shared.end(RequestError::ShutDown);
         match reset(&*shared.transport, &shared.platform, &shared.options) {
             Ok(()) => shared.forgotten.store(true, Ordering::Release),
             Err(error) => result = result.and(Err(ShutdownError::Reset(error))),

@@ -12,7 +12,7 @@ use crate::addr::{Iova, IovaRange};
 use crate::barrier;
 use crate::engine::{Engine, Geometry, Limits};
 use crate::error::{BypassError, StartError};
-use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, State};
+use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, Sleepers, State};
 use crate::fault::FaultBacklog;
 use crate::lock::Mutex;
 use crate::options::Options;
@@ -270,6 +270,7 @@ fn run<P: Platform>(
         requests,
         events,
         faults: FaultBacklog::new(options.fault_backlog),
+        sleepers: Sleepers::new(),
         sent: 0,
         dead: None,
     };
@@ -284,6 +285,7 @@ fn run<P: Platform>(
         bypass_found,
         forgotten: AtomicBool::new(false),
         interrupted: AtomicBool::new(false),
+        changed: AtomicBool::new(false),
     });
     Ok(Staged(Viommu::new(shared, features, geometry, probe_size as usize)))
 }

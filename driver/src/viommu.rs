@@ -6,7 +6,7 @@ use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::engine::{Engine, Geometry, Limits};
 use crate::error::{AttachError, DetachError, DmaError, DomainError, RequestError, StartError};
-use crate::exchange::{EVENT_QUEUE, Sent, Shared};
+use crate::exchange::{self, EVENT_QUEUE, Sent, Shared};
 use crate::fault::FaultCounts;
 use crate::id::EndpointId;
 use crate::options::{DomainKind, DomainOptions, EndpointOptions, Options};
@@ -165,16 +165,25 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`AttachError`]. The endpoint's bus mastering must then stay off.
     pub fn attach(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
-        self.attach_known(endpoint, domain).map(|_| ())
+        self.shared.block_on(self.attach_async(endpoint, domain))
     }
 
-    fn attach_known(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<Sent, AttachError> {
+    /// [`attach`](Self::attach) as a future. Dropped before its end it leaves the endpoint attached, or in a state that
+    /// is unknown until the device answers.
+    ///
+    /// # Errors
+    /// As for [`attach`](Self::attach).
+    pub async fn attach_async(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
+        self.attach_known(endpoint, domain).await.map(|_| ())
+    }
+
+    async fn attach_known(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<Sent, AttachError> {
         let needed = self.shared.state.lock().engine.needs_introduction(endpoint)?;
         if needed {
-            let reserved = self.probe(endpoint)?;
+            let reserved = self.probe(endpoint).await?;
             self.shared.state.lock().engine.introduce(endpoint, &reserved);
         }
-        self.shared.attach(endpoint, domain.key())
+        self.shared.attach(endpoint, domain.key()).await
     }
 
     /// Attaches an endpoint to a domain and gives its view of it, with bounce pages if asked for: what the
@@ -189,15 +198,29 @@ impl<P: Platform> Viommu<P> {
         domain: &Domain<P>,
         options: EndpointOptions,
     ) -> Result<Endpoint<P>, OpenError> {
-        let sent = self.attach_known(endpoint, domain).map_err(OpenError::Attach)?;
-        Endpoint::new(self.clone(), endpoint, domain.clone(), options).map_err(|error| {
-            if sent == Sent::Request
-                && let Err(error) = self.detach(endpoint)
-            {
-                log::error!("endpoint {endpoint} stays attached: {error}");
-            }
-            OpenError::Dma(error)
-        })
+        self.shared.block_on(self.open_async(endpoint, domain, options))
+    }
+
+    /// [`open`](Self::open) as a future. Dropped before its end it leaves the endpoint as
+    /// [`attach_async`](Self::attach_async) does.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub async fn open_async(
+        &self,
+        endpoint: EndpointId,
+        domain: &Domain<P>,
+        options: EndpointOptions,
+    ) -> Result<Endpoint<P>, OpenError> {
+        let sent = self.attach_known(endpoint, domain).await.map_err(OpenError::Attach)?;
+        let opened = Endpoint::new(self.clone(), endpoint, domain.clone(), options).await;
+        if opened.is_err()
+            && sent == Sent::Request
+            && let Err(error) = self.detach_async(endpoint).await
+        {
+            log::error!("endpoint {endpoint} stays attached: {error}");
+        }
+        opened.map_err(OpenError::Dma)
     }
 
     /// Detaches an endpoint from its domain. One that the device does not know any more, since it was unplugged,
@@ -210,7 +233,16 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`DetachError`]. The endpoint then counts as attached.
     pub fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
-        let detached = self.shared.detach(endpoint);
+        self.shared.block_on(self.detach_async(endpoint))
+    }
+
+    /// [`detach`](Self::detach) as a future. Dropped before its end it leaves the endpoint in a state that is unknown until
+    /// the device answers, if the request was sent.
+    ///
+    /// # Errors
+    /// As for [`detach`](Self::detach).
+    pub async fn detach_async(&self, endpoint: EndpointId) -> Result<(), DetachError> {
+        let detached = self.shared.detach(endpoint).await;
         self.collect();
         detached
     }
@@ -222,20 +254,36 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`MoveError`], which says whether the endpoint is where it was, or nowhere.
     pub fn move_endpoint(&self, endpoint: EndpointId, to: &Domain<P>) -> Result<(), MoveError> {
+        self.shared.block_on(self.move_endpoint_async(endpoint, to))
+    }
+
+    /// [`move_endpoint`](Self::move_endpoint) as a future. Dropped before its end it leaves the endpoint in either domain,
+    /// or in none.
+    ///
+    /// # Errors
+    /// As for [`move_endpoint`](Self::move_endpoint).
+    pub async fn move_endpoint_async(&self, endpoint: EndpointId, to: &Domain<P>) -> Result<(), MoveError> {
         if self.shared.is_attached(endpoint, to.key()) {
             return Ok(());
         }
-        self.detach(endpoint).map_err(MoveError::Detach)?;
-        self.attach(endpoint, to).map_err(MoveError::Attach)
+        self.detach_async(endpoint).await.map_err(MoveError::Detach)?;
+        self.attach_async(endpoint, to).await.map_err(MoveError::Attach)
     }
 
-    /// Takes in what the device sent: late answers and faults. Gives back memory whose quarantine ended.
+    /// Takes in what the device sent: answers, late ones too, and faults. Wakes futures whose answer is there, or whose
+    /// deadline passed. Gives back memory whose quarantine ended.
     ///
-    /// Bounded by the sizes of the queues. Returns how many fault records it took in.
+    /// A kernel calls it after [`Interrupt::Wake`], and, for the deadlines of futures, from time to time: without a
+    /// clock each call counts as one of their [`Options::max_polls`]. Bounded by the sizes of the queues. Returns how many fault records it took in.
     pub fn poll(&self) -> u64 {
-        self.shared.interrupted.store(false, Ordering::Release);
+        // Before the queues are looked at: an interrupt after this wakes again.
+        self.shared.interrupted.swap(false, Ordering::AcqRel);
+        if self.shared.changed.swap(false, Ordering::AcqRel) {
+            self.shared.look_at_status();
+        }
+        let now = self.shared.platform.now_ns();
         let mut records = 0;
-        let doorbell = {
+        let (doorbell, wake) = {
             let mut guard = self.shared.state.lock();
             let state = &mut *guard;
             state.drain();
@@ -248,8 +296,9 @@ impl<P: Platform> Viommu<P> {
             }
             // After a shutdown the queue is nobody's.
             let gone = state.events.is_broken() || state.dead == Some(RequestError::ShutDown);
-            !gone && state.events.publish()
+            (!gone && state.events.publish(), state.wake_due_at(now))
         };
+        self.shared.wake(wake);
         if doorbell {
             barrier::memory_before_doorbell();
             self.shared.transport.notify(EVENT_QUEUE);
@@ -269,7 +318,8 @@ impl<P: Platform> Viommu<P> {
         let mut done = None;
         // Bounded: each round goes on to a later one.
         while let Some((key, range)) = { self.shared.state.lock().engine.reclaimable(done) } {
-            freed += usize::from(crate::domain::reclaim(&self.shared, key, range).is_ok());
+            let reclaimed = self.shared.block_on(exchange::reclaim(&self.shared, key, range));
+            freed += usize::from(reclaimed.is_ok());
             done = Some((key, range));
         }
         self.collect();
@@ -282,6 +332,9 @@ impl<P: Platform> Viommu<P> {
         let cause = self.shared.transport.acknowledge_interrupt();
         if !cause.queue && !cause.config {
             return Interrupt::NotOurs;
+        }
+        if cause.config {
+            self.shared.changed.store(true, Ordering::Release);
         }
         match self.shared.interrupted.swap(true, Ordering::AcqRel) {
             true => Interrupt::Handled,

@@ -4,8 +4,9 @@ use super::bounce::BouncePool;
 use super::scatter::{Runs, place, rounded, total_len};
 use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment};
 use crate::addr::{Iova, IovaRange, PhysAddr};
-use crate::domain::{Domain, Run};
+use crate::domain::Domain;
 use crate::error::{DetachError, DmaError, MapError, UnmapError};
+use crate::exchange::{self, Run, Shared};
 use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
@@ -13,6 +14,7 @@ use crate::prot::Direction;
 use crate::start::Unattached;
 use crate::viommu::Viommu;
 use core::fmt;
+use core::future::Future;
 use core::iter;
 use core::ptr::NonNull;
 
@@ -31,7 +33,7 @@ pub struct Endpoint<P: Platform> {
 }
 
 impl<P: Platform> Endpoint<P> {
-    pub(crate) fn new(
+    pub(crate) async fn new(
         viommu: Viommu<P>,
         id: EndpointId,
         domain: Domain<P>,
@@ -40,7 +42,7 @@ impl<P: Platform> Endpoint<P> {
         let faulting = domain.allocate(viommu.granule(), options.limit, 1)?;
         let mut endpoint = Self { viommu, id, domain, limit: options.limit, faulting, bounce: None };
         if options.bounce_bytes > 0 {
-            let pages = endpoint.alloc_coherent(options.bounce_bytes)?;
+            let pages = endpoint.alloc_coherent_async(options.bounce_bytes).await?;
             let (len, range) = (pages.len_bytes(), pages.mapping.range);
             let granule = endpoint.granule() as usize;
             // SAFETY: fresh memory, mapped there, that is not freed before the pool is gone.
@@ -65,7 +67,7 @@ impl<P: Platform> Endpoint<P> {
         let bounce = self.bounce.take().map(|(_pool, range)| range);
         let free_bounce = || {
             let Some(range) = bounce else { return };
-            if let Err(error) = self.domain.unmap_range(range) {
+            if let Err(error) = self.viommu.shared.block_on(self.domain.unmap_range(range)) {
                 log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", self.id);
             }
         };
@@ -86,15 +88,150 @@ impl<P: Platform> Endpoint<P> {
         DmaMapping { domain: self.domain.key(), iova, len, range }
     }
 
-    fn map_one(
+    async fn map_one(
         &self,
         run: Run,
         direction: Direction,
         held: &mut Option<HeldMemory>,
     ) -> Result<IovaRange, MapError> {
         let range = self.domain.allocate(run.len, self.limit, 1)?;
-        self.domain.map_runs(range, iter::once(run), direction.prot(), held)?;
+        let shared = self.domain.shared();
+        exchange::map(shared, self.domain.key(), range, iter::once(run), direction.prot(), held).await?;
         Ok(range)
+    }
+
+    fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
+        self.domain.shared().block_on(operation)
+    }
+}
+
+/// The operations of [`DmaDevice`] as futures. One that is dropped before its end leaves what it sent in quarantine, and
+/// gives memory back that it did not send.
+impl<P: Platform> Endpoint<P> {
+    /// [`DmaDevice::alloc_coherent`] as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn alloc_coherent_async(&self, len: usize) -> Result<CoherentMemory, DmaError> {
+        let no_memory = DmaError::NoMemory { len };
+        let granule = usize::try_from(self.granule()).map_err(|_| no_memory)?;
+        // At least two bytes, since no MAP can say one.
+        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
+        let memory = self.viommu.shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
+        let held = HeldMemory::from_platform(memory, granule);
+        match self.adopt_async(held, Direction::Both).await {
+            Ok(mapping) => Ok(CoherentMemory { mapping, ptr: memory.ptr }),
+            Err((error, held)) => {
+                if let Some(held) = held {
+                    self.viommu.shared.release(held);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// [`DmaDevice::free_coherent`] as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn free_coherent_async(
+        &self,
+        memory: CoherentMemory,
+    ) -> impl Future<Output = Result<(), UnmapError>> + Send + '_ {
+        self.unmap_async(memory.mapping)
+    }
+
+    /// [`DmaDevice::adopt`] as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn adopt_async(
+        &self,
+        memory: HeldMemory,
+        direction: Direction,
+    ) -> impl Future<Output = Result<DmaMapping, (DmaError, Option<HeldMemory>)>> + Send + '_ {
+        let place = memory.memory();
+        let mut lent = Lent { shared: self.domain.shared(), memory: Some(memory) };
+        async move {
+            let run = Run { phys: place.phys, len: place.len as u64 };
+            match self.map_one(run, direction, &mut lent.memory).await {
+                Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
+                Err(error) => Err((error.into(), lent.memory.take())),
+            }
+        }
+    }
+
+    /// [`DmaDevice::map`] as a future.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there, and where the future is dropped until the quarantine is empty again.
+    pub async unsafe fn map_async(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        direction: Direction,
+    ) -> Result<DmaMapping, DmaError> {
+        let run = rounded(PhysSegment { phys, len }, self.granule())?;
+        let range = self.map_one(run, direction, &mut None).await?;
+        let iova = Iova::new(range.start().get() + (phys.get() - run.phys.get()));
+        Ok(self.mapping(range, iova, len))
+    }
+
+    /// [`DmaDevice::map_scatter`] as a future.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As for [`map_async`](Self::map_async), for each segment.
+    pub async unsafe fn map_scatter_async(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        if segments.is_empty() || segments.len() != iovas.len() {
+            return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
+        }
+        let granule = self.granule();
+        let len = total_len(segments, granule)?;
+        let runs = Runs { segments, granule };
+        let range = self.domain.allocate(len, self.limit, runs.clone().count())?;
+        let (shared, key) = (self.domain.shared(), self.domain.key());
+        exchange::map(shared, key, range, runs, direction.prot(), &mut None).await?;
+        place(segments, granule, range, iovas);
+        Ok(self.mapping(range, range.start(), len as usize))
+    }
+
+    /// [`DmaDevice::unmap`] as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn unmap_async(
+        &self,
+        mapping: DmaMapping,
+    ) -> impl Future<Output = Result<(), UnmapError>> + Send + '_ {
+        let foreign = mapping.domain != self.domain.key();
+        let unmapping = (!foreign).then(|| self.domain.unmap_range(mapping.range));
+        let not_mapped = UnmapError::NotMapped(mapping.iova);
+        async move { unmapping.ok_or(not_mapped)?.await }
+    }
+}
+
+/// Memory on its way into a mapping. It goes back where it does not get there.
+struct Lent<'a, P: Platform> {
+    shared: &'a Shared<P>,
+    memory: Option<HeldMemory>,
+}
+
+impl<P: Platform> Drop for Lent<'_, P> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.shared.release(memory);
+        }
     }
 }
 
@@ -126,25 +263,11 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn alloc_coherent(&self, len: usize) -> Result<CoherentMemory, DmaError> {
-        let no_memory = DmaError::NoMemory { len };
-        let granule = usize::try_from(self.granule()).map_err(|_| no_memory)?;
-        // At least two bytes, since no MAP can say one.
-        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
-        let memory = self.viommu.shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
-        let held = HeldMemory::from_platform(memory, granule);
-        match self.adopt(held, Direction::Both) {
-            Ok(mapping) => Ok(CoherentMemory { mapping, ptr: memory.ptr }),
-            Err((error, held)) => {
-                if let Some(held) = held {
-                    self.viommu.shared.release(held);
-                }
-                Err(error)
-            }
-        }
+        self.block_on(self.alloc_coherent_async(len))
     }
 
     fn free_coherent(&self, memory: CoherentMemory) -> Result<(), UnmapError> {
-        self.unmap(memory.mapping)
+        self.block_on(self.free_coherent_async(memory))
     }
 
     fn adopt(
@@ -152,20 +275,12 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         memory: HeldMemory,
         direction: Direction,
     ) -> Result<DmaMapping, (DmaError, Option<HeldMemory>)> {
-        let place = memory.memory();
-        let run = Run { phys: place.phys, len: place.len as u64 };
-        let mut held = Some(memory);
-        match self.map_one(run, direction, &mut held) {
-            Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
-            Err(error) => Err((error.into(), held)),
-        }
+        self.block_on(self.adopt_async(memory, direction))
     }
 
     unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError> {
-        let run = rounded(PhysSegment { phys, len }, self.granule())?;
-        let range = self.map_one(run, direction, &mut None)?;
-        let iova = Iova::new(range.start().get() + (phys.get() - run.phys.get()));
-        Ok(self.mapping(range, iova, len))
+        // SAFETY: the caller's promise.
+        self.block_on(unsafe { self.map_async(phys, len, direction) })
     }
 
     unsafe fn map_scatter(
@@ -174,28 +289,18 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
-        if segments.is_empty() || segments.len() != iovas.len() {
-            return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
-        }
-        let granule = self.granule();
-        let len = total_len(segments, granule)?;
-        let runs = Runs { segments, granule };
-        let range = self.domain.allocate(len, self.limit, runs.clone().count())?;
-        self.domain.map_runs(range, runs, direction.prot(), &mut None)?;
-        place(segments, granule, range, iovas);
-        Ok(self.mapping(range, range.start(), len as usize))
+        // SAFETY: the caller's promise.
+        self.block_on(unsafe { self.map_scatter_async(segments, direction, iovas) })
     }
 
     fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError> {
-        if mapping.domain != self.domain.key() {
-            return Err(UnmapError::NotMapped(mapping.iova));
-        }
-        self.domain.unmap_range(mapping.range)
+        self.block_on(self.unmap_async(mapping))
     }
 
     unsafe fn unmap_at(&self, iova: Iova) -> Result<(), UnmapError> {
         let mapping = self.domain.translate(iova).filter(|mapping| mapping.range.start() == iova);
-        self.domain.unmap_range(mapping.ok_or(UnmapError::NotMapped(iova))?.range)
+        let range = mapping.ok_or(UnmapError::NotMapped(iova))?.range;
+        self.block_on(self.domain.unmap_range(range))
     }
 
     unsafe fn share(&self, buffer: NonNull<[u8]>, direction: Direction) -> Result<Iova, DmaError> {

@@ -2,8 +2,8 @@
 
 use super::PhysSegment;
 use crate::addr::{IovaRange, PhysAddr};
-use crate::domain::Run;
 use crate::error::MapError;
+use crate::exchange::Run;
 
 /// The whole granules around a segment.
 pub(super) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapError> {

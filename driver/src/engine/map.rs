@@ -17,6 +17,15 @@ pub(crate) enum UnmapPlan {
     Send(Request, Op),
 }
 
+/// A part of a failed list.
+#[derive(Debug)]
+pub(crate) enum Unmade {
+    /// The device refused it. With the memory that was lent for it.
+    Refused { range: IovaRange, memory: Option<HeldMemory> },
+    /// To be unmapped.
+    Live(IovaRange),
+}
+
 impl Engine {
     /// Takes `len` bytes of IOVA (rounded up to granules by the caller) up to `limit` out of the free ones, for
     /// as many mappings as `parts` says.
@@ -148,21 +157,37 @@ impl Engine {
             record.state = MappingState::Unmapping;
         }
         if gone {
-            self.let_go(key, range, MappingState::Released);
+            self.let_go(key, range);
             return Ok(UnmapPlan::Nothing);
         }
         let request = Request::Unmap { domain: domain.id, range };
         Ok(UnmapPlan::Send(request, Op::Unmap { domain: key, range }))
     }
 
-    /// Puts whole mappings that nobody is working on into quarantine: their owner cannot unmap them.
-    pub(crate) fn quarantine(&mut self, key: DomainKey, range: IovaRange) {
-        let records = self.domain_mut(key).and_then(|domain| domain.mappings.whole(range));
-        for record in records.into_iter().flatten() {
-            if matches!(record.state, MappingState::Live | MappingState::Apart) {
-                record.state = MappingState::Quarantined { in_flight: false };
+    /// Nobody is left who could unmap what is live in `range`, or wait for what is half-way: it is in quarantine.
+    /// What the device refused goes.
+    pub(crate) fn disown(&mut self, key: DomainKey, range: IovaRange) {
+        let Some(domain) = self.domain_mut(key) else { return };
+        let iova = &mut domain.iova;
+        let mut released = 0;
+        domain.mappings.retain_in(range, |record| {
+            match record.state {
+                MappingState::Live | MappingState::Apart => {
+                    record.state = MappingState::Quarantined { in_flight: false };
+                }
+                MappingState::Returned if record.held.is_some() => {
+                    record.state = MappingState::Released;
+                    released += 1;
+                }
+                MappingState::Returned => {
+                    iova.release(record.range, 1);
+                    return false;
+                }
+                _ => {}
             }
-        }
+            true
+        });
+        self.released += released;
     }
 
     /// Whether unmapping takes no request, since the domain died.
@@ -192,22 +217,26 @@ impl Engine {
         Some((request, Op::Replay { domain: key, range }, start))
     }
 
-    /// The first live mapping in `range`, with the live ones that touch it.
-    pub(crate) fn live_run_in(&self, key: DomainKey, range: IovaRange) -> Option<IovaRange> {
-        let mappings = &self.domain(key)?.mappings;
-        let mut run: Option<IovaRange> = None;
-        for record in mappings.iter().filter(|record| range.contains(record.range)) {
-            let live = record.state == MappingState::Live;
-            run = match run {
-                None if live => Some(record.range),
-                None => None,
-                Some(run) if live && run.last().checked_add(1) == Some(record.range.start()) => {
-                    IovaRange::new(run.start(), record.range.last())
-                }
-                Some(run) => return Some(run),
-            };
+    /// The first of a failed list's mappings in `range`, all of which are the list's: one that the device refused,
+    /// whose record goes, or one to be unmapped, with those that touch it.
+    pub(crate) fn next_unmade(&mut self, key: DomainKey, range: IovaRange) -> Option<Unmade> {
+        let domain = self.domain_mut(key)?;
+        let made = |record: &&Mapping| {
+            range.contains(record.range)
+                && matches!(record.state, MappingState::Live | MappingState::Returned)
+        };
+        let (state, first) = domain.mappings.iter().find(made).map(|record| (record.state, record.range))?;
+        if state == MappingState::Returned {
+            let memory = domain.mappings.remove(first.start()).and_then(|record| record.held);
+            domain.iova.release(first, 1);
+            return Some(Unmade::Refused { range: first, memory });
         }
-        run
+        let live = domain.mappings.iter().filter(|record| record.state == MappingState::Live);
+        let touching = live.filter(|record| range.contains(record.range)).fold(first, |run, record| {
+            let touches = run.last().checked_add(1) == Some(record.range.start());
+            IovaRange::new(run.start(), record.range.last()).filter(|_| touches).unwrap_or(run)
+        });
+        Some(Unmade::Live(touching))
     }
 
     /// The first mapping in `range` that waits to be unmapped by itself.
@@ -215,18 +244,6 @@ impl Engine {
         let mut records = self.domain(key)?.mappings.iter();
         let apart = |record: &&Mapping| range.contains(record.range) && record.state == MappingState::Apart;
         records.find(apart).map(|record| record.range)
-    }
-
-    /// Takes memory back that was lent for a MAP of exactly this range, which the device refused.
-    pub(crate) fn take_returned(&mut self, key: DomainKey, range: IovaRange) -> Option<HeldMemory> {
-        let domain = self.domain_mut(key)?;
-        let record = domain.mappings.get(range.start())?;
-        if record.range != range || record.state != MappingState::Returned {
-            return None;
-        }
-        let record = domain.mappings.remove(range.start())?;
-        domain.iova.release(range, 1);
-        record.held
     }
 
     /// Takes memory that the device cannot reach any more out of the records of `range`, one a call.

@@ -3,7 +3,7 @@
 //! ```text
 //!              MAP ok                begin unmap              UNMAP ok
 //!   Mapping ------------> Live ---------------> Unmapping ---------------> gone, or Released
-//!      |  \ MAP failed: gone, or Returned         ^  | \ failed or unknown
+//!      |  \ MAP refused: Returned, gone            ^  | \ failed or unknown
 //!      |  unknown                          Apart -'<-'  v   (RANGE for several: each by itself)
 //!      '------------------------------------> Quarantined ---- answered, or reclaimed ----> gone, or Released
 //! ```
@@ -11,7 +11,7 @@
 //! gets an endpoint again, or go without a request when they are unmapped.
 //!
 //! A record whose memory the driver holds does not go by itself: it is Released until the memory went back to its
-//! owner, or Returned until whoever lent it for the failed MAP took it.
+//! owner. One whose MAP was refused is Returned until whoever sent that took it.
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
@@ -35,7 +35,8 @@ pub(crate) enum MappingState {
     Quarantined { in_flight: bool },
     /// The device cannot reach the memory any more, which waits to go back to its owner.
     Released,
-    /// The device refused the MAP; the memory waits for whoever lent it, and for nobody else.
+    /// The device refused the MAP. Address and memory wait for whoever sent it, and for nobody else: he rolls his
+    /// list back, and what lies in it is to be his alone until then.
     Returned,
 }
 

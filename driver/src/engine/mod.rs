@@ -17,7 +17,7 @@ pub(crate) use attach::AttachPlan;
 pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
-pub(crate) use map::UnmapPlan;
+pub(crate) use map::{Unmade, UnmapPlan};
 pub(crate) use mapping::Mapping;
 
 use crate::addr::IovaRange;

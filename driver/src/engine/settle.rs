@@ -36,6 +36,14 @@ impl Engine {
         }
     }
 
+    /// Whoever sent it went away after its answer came.
+    pub(crate) fn disown_op(&mut self, op: Op) {
+        // What a MAP made its list knows.
+        if let Op::Unmap { domain, range } = op {
+            self.disown(domain, range);
+        }
+    }
+
     fn settle_attach(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome) {
         match outcome {
             Ok(()) => {
@@ -79,9 +87,9 @@ impl Engine {
             Err(error) if error.outcome_unknown() => {
                 self.mark(key, range, MappingState::Quarantined { in_flight: false });
             }
-            // The device said no: nothing was mapped.
-            Err(_) if abandoned => self.let_go(key, range, MappingState::Released),
-            Err(_) => self.let_go(key, range, MappingState::Returned),
+            // The device said no: nothing was mapped. Whoever sent it takes the record out, in the order of his list.
+            Err(_) if abandoned => self.let_go(key, range),
+            Err(_) => self.mark(key, range, MappingState::Returned),
         }
     }
 
@@ -123,10 +131,10 @@ impl Engine {
                 if let Some(domain) = self.domain_mut(key) {
                     domain.stats.unmaps += 1;
                 }
-                self.let_go(key, range, MappingState::Released);
+                self.let_go(key, range);
             }
             // The domain died meanwhile, and its mappings with it.
-            Err(_) if dead => self.let_go(key, range, MappingState::Released),
+            Err(_) if dead => self.let_go(key, range),
             Err(RequestError::Refused(Status::Range)) if !abandoned && !self.is_one(key, range) => {
                 self.mark(key, range, MappingState::Apart);
             }
@@ -141,16 +149,16 @@ impl Engine {
     }
 
     /// The device cannot reach the memory of these records any more. Those that hold none go; the others wait
-    /// in state `waiting`.
-    pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange, waiting: MappingState) {
+    /// for their memory to be taken.
+    pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange) {
         let Some(domain) = self.domain_mut(key) else { return };
         let (iova, stats) = (&mut domain.iova, &mut domain.stats);
         let mut released = 0;
         domain.mappings.retain_in(range, |record| {
             uncount(record, &mut stats.mapped_bytes);
             if record.held.is_some() {
-                record.state = waiting;
-                released += usize::from(waiting == MappingState::Released);
+                record.state = MappingState::Released;
+                released += 1;
                 return true;
             }
             iova.release(record.range, 1);

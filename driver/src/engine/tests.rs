@@ -174,13 +174,16 @@ fn memory_of_a_refused_map_goes_to_its_lender_only() {
     engine.answer(op, Err(REFUSED));
     assert_eq!(engine.state(key, at), Some(MappingState::Returned));
     assert!(engine.take_any_released().is_none());
-    assert!(engine.take_returned(key, range(1, 2)).is_none());
-    assert!(engine.take_returned(key, at).is_some() && engine.is_free(key, at));
+    assert!(!engine.is_free(key, at), "others must not get the address while the list is rolled back");
+    let Some(Unmade::Refused { memory: Some(_), .. }) = engine.next_unmade(key, range(1, 2)) else {
+        panic!("the memory is not there");
+    };
+    assert!(engine.is_free(key, at));
     // Nobody waits for a late refusal: it goes the other way.
     let op = engine.sent_map(key, at, held());
     engine.lose(op);
     engine.answer_late(op, Err(REFUSED));
-    assert!(engine.take_returned(key, at).is_none() && engine.take_any_released().is_some());
+    assert!(engine.next_unmade(key, at).is_none() && engine.take_any_released().is_some());
 }
 
 /// I1: fails when `revoke_if_empty` takes what is in flight for gone, or does not look at the bypass.
@@ -192,7 +195,7 @@ fn the_last_detach_revokes_what_is_not_in_flight() {
     let (live, stuck, in_flight) = (range(1, 1), range(2, 1), range(3, 1));
     engine.map(key, live, None);
     engine.map(key, stuck, held());
-    engine.quarantine(key, stuck);
+    engine.disown(key, stuck);
     let lost = engine.sent_map(key, in_flight, held());
     engine.lose(lost);
     let (_, op) = engine.begin_detach(EP).unwrap();

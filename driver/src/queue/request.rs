@@ -7,6 +7,7 @@ use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, 
 use crate::shared_memory::SharedMemory;
 use crate::wire::request::{MAX_READABLE, PROBE_READABLE, Request, TAIL_LEN, TAIL_SENTINEL};
 use alloc::vec::Vec;
+use core::task::Waker;
 
 /// Requests that are submitted together and waited for together: a list through their slots, so that it takes
 /// no memory of its own.
@@ -72,6 +73,11 @@ pub(crate) struct RequestQueue {
     broken: Option<UsedIndexJumped>,
     /// Used entries whose id names no request in flight.
     stray: u64,
+    /// For each slot, whom to wake when the device is done with it.
+    wakers: Vec<Option<Waker>>,
+    /// How many of them there are, and how many of their slots are done.
+    sleepers: u16,
+    due: u16,
 }
 
 impl RequestQueue {
@@ -104,6 +110,9 @@ impl RequestQueue {
             probe_size,
             broken: None,
             stray: 0,
+            wakers: (0..slot_count).map(|_| None).collect(),
+            sleepers: 0,
+            due: 0,
         };
         for index in 0..slot_count {
             queue.point_at_slot(index);
@@ -253,6 +262,7 @@ impl RequestQueue {
         let outcome = judge(used_len, slot.expected, tail[0]);
         let completion = Completion { op: slot.op, outcome, abandoned: slot.state == SlotState::Abandoned };
         slot.state = SlotState::Done(outcome);
+        self.due += u16::from(self.wakers[usize::from(index)].is_some());
         if completion.abandoned {
             self.abandoned -= 1;
             self.release(index);
@@ -281,6 +291,68 @@ impl RequestQueue {
         slot.next = None;
         self.abandoned += 1;
         Some(slot.op)
+    }
+
+    /// Whether the device is done with the batch's first request.
+    pub(crate) fn is_done(&self, batch: &Batch) -> bool {
+        let done = |(head, _)| matches!(self.slots[usize::from(head)].state, SlotState::Done(_));
+        batch.ends.is_none_or(done)
+    }
+
+    /// Leaves a waker with the batch's first request. Returns the one that was there, to be dropped without the lock,
+    /// or this one where the batch is empty.
+    #[must_use = "a waker is not to be dropped under the lock"]
+    pub(crate) fn register(&mut self, batch: &Batch, waker: Waker) -> Option<Waker> {
+        let Some((head, _)) = batch.ends else { return Some(waker) };
+        let old = self.unregister(batch);
+        self.wakers[usize::from(head)] = Some(waker);
+        self.sleepers += 1;
+        self.due += u16::from(self.is_done(batch));
+        old
+    }
+
+    /// Takes the waker back from the batch's first request.
+    #[must_use = "a waker is not to be dropped under the lock"]
+    pub(crate) fn unregister(&mut self, batch: &Batch) -> Option<Waker> {
+        let (head, _) = batch.ends?;
+        self.unregister_at(head)
+    }
+
+    fn unregister_at(&mut self, index: u16) -> Option<Waker> {
+        let waker = self.wakers[usize::from(index)].take()?;
+        self.sleepers -= 1;
+        self.due -= u16::from(matches!(self.slots[usize::from(index)].state, SlotState::Done(_)));
+        Some(waker)
+    }
+
+    /// Wakers that are registered.
+    pub(crate) fn sleepers(&self) -> u16 {
+        self.sleepers
+    }
+
+    /// Whether some of them are to be called.
+    pub(crate) fn has_due(&self) -> bool {
+        self.due > 0
+    }
+
+    /// A waker that is to be called, or any if `all`, and its slot, which is `from` or a later one.
+    pub(crate) fn take_waker(&mut self, from: u16, all: bool) -> Option<(u16, Waker)> {
+        if self.sleepers == 0 {
+            return None;
+        }
+        let called = |index: &u16| {
+            let index = usize::from(*index);
+            let done = matches!(self.slots[index].state, SlotState::Done(_));
+            self.wakers[index].is_some() && (all || done)
+        };
+        let index = (from..self.slots.len() as u16).find(called)?;
+        Some((index, self.unregister_at(index)?))
+    }
+
+    /// Says whether the device is to interrupt when it is done with a request. After `Wanted` the ring has to be looked
+    /// at once more.
+    pub(crate) fn want_interrupts(&mut self, interrupts: Interrupts) {
+        self.ring.set_interrupts(interrupts);
     }
 
     /// Why nothing is answered any more, if the device broke the ring.

@@ -1,0 +1,146 @@
+//! Operations: begun in the engine, sent, waited for and settled, with the lock held only in between.
+//!
+//! Each is written once, as a future. Whoever blocks polls it until it is done ([`Shared::block_on`]); an executor
+//! polls it when a waker says so. Dropping one leaves what is in flight with the device, and what nobody owns any
+//! more in quarantine.
+
+mod attach;
+mod map;
+mod unmap;
+mod wait;
+
+pub(crate) use map::{Run, map};
+pub(crate) use unmap::{reclaim, unmap};
+pub(crate) use wait::{Deadline, Sleepers};
+
+use crate::barrier;
+use crate::dma::{HeldMemory, Release};
+use crate::engine::{Attachment, DomainKey, Engine, Op};
+use crate::error::RequestError;
+use crate::fault::FaultBacklog;
+use crate::id::EndpointId;
+use crate::lock::Mutex;
+use crate::options::Options;
+use crate::platform::Platform;
+use crate::queue::{Batch, EventQueue, RequestQueue};
+use crate::transport::Transport;
+use crate::wire::request::Request;
+use alloc::boxed::Box;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+/// The queues' numbers.
+pub(crate) const REQUEST_QUEUE: u16 = 0;
+pub(crate) const EVENT_QUEUE: u16 = 1;
+
+/// Everything that the lock protects.
+pub(crate) struct State {
+    pub engine: Engine,
+    pub requests: RequestQueue,
+    pub events: EventQueue,
+    pub faults: FaultBacklog,
+    /// Whoever waits for a slot.
+    pub sleepers: Sleepers,
+    /// Requests that were put into the ring.
+    pub sent: u64,
+    /// Why no request can be answered any more, once that is known.
+    pub dead: Option<RequestError>,
+}
+
+impl State {
+    /// Takes in every answer that is there, in time or late.
+    pub(crate) fn drain(&mut self) {
+        while let Some(completion) = self.requests.complete() {
+            self.engine.settle(&completion);
+        }
+    }
+
+    /// Puts a request into the ring. The caller made sure of a slot.
+    pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) {
+        let submitted = self.requests.submit(request, op, batch);
+        debug_assert!(submitted, "the caller makes sure of a slot");
+        self.sent += 1;
+        if let Some(domain) = op.domain().and_then(|key| self.engine.domain_mut(key)) {
+            domain.stats.requests += 1;
+        }
+    }
+
+    /// Shows the device what was submitted. A doorbell that is due is noted in `doorbell`, to be rung by
+    /// [`Shared::ring`] when the lock is dropped, and counted for the domain.
+    pub(crate) fn publish(&mut self, domain: Option<DomainKey>, doorbell: &AtomicBool) {
+        if !self.requests.publish() {
+            return;
+        }
+        doorbell.store(true, Ordering::Release);
+        if let Some(domain) = domain.and_then(|key| self.engine.domain_mut(key)) {
+            domain.stats.kicks += 1;
+        }
+    }
+}
+
+/// One IOMMU, shared by all handles.
+pub(crate) struct Shared<P: Platform> {
+    pub platform: P,
+    pub transport: Box<dyn Transport>,
+    pub options: Options,
+    pub state: Mutex<P::Lock, State>,
+    /// Whether the request queue's doorbell is due. Rung by whoever comes first, so that requests are not held
+    /// up by a submitter that was interrupted before it rang: with EVENT_IDX the device asks only once.
+    pub doorbell: AtomicBool,
+    /// How often it was rung.
+    pub kicks: AtomicUsize,
+    /// Whether the bypass was closed, as far as the device has one.
+    pub live: AtomicBool,
+    /// What the bypass was when the driver started.
+    pub bypass_found: Option<u8>,
+    /// Whether the device confirmed a reset after which it has no queues.
+    pub forgotten: AtomicBool,
+    /// Set by an interrupt, cleared by a poll.
+    pub interrupted: AtomicBool,
+    /// The same for an interrupt that the configuration, or the device's status, caused.
+    pub changed: AtomicBool,
+}
+
+/// Whether an operation took a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sent {
+    Nothing,
+    Request,
+}
+
+impl<P: Platform> Shared<P> {
+    /// Rings the request queue's doorbell if it is due. Called without the lock.
+    pub(crate) fn ring(&self) {
+        if self.doorbell.swap(false, Ordering::AcqRel) {
+            self.kicks.fetch_add(1, Ordering::Relaxed);
+            barrier::memory_before_doorbell();
+            self.transport.notify(REQUEST_QUEUE);
+        }
+    }
+
+    /// Submits one request and publishes it. Called under the lock.
+    pub(crate) fn submit_one(&self, state: &mut State, request: &Request, op: Op) -> Batch {
+        let mut batch = Batch::default();
+        state.submit(request, op, &mut batch);
+        state.publish(op.domain(), &self.doorbell);
+        batch
+    }
+
+    /// Whether the device confirmed that the endpoint is in this domain.
+    pub(crate) fn is_attached(&self, endpoint: EndpointId, key: DomainKey) -> bool {
+        let state = self.state.lock();
+        let record = state.engine.endpoint(endpoint);
+        record.is_some_and(|record| record.attachment == Attachment::Attached(key))
+    }
+
+    /// Gives memory back that no device reaches any more. Called without the lock.
+    pub(crate) fn release(&self, held: HeldMemory) {
+        let (memory, release) = held.into_parts();
+        match release {
+            // SAFETY: the memory came from `dma_alloc` with this alignment, and its record, which was the only
+            // thing that held it, said that the device cannot reach it any more.
+            Release::Platform { align } => unsafe { self.platform.dma_free(memory, align) },
+            // SAFETY: whoever made the held memory promised that this takes it back, and it is called once.
+            Release::Hook(hook) => unsafe { hook(memory) },
+        }
+    }
+}

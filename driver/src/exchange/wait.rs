@@ -1,0 +1,406 @@
+//! Waiting for slots and answers: again and again, or asleep until a waker is called.
+//!
+//! ```text
+//!   block_on: poll, relax, poll, relax ...        an executor: poll -> asleep -> woken -> poll
+//!                                                                       |         ^
+//!                        registered under the lock, interrupts asked for'         '- whoever drains the ring:
+//!                        and the ring looked at once more                            Viommu::poll, another waiter
+//! ```
+//! Wakers are cloned, called and dropped without the lock (I11). A sleeper is woken when its answer is there, when a
+//! slot came free, when its deadline passed, or when no answer comes any more; to be woken twice does no harm.
+
+use super::{Shared, State};
+use crate::engine::Op;
+use crate::error::RequestError;
+use crate::options::Options;
+use crate::platform::Platform;
+use crate::queue::{Batch, Outcome};
+use crate::ring::Interrupts;
+use crate::transport::DeviceStatus;
+use alloc::collections::VecDeque;
+use core::future::{Future, poll_fn};
+use core::pin::pin;
+use core::sync::atomic::Ordering;
+use core::task::{Context, Poll, Waker};
+
+/// Polls without an answer after which the doorbell is rung once more: whoever took it upon himself may have been
+/// interrupted, by the very code that waits, just before he rang.
+const IMPATIENT_POLLS: u64 = 4096;
+
+/// When a wait ends. The clock is first read after a poll found nothing.
+pub(crate) struct Deadline {
+    ends_ns: Option<u64>,
+    polls: u64,
+}
+
+impl Deadline {
+    pub(crate) fn new() -> Self {
+        Self { ends_ns: None, polls: 0 }
+    }
+
+    /// Whether it passed, after one more poll that found nothing.
+    pub(crate) fn passed<P: Platform>(&mut self, platform: &P, options: &Options) -> bool {
+        self.polls += 1;
+        match platform.now_ns() {
+            // The polls count even so: a clock may stand still.
+            Some(now) => {
+                let ends = *self.ends_ns.get_or_insert(now.saturating_add(options.timeout_ns));
+                now >= ends || self.polls >= options.max_polls
+            }
+            None => self.polls >= options.max_polls,
+        }
+    }
+}
+
+/// Wakers of those who wait for a slot, and when the first deadline of all sleepers passes.
+pub(crate) struct Sleepers {
+    waiting: VecDeque<Waker>,
+    /// The earliest deadline of those who went to sleep since the last alarm; `None` without sleepers or clock.
+    alarm_ns: Option<u64>,
+}
+
+/// Sleepers that wait for a slot. One more does not sleep, but is polled again at once.
+const MAX_WAITING: usize = 64;
+
+impl Sleepers {
+    /// Allocates.
+    pub(crate) fn new() -> Self {
+        Self { waiting: VecDeque::with_capacity(MAX_WAITING), alarm_ns: None }
+    }
+
+    /// Returns the waker, where it is there already or there is no room for it.
+    fn push(&mut self, waker: Waker) -> Result<(), (Waker, bool)> {
+        if self.waiting.iter().any(|known| known.will_wake(&waker)) {
+            return Err((waker, true));
+        }
+        if self.waiting.len() == MAX_WAITING {
+            return Err((waker, false));
+        }
+        self.waiting.push_back(waker);
+        Ok(())
+    }
+
+    fn set_alarm(&mut self, ends_ns: Option<u64>) {
+        self.alarm_ns = match (self.alarm_ns, ends_ns) {
+            (Some(set), Some(ends)) => Some(set.min(ends)),
+            (set, ends) => set.or(ends),
+        };
+    }
+}
+
+/// Who is to be woken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wake {
+    Nobody,
+    /// Whose answer is there, and, where a slot is free, who waits for one.
+    Due,
+    /// All who sleep: they find out why.
+    All,
+}
+
+impl State {
+    /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free.
+    pub(crate) fn wake_due(&self) -> Wake {
+        let slot_due = !self.sleepers.waiting.is_empty() && self.requests.can_submit(false);
+        if self.requests.has_due() || slot_due { Wake::Due } else { Wake::Nobody }
+    }
+
+    /// Without sleepers the device need not interrupt: whoever blocks looks by himself.
+    fn rest_if_nobody_sleeps(&mut self) {
+        if self.requests.sleepers() == 0 && self.sleepers.waiting.is_empty() {
+            self.requests.want_interrupts(Interrupts::Unwanted);
+        }
+    }
+
+    /// The same for a poll by the embedder, at this time: deadlines pass for those who sleep, too.
+    pub(crate) fn wake_due_at(&mut self, now_ns: Option<u64>) -> Wake {
+        let asleep = self.requests.sleepers() > 0 || !self.sleepers.waiting.is_empty();
+        let passed = match (now_ns, self.sleepers.alarm_ns) {
+            (Some(now), Some(alarm)) => now >= alarm,
+            (Some(_), None) => false,
+            // Without a clock a deadline is a number of polls, so each counts.
+            (None, _) => true,
+        };
+        if !asleep || !passed {
+            return self.wake_due();
+        }
+        self.sleepers.alarm_ns = None;
+        Wake::All
+    }
+}
+
+fn is_asleep(waker: &Waker) -> bool {
+    !waker.will_wake(Waker::noop())
+}
+
+/// Requests that were sent together, and whoever waits for them.
+struct InFlight<'a, P: Platform> {
+    shared: &'a Shared<P>,
+    batch: Batch,
+    deadline: Deadline,
+}
+
+/// What a look at the ring found.
+enum Look {
+    Done,
+    Waiting,
+    /// No answer comes any more.
+    Hopeless,
+}
+
+impl<P: Platform> InFlight<'_, P> {
+    fn poll(&mut self, waker: &Waker, each: &mut impl FnMut(&mut State, Op, Outcome)) -> Poll<()> {
+        let shared = self.shared;
+        // Bounded: falling asleep fails only when there is something to take.
+        loop {
+            match self.look(each) {
+                Look::Done => return Poll::Ready(()),
+                Look::Waiting if !self.deadline.passed(&shared.platform, &shared.options) => {}
+                Look::Waiting | Look::Hopeless => {
+                    self.give_up(shared.needs_reset(), each);
+                    return Poll::Ready(());
+                }
+            }
+            if self.deadline.polls == IMPATIENT_POLLS.min(shared.options.max_polls / 2) {
+                if shared.needs_reset() {
+                    self.give_up(true, each);
+                    return Poll::Ready(());
+                }
+                shared.doorbell.store(true, Ordering::Release);
+                shared.ring();
+            }
+            if !is_asleep(waker) || self.sleep(waker) {
+                return Poll::Pending;
+            }
+        }
+    }
+
+    fn look(&mut self, each: &mut impl FnMut(&mut State, Op, Outcome)) -> Look {
+        let (found, waker, wake) = {
+            let mut state = self.shared.state.lock();
+            state.drain();
+            let waker = state.requests.unregister(&self.batch);
+            state.rest_if_nobody_sleeps();
+            while let Some((op, outcome)) = state.requests.take(&mut self.batch) {
+                each(&mut state, op, outcome);
+            }
+            let hopeless = state.requests.broken().is_some() || state.dead.is_some();
+            let found = match self.batch.is_empty() {
+                true => Look::Done,
+                false if hopeless => Look::Hopeless,
+                false => Look::Waiting,
+            };
+            (found, waker, state.wake_due())
+        };
+        drop(waker);
+        self.shared.wake(wake);
+        found
+    }
+
+    /// Leaves the waker with the batch's first request. False if the device is done with that meanwhile.
+    fn sleep(&mut self, waker: &Waker) -> bool {
+        let waker = waker.clone();
+        let (old, asleep, wake) = {
+            let mut state = self.shared.state.lock();
+            let old = state.requests.register(&self.batch, waker);
+            state.sleepers.set_alarm(self.deadline.ends_ns);
+            state.requests.want_interrupts(Interrupts::Wanted);
+            // What the device did before it saw that we want to be interrupted.
+            state.drain();
+            (old, !state.requests.is_done(&self.batch), state.wake_due())
+        };
+        drop(old);
+        self.shared.wake(wake);
+        asleep
+    }
+
+    /// Hands over what was answered, and gives up on the rest: it and what it touches stay with the device.
+    fn give_up(&mut self, needs_reset: bool, each: &mut impl FnMut(&mut State, Op, Outcome)) {
+        let (waker, wake) = {
+            let mut state = self.shared.state.lock();
+            // An answer may have come between the last look and now.
+            state.drain();
+            let needs_reset = needs_reset.then_some(RequestError::NeedsReset);
+            let dead = state.requests.broken().or(needs_reset);
+            let news = state.dead.is_none() && dead.is_some();
+            state.dead = state.dead.or(dead);
+            // Not that the driver was shut down meanwhile: these requests were sent, and their outcome is unknown.
+            let why = state.dead.filter(RequestError::outcome_unknown).unwrap_or(RequestError::TimedOut);
+            let waker = state.requests.unregister(&self.batch);
+            for _ in 0..self.batch.len() {
+                if let Some((op, outcome)) = state.requests.take(&mut self.batch) {
+                    each(&mut state, op, outcome);
+                } else if let Some(op) = state.requests.abandon(&mut self.batch) {
+                    state.engine.lose(op);
+                    each(&mut state, op, Err(why));
+                }
+            }
+            (waker, if news { Wake::All } else { state.wake_due() })
+        };
+        drop(waker);
+        self.shared.wake(wake);
+    }
+}
+
+impl<P: Platform> Drop for InFlight<'_, P> {
+    /// The operation was dropped before its answers were there.
+    fn drop(&mut self) {
+        if !self.batch.is_empty() {
+            self.give_up(false, &mut |state, op, _| state.engine.disown_op(op));
+        }
+    }
+}
+
+impl<P: Platform> Shared<P> {
+    fn needs_reset(&self) -> bool {
+        self.transport.status().contains(DeviceStatus::NEEDS_RESET)
+    }
+
+    /// Takes note of a device that asks for a reset: nothing that was sent is answered any more, and nothing is sent.
+    pub(crate) fn look_at_status(&self) {
+        if !self.needs_reset() {
+            return;
+        }
+        self.end(RequestError::NeedsReset);
+    }
+
+    /// Nothing is sent from now on, and nobody waits any more.
+    pub(crate) fn end(&self, why: RequestError) {
+        {
+            let mut state = self.state.lock();
+            // The driver's own end is final.
+            if state.dead != Some(RequestError::ShutDown) {
+                state.dead = Some(why);
+            }
+        }
+        self.wake(Wake::All);
+    }
+
+    /// Polls an operation until it is done. Bounded, since its deadlines count polls too.
+    pub(crate) fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
+        let mut operation = pin!(operation);
+        let mut context = Context::from_waker(Waker::noop());
+        loop {
+            if let Poll::Ready(result) = operation.as_mut().poll(&mut context) {
+                return result;
+            }
+            self.platform.relax();
+        }
+    }
+
+    /// Runs `work` under the lock once a request (a PROBE, if `probe`) can be submitted.
+    pub(crate) async fn with_slot<R>(
+        &self,
+        probe: bool,
+        work: impl FnOnce(&mut State) -> R,
+    ) -> Result<R, RequestError> {
+        let mut deadline = Deadline::new();
+        let mut work = Some(work);
+        poll_fn(|context| {
+            // Bounded: falling asleep fails only when there is a slot.
+            loop {
+                if let Some(result) = self.try_with_slot(probe, &mut work) {
+                    return Poll::Ready(result);
+                }
+                if deadline.passed(&self.platform, &self.options) {
+                    return Poll::Ready(Err(RequestError::NoSlot));
+                }
+                let waker = context.waker();
+                if !is_asleep(waker) || self.sleep_for_slot(probe, waker, &deadline) {
+                    return Poll::Pending;
+                }
+            }
+        })
+        .await
+    }
+
+    fn try_with_slot<R, F: FnOnce(&mut State) -> R>(
+        &self,
+        probe: bool,
+        work: &mut Option<F>,
+    ) -> Option<Result<R, RequestError>> {
+        let (result, wake) = {
+            let mut state = self.state.lock();
+            let mut wake = Wake::Nobody;
+            if state.dead.is_none() && !state.requests.can_submit(probe) {
+                state.drain();
+                wake = state.wake_due();
+            }
+            let result = match (state.dead, state.requests.broken()) {
+                (Some(dead), _) => Some(Err(dead)),
+                (None, Some(broken)) => {
+                    state.dead = Some(broken);
+                    wake = Wake::All;
+                    Some(Err(broken))
+                }
+                (None, None) if state.requests.can_submit(probe) => {
+                    work.take().map(|work| Ok(work(&mut state)))
+                }
+                (None, None) => None,
+            };
+            (result, wake)
+        };
+        self.wake(wake);
+        result
+    }
+
+    /// False where a slot came free meanwhile.
+    fn sleep_for_slot(&self, probe: bool, waker: &Waker, deadline: &Deadline) -> bool {
+        let clone = waker.clone();
+        let (pushed, asleep, wake) = {
+            let mut state = self.state.lock();
+            let pushed = state.sleepers.push(clone);
+            state.sleepers.set_alarm(deadline.ends_ns);
+            state.requests.want_interrupts(Interrupts::Wanted);
+            state.drain();
+            (pushed, !state.requests.can_submit(probe), state.wake_due())
+        };
+        if let Err((spare, known)) = pushed {
+            drop(spare);
+            if !known {
+                waker.wake_by_ref();
+            }
+        }
+        self.wake(wake);
+        asleep
+    }
+
+    /// Rings for the batch, waits for every request of it, and hands over each outcome. Requests that the deadline
+    /// catches in flight are given up on.
+    pub(crate) async fn wait(&self, batch: Batch, mut each: impl FnMut(&mut State, Op, Outcome)) {
+        self.ring();
+        let mut in_flight = InFlight { shared: self, batch, deadline: Deadline::new() };
+        poll_fn(|context| in_flight.poll(context.waker(), &mut each)).await;
+    }
+
+    /// The same for a batch of one.
+    pub(crate) async fn finish(&self, batch: Batch) -> Outcome {
+        let mut result = Err(RequestError::NoSlot);
+        self.wait(batch, |_, _, outcome| result = outcome).await;
+        result
+    }
+
+    /// Calls wakers, without the lock. Bounded by those who slept when it was called.
+    pub(crate) fn wake(&self, whom: Wake) {
+        if whom == Wake::Nobody {
+            return;
+        }
+        let all = whom == Wake::All;
+        let mut from = 0;
+        // Two statements, here and below, so that no waker is called under the lock.
+        while let Some((index, waker)) = { self.state.lock().requests.take_waker(from, all) } {
+            waker.wake();
+            from = index + 1;
+        }
+        let waiting = self.state.lock().sleepers.waiting.len();
+        for _ in 0..waiting {
+            let waker = {
+                let mut state = self.state.lock();
+                let free = all || state.requests.can_submit(false);
+                if free { state.sleepers.waiting.pop_front() } else { None }
+            };
+            let Some(waker) = waker else { break };
+            waker.wake();
+        }
+    }
+}
