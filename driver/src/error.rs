@@ -33,6 +33,8 @@ pub enum RequestError {
     NoSlot,
     /// The device says that it needs a reset.
     NeedsReset,
+    /// The driver reset the queue, or the device, before the device answered.
+    Reset,
     /// The driver was shut down. Nothing was sent.
     ShutDown,
     /// The device broke the ring: its used index moved further than there were requests.
@@ -48,7 +50,8 @@ impl RequestError {
     /// Whether the device may still carry the request out, or did so without saying.
     pub fn outcome_unknown(&self) -> bool {
         match self {
-            Self::TimedOut | Self::NeedsReset | Self::RingBroken { .. } | Self::ShortAnswer { .. } => true,
+            Self::TimedOut | Self::NeedsReset | Self::Reset => true,
+            Self::RingBroken { .. } | Self::ShortAnswer { .. } => true,
             // A status that nothing defines says nothing, and an error half-way does not say how far.
             Self::Refused(Status::Other(_) | Status::DevErr | Status::IoErr) => true,
             Self::Refused(_) | Self::NotHandled | Self::NoSlot | Self::ShutDown => false,
@@ -67,6 +70,7 @@ impl fmt::Display for RequestError {
             Self::TimedOut => f.write_str("the device did not answer before the deadline"),
             Self::NoSlot => f.write_str("no request slot came free before the deadline"),
             Self::NeedsReset => f.write_str("the device asks for a reset"),
+            Self::Reset => f.write_str("the device was reset before it answered"),
             Self::ShutDown => f.write_str("the driver was shut down"),
             Self::RingBroken { used_index, expected_at_most } => {
                 write!(f, "the device moved the used index to {used_index:#x}, past {expected_at_most:#x}")

@@ -8,7 +8,7 @@
 
 use crate::engine::{MAX_RESERVED, Op};
 use crate::error::{AttachError, DetachError, RequestError, StartError};
-use crate::exchange::State;
+use crate::exchange::{Need, State};
 use crate::id::EndpointId;
 use crate::options::DomainOptions;
 use crate::platform::Platform;
@@ -55,7 +55,7 @@ impl<P: Platform> Staged<P> {
         if !needed {
             return Ok(Introduction::Known);
         }
-        let reserved = match shared.block_on(self.0.probe(endpoint)) {
+        let reserved = match shared.block_on(self.0.probe(endpoint, Need::Probe)) {
             Ok(reserved) => reserved,
             Err(AttachError::Request { error: RequestError::Refused(Status::NoEnt), .. }) => {
                 return Ok(Introduction::Unknown);
@@ -116,7 +116,11 @@ impl<P: Platform> Staged<P> {
 
 impl<P: Platform> Viommu<P> {
     /// Reads the endpoint's reserved regions, none where the device has no PROBE. Allocates.
-    pub(crate) async fn probe(&self, endpoint: EndpointId) -> Result<Arc<[ReservedRegion]>, AttachError> {
+    pub(crate) async fn probe(
+        &self,
+        endpoint: EndpointId,
+        need: Need,
+    ) -> Result<Arc<[ReservedRegion]>, AttachError> {
         if !self.features().contains(Features::PROBE) {
             return Ok(Arc::from([]));
         }
@@ -124,7 +128,7 @@ impl<P: Platform> Viommu<P> {
         let mut area = vec![0; self.probe_size];
         let request = Request::Probe { endpoint };
         let submit = |state: &mut State| self.shared.submit_one(state, &request, Op::Probe);
-        let batch = self.shared.with_slot(true, submit).await.map_err(failed)?;
+        let batch = self.shared.with_slot(need, submit).await.map_err(failed)?;
         let mut result = Ok(());
         let each = |state: &mut State, _, outcome| {
             result = outcome;

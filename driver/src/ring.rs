@@ -6,6 +6,7 @@
 
 use crate::addr::PhysAddr;
 use crate::shared_memory::SharedMemory;
+use crate::transport::QueueAddresses;
 use core::sync::atomic::{Ordering, fence};
 
 /// The descriptor continues with the next one.
@@ -115,6 +116,19 @@ impl Ring {
         fence(Ordering::SeqCst);
     }
 
+    /// Empties the ring, as it was when it was made: the device forgot the queue.
+    pub(crate) fn restart(&mut self) {
+        (self.avail_idx, self.published, self.used_idx) = (0, 0, 0);
+        let avail_end = self.layout.avail + 6 + 2 * usize::from(self.size);
+        for at in (self.layout.avail..avail_end).step_by(2) {
+            self.memory.write_u16(at, 0);
+        }
+        for at in (self.layout.used..self.avail_event_offset() + 2).step_by(2) {
+            self.memory.write_u16(at, 0);
+        }
+        self.write_wish();
+    }
+
     fn write_wish(&mut self) {
         match self.suppression {
             Suppression::Flags => {
@@ -129,16 +143,12 @@ impl Ring {
         self.size
     }
 
-    pub(crate) fn descriptors(&self) -> PhysAddr {
-        self.memory.phys(0)
-    }
-
-    pub(crate) fn driver_area(&self) -> PhysAddr {
-        self.memory.phys(self.layout.avail)
-    }
-
-    pub(crate) fn device_area(&self) -> PhysAddr {
-        self.memory.phys(self.layout.used)
+    pub(crate) fn addresses(&self) -> QueueAddresses {
+        QueueAddresses {
+            descriptors: self.memory.phys(0),
+            driver_area: self.memory.phys(self.layout.avail),
+            device_area: self.memory.phys(self.layout.used),
+        }
     }
 
     pub(crate) fn memory(&self) -> &SharedMemory {

@@ -30,6 +30,8 @@ pub enum ShutdownError {
     Bypass(BypassError),
     /// The device did not finish its reset: the memory of its queues is lost.
     Reset(StartError),
+    /// A recovery is under way. The driver goes on.
+    Recovering,
 }
 
 impl fmt::Display for ShutdownError {
@@ -38,6 +40,7 @@ impl fmt::Display for ShutdownError {
             Self::Detach(error) => error.fmt(f),
             Self::Bypass(error) => error.fmt(f),
             Self::Reset(error) => error.fmt(f),
+            Self::Recovering => f.write_str("a recovery is under way"),
         }
     }
 }
@@ -96,7 +99,7 @@ impl<P: Platform> Viommu<P> {
         Ok(())
     }
 
-    fn write_bypass(&self, wrote: u8) -> Result<(), BypassError> {
+    pub(crate) fn write_bypass(&self, wrote: u8) -> Result<(), BypassError> {
         // Reading first tells a device without the feature.
         self.read_bypass()?;
         self.shared.transport.write_config_u8(offset::BYPASS, wrote).map_err(BypassError::Access)?;
@@ -135,6 +138,10 @@ impl<P: Platform> Viommu<P> {
             if let Err(error) = self.write_bypass(found) {
                 result = result.and(Err(ShutdownError::Bypass(error)));
             }
+        }
+        // For good: a recovery must not bring the device back.
+        if core::mem::replace(&mut shared.state.lock().paused, true) {
+            return Err(ShutdownError::Recovering);
         }
         shared.end(RequestError::ShutDown);
         match reset(&*shared.transport, &shared.platform, &shared.options) {

@@ -77,7 +77,7 @@ pub(crate) fn start<P: Platform>(
     }
 }
 
-fn negotiate<P: Platform>(
+pub(crate) fn negotiate<P: Platform>(
     transport: &dyn Transport,
     platform: &P,
     options: &Options,
@@ -89,7 +89,9 @@ fn negotiate<P: Platform>(
     transport.set_status(status);
 
     let offered = transport.device_features();
-    let features = Features::from_bits_truncate(offered) & Features::ACCEPTED;
+    let mut features = Features::from_bits_truncate(offered) & Features::ACCEPTED;
+    features
+        .set(Features::RING_RESET, features.contains(Features::RING_RESET) && transport.can_reset_queues());
     if !features.contains(Features::REQUIRED) {
         return Err(StartError::MissingFeatures { missing: Features::REQUIRED - features, offered });
     }
@@ -236,15 +238,10 @@ fn run<P: Platform>(
         };
     let mut events = EventQueue::new(event_memory, size, suppression);
 
-    let started = enable(&*transport, REQUEST_QUEUE, requests.ring())
-        .and_then(|()| enable(&*transport, EVENT_QUEUE, events.ring()))
-        .and_then(|()| {
-            transport.set_status(transport.status() | DeviceStatus::DRIVER_OK);
-            match transport.status().contains(DeviceStatus::NEEDS_RESET) {
-                true => Err(StartError::NeedsReset),
-                false => Ok(()),
-            }
-        });
+    let enable = |queue, ring: &Ring| enable(&*transport, queue, ring.size(), ring.addresses());
+    let started = enable(REQUEST_QUEUE, requests.ring())
+        .and_then(|()| enable(EVENT_QUEUE, events.ring()))
+        .and_then(|()| set_running(&*transport));
     if let Err(error) = started {
         // The device knows the rings: they are free only after it forgot them.
         if reset(&*transport, &platform, &options).is_ok() {
@@ -273,6 +270,7 @@ fn run<P: Platform>(
         sleepers: Sleepers::new(),
         sent: 0,
         dead: None,
+        paused: false,
     };
     let shared = Arc::new(Shared {
         platform,
@@ -314,13 +312,22 @@ pub(crate) fn give_back<P: Platform>(platform: &P, memory: DmaMemory) {
     unsafe { platform.dma_free(memory, ALIGN) };
 }
 
-fn enable(transport: &dyn Transport, queue: u16, ring: &Ring) -> Result<(), StartError> {
-    let addresses = QueueAddresses {
-        descriptors: ring.descriptors(),
-        driver_area: ring.driver_area(),
-        device_area: ring.device_area(),
-    };
-    transport.enable_queue(queue, ring.size(), addresses).map_err(StartError::Queue)
+pub(crate) fn enable(
+    transport: &dyn Transport,
+    queue: u16,
+    size: u16,
+    addresses: QueueAddresses,
+) -> Result<(), StartError> {
+    transport.enable_queue(queue, size, addresses).map_err(StartError::Queue)
+}
+
+/// Sets DRIVER_OK.
+pub(crate) fn set_running(transport: &dyn Transport) -> Result<(), StartError> {
+    transport.set_status(transport.status() | DeviceStatus::DRIVER_OK);
+    match transport.status().contains(DeviceStatus::NEEDS_RESET) {
+        true => Err(StartError::NeedsReset),
+        false => Ok(()),
+    }
 }
 
 impl<P: Platform> Staged<P> {

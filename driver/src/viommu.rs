@@ -6,7 +6,7 @@ use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::engine::{Engine, Geometry, Limits};
 use crate::error::{AttachError, DetachError, DmaError, DomainError, RequestError, StartError};
-use crate::exchange::{self, EVENT_QUEUE, Sent, Shared};
+use crate::exchange::{self, EVENT_QUEUE, Need, Sent, Shared};
 use crate::fault::FaultCounts;
 use crate::id::EndpointId;
 use crate::options::{DomainKind, DomainOptions, EndpointOptions, Options};
@@ -91,6 +91,11 @@ impl<P: Platform> Viommu<P> {
         options: Options,
     ) -> Result<Staged<P>, StartError> {
         crate::start::start(Box::new(transport), platform, options)
+    }
+
+    /// Whether the device, started again, is what it was.
+    pub(crate) fn is_same(&self, geometry: Geometry, features: Features, probe_size: u32) -> bool {
+        (geometry, features, probe_size as usize) == (self.geometry, self.features, self.probe_size)
     }
 
     pub(crate) fn new(
@@ -180,7 +185,7 @@ impl<P: Platform> Viommu<P> {
     async fn attach_known(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<Sent, AttachError> {
         let needed = self.shared.state.lock().engine.needs_introduction(endpoint)?;
         if needed {
-            let reserved = self.probe(endpoint).await?;
+            let reserved = self.probe(endpoint, Need::Probe).await?;
             self.shared.state.lock().engine.introduce(endpoint, &reserved);
         }
         self.shared.attach(endpoint, domain.key()).await
@@ -363,7 +368,7 @@ impl<P: Platform> Viommu<P> {
     }
 
     /// Gives back memory, and drops domain records, that nothing depends on any more.
-    fn collect(&self) {
+    pub(crate) fn collect(&self) {
         // Two statements, so that the lock is not held while the memory goes back.
         while let Some(held) = { self.shared.state.lock().engine.take_any_released() } {
             self.shared.release(held);

@@ -81,30 +81,39 @@ impl Engine {
             }
             _ => return Err(AttachError::Busy(id)),
         };
+        let domain = self.domain(key).ok_or(AttachError::DeadDomain)?;
+        // Mappings that the device may still have, or get, although the domain has no endpoint.
+        if domain.possible == 0 && domain.mappings.iter().any(|record| record.is_in_doubt()) {
+            return Err(AttachError::DeadDomain);
+        }
+        self.reserve_for(at, key)?;
+        if let Some(parked) = parked {
+            return self.adopt_parked(id, parked, key);
+        }
+        let domain = self.domain_mut(key).ok_or(AttachError::DeadDomain)?;
+        domain.possible += 1;
+        let request = Request::Attach { domain: domain.id, endpoint: id, kind: domain.kind };
+        self.endpoints[at].attachment = Attachment::Attaching(key);
+        Ok(AttachPlan::Send(request, Op::Attach { endpoint: id, domain: key }))
+    }
+
+    /// Keeps the domain's addresses out of what is reserved for the endpoint in place `at`.
+    pub(super) fn reserve_for(&mut self, at: usize, key: DomainKey) -> Result<(), AttachError> {
         let granule = self.geometry.granule;
         // Split borrows: the endpoint's regions are read while the domain's allocator changes.
         let Self { endpoints, domains, .. } = self;
         let domain = domains.get_mut(usize::from(key.index)).and_then(Option::as_mut);
         let domain = domain.filter(|domain| domain.generation == key.generation);
         let domain = domain.ok_or(AttachError::DeadDomain)?;
-        // Mappings that the device may still have, or get, although the domain has no endpoint.
-        if domain.possible == 0 && domain.mappings.iter().any(|record| record.is_in_doubt()) {
-            return Err(AttachError::DeadDomain);
-        }
+        let endpoint = endpoints[at].id;
         for region in endpoints[at].reserved.iter() {
             let region = region.range.rounded_out(granule);
             domain.iova.reserve(region).map_err(|error| match error {
-                ReserveError::InUse => AttachError::ReservedInUse { endpoint: id, region },
-                ReserveError::ListFull => AttachError::TooManyReserved { endpoint: id },
+                ReserveError::InUse => AttachError::ReservedInUse { endpoint, region },
+                ReserveError::ListFull => AttachError::TooManyReserved { endpoint },
             })?;
         }
-        if let Some(parked) = parked {
-            return self.adopt_parked(id, parked, key);
-        }
-        domain.possible += 1;
-        let request = Request::Attach { domain: domain.id, endpoint: id, kind: domain.kind };
-        endpoints[at].attachment = Attachment::Attaching(key);
-        Ok(AttachPlan::Send(request, Op::Attach { endpoint: id, domain: key }))
+        Ok(())
     }
 
     /// Lets an empty domain take the place, and the number, of the one that the endpoint cannot leave.

@@ -40,3 +40,14 @@ pub(crate) struct EndpointRecord {
     /// Faults that the device reported for it.
     pub faults: u64,
 }
+
+impl EndpointRecord {
+    /// The domain that it is in, or may be.
+    pub(crate) fn domain(&self) -> Option<DomainKey> {
+        match self.attachment {
+            Attachment::Detached => None,
+            Attachment::Attaching(domain) | Attachment::Attached(domain) => Some(domain),
+            Attachment::Detaching { domain, .. } | Attachment::Unknown { domain, .. } => Some(domain),
+        }
+    }
+}

@@ -33,6 +33,9 @@ pub(crate) enum MappingState {
     /// The device may still reach the memory, and nobody uses the mapping. `in_flight` while the device owes an
     /// answer about it.
     Quarantined { in_flight: bool },
+    /// The device was reset, and an endpoint may still reach the memory by a number that the domain does not have any
+    /// more: no UNMAP can be sent for it.
+    Stranded,
     /// The device cannot reach the memory any more, which waits to go back to its owner.
     Released,
     /// The device refused the MAP. Address and memory wait for whoever sent it, and for nobody else: he rolls his
@@ -59,6 +62,7 @@ impl Mapping {
         match self.state {
             MappingState::Live | MappingState::Apart => self.on_device,
             MappingState::Mapping | MappingState::Replaying | MappingState::Unmapping => true,
+            MappingState::Stranded => true,
             MappingState::Quarantined { in_flight } => in_flight || self.on_device,
             MappingState::Released | MappingState::Returned => false,
         }

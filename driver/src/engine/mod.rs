@@ -11,6 +11,7 @@ mod endpoint;
 mod iova;
 mod map;
 mod mapping;
+mod recover;
 mod settle;
 
 pub(crate) use attach::AttachPlan;
@@ -19,6 +20,7 @@ pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Unmade, UnmapPlan};
 pub(crate) use mapping::Mapping;
+pub(crate) use recover::Revival;
 
 use crate::addr::IovaRange;
 use crate::error::DomainError;
@@ -55,6 +57,11 @@ pub(crate) enum Op {
         endpoint: EndpointId,
         domain: DomainKey,
     },
+    /// ATTACH after a reset: a refusal does not say that the endpoint is nowhere.
+    Readmit {
+        endpoint: EndpointId,
+        domain: DomainKey,
+    },
     Map {
         domain: DomainKey,
         range: IovaRange,
@@ -75,7 +82,9 @@ impl Op {
     pub(crate) fn domain(&self) -> Option<DomainKey> {
         match *self {
             Self::None | Self::Probe => None,
-            Self::Attach { domain, .. } | Self::Detach { domain, .. } => Some(domain),
+            Self::Attach { domain, .. } | Self::Detach { domain, .. } | Self::Readmit { domain, .. } => {
+                Some(domain)
+            }
             Self::Map { domain, .. } | Self::Replay { domain, .. } | Self::Unmap { domain, .. } => {
                 Some(domain)
             }
@@ -84,7 +93,7 @@ impl Op {
 }
 
 /// What the device can do, as negotiated and read.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
     /// The smallest mapping, a power of two.
     pub granule: u64,
@@ -159,7 +168,7 @@ impl Engine {
             endpoints: Vec::with_capacity(limits.endpoints),
             domains: (0..limits.domains).map(|_| None).collect(),
             next_domain_id: geometry.domain_ids.0,
-            retired_ids: Vec::with_capacity(limits.domains),
+            retired_ids: Vec::with_capacity(2 * limits.domains),
             bypass_closed: false,
             confirmed: Confirmed::default(),
             released: 0,
@@ -231,7 +240,7 @@ impl Engine {
             self.retired_ids.contains(&id)
                 || self.domains.iter().flatten().any(|domain| domain.id.get() == id)
         };
-        let tries = ids.min(2 * self.domains.len() as u64 + 1);
+        let tries = ids.min((self.domains.len() + self.retired_ids.len()) as u64 + 1);
         let mut id = self.next_domain_id;
         for _ in 0..tries {
             let next = if id == last { first } else { id + 1 };
@@ -282,7 +291,9 @@ impl Engine {
     /// What is in quarantine: mappings, and their bytes.
     pub(crate) fn quarantined(&self) -> (usize, u64) {
         let records = self.domains.iter().flatten().flat_map(|domain| domain.mappings.iter());
-        let stuck = records.filter(|record| matches!(record.state, MappingState::Quarantined { .. }));
+        let stuck = records.filter(|record| {
+            matches!(record.state, MappingState::Quarantined { .. } | MappingState::Stranded)
+        });
         stuck.fold((0, 0), |(count, bytes), record| {
             (count + 1, bytes + record.range.len_bytes().unwrap_or(u64::MAX))
         })

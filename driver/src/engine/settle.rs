@@ -17,6 +17,7 @@ impl Engine {
             Op::None | Op::Probe => {}
             Op::Attach { endpoint, domain } => self.settle_attach(endpoint, domain, outcome),
             Op::Detach { endpoint, domain } => self.settle_detach(endpoint, domain, outcome),
+            Op::Readmit { endpoint, domain } => self.settle_readmission(endpoint, domain, outcome),
             Op::Map { domain, range } => self.settle_map(domain, range, outcome, abandoned),
             Op::Replay { domain, range } => self.settle_replay(domain, range, outcome),
             Op::Unmap { domain, range } => self.settle_unmap(domain, range, outcome, abandoned),
@@ -27,7 +28,9 @@ impl Engine {
     pub(crate) fn lose(&mut self, op: Op) {
         match op {
             Op::None | Op::Probe => {}
-            Op::Attach { endpoint, domain } | Op::Detach { endpoint, domain } => {
+            Op::Attach { endpoint, domain }
+            | Op::Detach { endpoint, domain }
+            | Op::Readmit { endpoint, domain } => {
                 self.mark_unknown(endpoint, domain, true);
             }
             Op::Map { domain, range } | Op::Replay { domain, range } | Op::Unmap { domain, range } => {
@@ -52,6 +55,14 @@ impl Engine {
             }
             Err(error) if error.outcome_unknown() => self.mark_unknown(id, key, false),
             Err(_) => self.mark_detached(id, key),
+        }
+    }
+
+    fn settle_readmission(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome) {
+        match outcome {
+            Ok(()) => self.settle_attach(id, key, outcome),
+            Err(RequestError::Refused(Status::NoEnt)) => self.mark_detached(id, key),
+            Err(_) => self.mark_unknown(id, key, false),
         }
     }
 
@@ -205,10 +216,16 @@ impl Engine {
     /// stay recorded until their owners unmap them, or an endpoint comes; what was in quarantine is free.
     pub(super) fn revoke_if_empty(&mut self, index: usize) {
         let closed = self.bypass_closed;
-        let Some(domain) = self.domains[index].as_mut() else { return };
-        if !closed || domain.possible > 0 || domain.mappings.is_empty() {
-            return;
+        let dead = self.domains[index].as_ref().is_some_and(|domain| closed && domain.possible == 0);
+        if dead {
+            self.revoke(index);
         }
+    }
+
+    /// The device has none of the domain's mappings any more. Live ones stay recorded until their owners unmap them, or
+    /// they are replayed; what was in quarantine is free.
+    pub(super) fn revoke(&mut self, index: usize) {
+        let Some(domain) = self.domains[index].as_mut() else { return };
         let orphaned = domain.orphaned;
         let (iova, stats) = (&mut domain.iova, &mut domain.stats);
         let mut released = 0;

@@ -1,6 +1,6 @@
 //! Attaching and detaching endpoints, and mapping again what a domain lost.
 
-use super::{Sent, Shared};
+use super::{Need, Sent, Shared};
 use crate::addr::IovaRange;
 use crate::engine::{AttachPlan, DomainKey, Op};
 use crate::error::{AttachError, DetachError, RequestError};
@@ -16,7 +16,7 @@ impl<P: Platform> Shared<P> {
         let failed = |error| AttachError::Request { endpoint, error };
         let mut sent = Sent::Nothing;
         if !self.is_attached(endpoint, key) {
-            let begun = self.with_slot(false, |state| {
+            let begun = self.with_slot(Need::Slot, |state| {
                 Ok(match state.engine.begin_attach(endpoint, key)? {
                     AttachPlan::Nothing => None,
                     AttachPlan::Send(request, op) => Some(self.submit_one(state, &request, op)),
@@ -29,7 +29,7 @@ impl<P: Platform> Shared<P> {
         }
         if self.state.lock().engine.begin_replay(key) {
             let replay = Transition { shared: self, key };
-            let replayed = self.replay(key).await;
+            let replayed = self.replay(key, Need::Slot).await;
             drop(replay);
             if let Err((range, error)) = replayed {
                 if let Err(error) = self.detach(endpoint).await {
@@ -42,11 +42,11 @@ impl<P: Platform> Shared<P> {
     }
 
     /// Maps again what a domain lost when it died: one request each, one doorbell for as many as the ring takes.
-    async fn replay(&self, key: DomainKey) -> Result<(), (IovaRange, RequestError)> {
+    pub(crate) async fn replay(&self, key: DomainKey, need: Need) -> Result<(), (IovaRange, RequestError)> {
         let everything = IovaRange::WHOLE;
         let mut done = None;
         loop {
-            let batch = self.with_slot(false, |state| {
+            let batch = self.with_slot(need, |state| {
                 let mut batch = Batch::default();
                 while state.requests.can_submit(false) {
                     let Some((request, op, start)) = state.engine.next_replay(key, done) else { break };
@@ -73,7 +73,7 @@ impl<P: Platform> Shared<P> {
 
     pub(crate) async fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
         let failed = |error| DetachError::Request { endpoint, error };
-        let begun = self.with_slot(false, |state| {
+        let begun = self.with_slot(Need::Slot, |state| {
             let (request, op) = state.engine.begin_detach(endpoint)?;
             Ok(self.submit_one(state, &request, op))
         });

@@ -1,7 +1,7 @@
 //! Mapping lists of runs.
 
 use super::unmap::unmap;
-use super::{Shared, State};
+use super::{Need, Shared, State};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::{DomainKey, Engine, Op, Unmade};
@@ -99,7 +99,7 @@ async fn map_once<P: Platform>(
     let mut unknown = None;
     while result.is_ok() && list.rest.runs.clone().next().is_some() {
         let rest = &mut list.rest;
-        let sent = shared.with_slot(false, |state| submit(shared, key, state, rest, prot, held)).await;
+        let sent = shared.with_slot(Need::Slot, |state| submit(shared, key, state, rest, prot, held)).await;
         let (batch, begun) = match sent {
             Ok(sent) => sent,
             Err(error) => {

@@ -11,7 +11,7 @@ mod wait;
 
 pub(crate) use map::{Run, map};
 pub(crate) use unmap::{reclaim, unmap};
-pub(crate) use wait::{Deadline, Sleepers};
+pub(crate) use wait::{Deadline, Need, Sleepers, Wake};
 
 use crate::barrier;
 use crate::dma::{HeldMemory, Release};
@@ -44,6 +44,8 @@ pub(crate) struct State {
     pub sent: u64,
     /// Why no request can be answered any more, once that is known.
     pub dead: Option<RequestError>,
+    /// All but the recovery wait for its end.
+    pub paused: bool,
 }
 
 impl State {

@@ -1,6 +1,6 @@
 //! Unmapping.
 
-use super::{Shared, State};
+use super::{Need, Shared, State};
 use crate::addr::IovaRange;
 use crate::engine::{DomainKey, Engine, UnmapPlan};
 use crate::error::{RequestError, UnmapError};
@@ -76,7 +76,7 @@ async fn unmap_once<P: Platform>(
     let failed = |error| UnmapError::Request { range, error };
     let begun = match dead {
         Some(done) => done?,
-        None => shared.with_slot(false, plan).await.map_err(failed)??,
+        None => shared.with_slot(Need::Slot, plan).await.map_err(failed)??,
     };
     let outcome = match begun {
         Some(batch) => shared.finish(batch).await,

@@ -88,6 +88,26 @@ impl Sleepers {
     }
 }
 
+/// What an operation needs to send a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    Slot,
+    /// A slot and PROBE's area.
+    Probe,
+    /// A slot, also while all others wait for the end of a recovery.
+    RecoverySlot,
+    RecoveryProbe,
+}
+
+impl State {
+    /// Whether a request can be sent now.
+    pub(crate) fn can_send(&self, need: Need) -> bool {
+        let recovering = matches!(need, Need::RecoverySlot | Need::RecoveryProbe);
+        let probe = matches!(need, Need::Probe | Need::RecoveryProbe);
+        (recovering || !self.paused) && self.requests.can_submit(probe)
+    }
+}
+
 /// Who is to be woken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wake {
@@ -101,7 +121,7 @@ pub(crate) enum Wake {
 impl State {
     /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free.
     pub(crate) fn wake_due(&self) -> Wake {
-        let slot_due = !self.sleepers.waiting.is_empty() && self.requests.can_submit(false);
+        let slot_due = !self.sleepers.waiting.is_empty() && self.can_send(Need::Slot);
         if self.requests.has_due() || slot_due { Wake::Due } else { Wake::Nobody }
     }
 
@@ -223,9 +243,13 @@ impl<P: Platform> InFlight<'_, P> {
             let needs_reset = needs_reset.then_some(RequestError::NeedsReset);
             let dead = state.requests.broken().or(needs_reset);
             let news = state.dead.is_none() && dead.is_some();
-            state.dead = state.dead.or(dead);
+            // What a recovery sees counts more than what was read before it.
+            if !state.paused {
+                state.dead = state.dead.or(dead);
+            }
             // Not that the driver was shut down meanwhile: these requests were sent, and their outcome is unknown.
-            let why = state.dead.filter(RequestError::outcome_unknown).unwrap_or(RequestError::TimedOut);
+            let why = dead.or(state.dead).filter(RequestError::outcome_unknown);
+            let why = why.unwrap_or(RequestError::TimedOut);
             let waker = state.requests.unregister(&self.batch);
             for _ in 0..self.batch.len() {
                 if let Some((op, outcome)) = state.requests.take(&mut self.batch) {
@@ -268,8 +292,9 @@ impl<P: Platform> Shared<P> {
     pub(crate) fn end(&self, why: RequestError) {
         {
             let mut state = self.state.lock();
-            // The driver's own end is final.
-            if state.dead != Some(RequestError::ShutDown) {
+            // The driver's own end is final, and a recovery knows best.
+            let ours = why == RequestError::ShutDown || !state.paused;
+            if ours && state.dead != Some(RequestError::ShutDown) {
                 state.dead = Some(why);
             }
         }
@@ -288,10 +313,10 @@ impl<P: Platform> Shared<P> {
         }
     }
 
-    /// Runs `work` under the lock once a request (a PROBE, if `probe`) can be submitted.
+    /// Runs `work` under the lock once a request can be submitted.
     pub(crate) async fn with_slot<R>(
         &self,
-        probe: bool,
+        need: Need,
         work: impl FnOnce(&mut State) -> R,
     ) -> Result<R, RequestError> {
         let mut deadline = Deadline::new();
@@ -299,14 +324,14 @@ impl<P: Platform> Shared<P> {
         poll_fn(|context| {
             // Bounded: falling asleep fails only when there is a slot.
             loop {
-                if let Some(result) = self.try_with_slot(probe, &mut work) {
+                if let Some(result) = self.try_with_slot(need, &mut work) {
                     return Poll::Ready(result);
                 }
                 if deadline.passed(&self.platform, &self.options) {
                     return Poll::Ready(Err(RequestError::NoSlot));
                 }
                 let waker = context.waker();
-                if !is_asleep(waker) || self.sleep_for_slot(probe, waker, &deadline) {
+                if !is_asleep(waker) || self.sleep_for_slot(need, waker, &deadline) {
                     return Poll::Pending;
                 }
             }
@@ -316,13 +341,13 @@ impl<P: Platform> Shared<P> {
 
     fn try_with_slot<R, F: FnOnce(&mut State) -> R>(
         &self,
-        probe: bool,
+        need: Need,
         work: &mut Option<F>,
     ) -> Option<Result<R, RequestError>> {
         let (result, wake) = {
             let mut state = self.state.lock();
             let mut wake = Wake::Nobody;
-            if state.dead.is_none() && !state.requests.can_submit(probe) {
+            if state.dead.is_none() && !state.can_send(need) {
                 state.drain();
                 wake = state.wake_due();
             }
@@ -333,9 +358,7 @@ impl<P: Platform> Shared<P> {
                     wake = Wake::All;
                     Some(Err(broken))
                 }
-                (None, None) if state.requests.can_submit(probe) => {
-                    work.take().map(|work| Ok(work(&mut state)))
-                }
+                (None, None) if state.can_send(need) => work.take().map(|work| Ok(work(&mut state))),
                 (None, None) => None,
             };
             (result, wake)
@@ -345,7 +368,7 @@ impl<P: Platform> Shared<P> {
     }
 
     /// False where a slot came free meanwhile.
-    fn sleep_for_slot(&self, probe: bool, waker: &Waker, deadline: &Deadline) -> bool {
+    fn sleep_for_slot(&self, need: Need, waker: &Waker, deadline: &Deadline) -> bool {
         let clone = waker.clone();
         let (pushed, asleep, wake) = {
             let mut state = self.state.lock();
@@ -353,7 +376,7 @@ impl<P: Platform> Shared<P> {
             state.sleepers.set_alarm(deadline.ends_ns);
             state.requests.want_interrupts(Interrupts::Wanted);
             state.drain();
-            (pushed, !state.requests.can_submit(probe), state.wake_due())
+            (pushed, !state.can_send(need), state.wake_due())
         };
         if let Err((spare, known)) = pushed {
             drop(spare);
@@ -396,7 +419,7 @@ impl<P: Platform> Shared<P> {
         for _ in 0..waiting {
             let waker = {
                 let mut state = self.state.lock();
-                let free = all || state.requests.can_submit(false);
+                let free = all || state.can_send(Need::Slot);
                 if free { state.sleepers.waiting.pop_front() } else { None }
             };
             let Some(waker) = waker else { break };

@@ -31,13 +31,25 @@ impl EventQueue {
     /// yet published.
     pub(crate) fn new(memory: SharedMemory, size: u16, suppression: Suppression) -> Self {
         let buffers = Layout::new(size).len.next_multiple_of(ALIGN);
-        let mut ring = Ring::new(memory, size, suppression, Interrupts::Wanted);
-        for index in 0..size {
-            let address = ring.memory().phys(buffers + STRIDE * usize::from(index));
-            ring.set_descriptor(index, address, RECORD_LEN as u32, DESC_WRITE, 0);
-            ring.push(index);
+        let ring = Ring::new(memory, size, suppression, Interrupts::Wanted);
+        let mut queue = Self { ring, buffers, broken: false };
+        queue.post_all();
+        queue
+    }
+
+    fn post_all(&mut self) {
+        for index in 0..self.ring.size() {
+            let address = self.ring.memory().phys(self.buffers + STRIDE * usize::from(index));
+            self.ring.set_descriptor(index, address, RECORD_LEN as u32, DESC_WRITE, 0);
+            self.ring.push(index);
         }
-        Self { ring, buffers, broken: false }
+    }
+
+    /// Begins anew with every buffer posted, not yet published: the device forgot the queue.
+    pub(crate) fn restart(&mut self) {
+        self.ring.restart();
+        self.broken = false;
+        self.post_all();
     }
 
     pub(crate) fn ring(&self) -> &Ring {

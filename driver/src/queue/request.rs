@@ -293,6 +293,28 @@ impl RequestQueue {
         Some(slot.op)
     }
 
+    /// A request that the device still had when it forgot the queue, and whether nobody waits for it any more. It will
+    /// not be answered, which whoever waits finds out now.
+    pub(crate) fn forget_one(&mut self) -> Option<(Op, bool)> {
+        let in_flight = |slot: &Slot| matches!(slot.state, SlotState::InFlight | SlotState::Abandoned);
+        let index = self.slots.iter().position(in_flight)?;
+        let slot = &mut self.slots[index];
+        let (op, abandoned) = (slot.op, slot.state == SlotState::Abandoned);
+        slot.state = SlotState::Done(Err(RequestError::Reset));
+        self.due += u16::from(self.wakers[index].is_some());
+        if abandoned {
+            self.abandoned -= 1;
+            self.release(index as u16);
+        }
+        Some((op, abandoned))
+    }
+
+    /// Begins anew after [`forget_one`](Self::forget_one) found nothing more: the device forgot the queue.
+    pub(crate) fn restart(&mut self) {
+        self.ring.restart();
+        self.broken = None;
+    }
+
     /// Whether the device is done with the batch's first request.
     pub(crate) fn is_done(&self, batch: &Batch) -> bool {
         let done = |(head, _)| matches!(self.slots[usize::from(head)].state, SlotState::Done(_));

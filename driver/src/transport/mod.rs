@@ -145,6 +145,30 @@ pub trait Transport: Send + Sync {
     /// [`TransportError::NoQueue`], [`TransportError::DoorbellOutside`].
     fn enable_queue(&self, queue: u16, size: u16, addresses: QueueAddresses) -> Result<(), TransportError>;
 
+    /// Whether [`reset_queue`](Self::reset_queue) works: only then is RING_RESET accepted.
+    fn can_reset_queues(&self) -> bool {
+        false
+    }
+
+    /// Begins to reset one queue (virtio 1.4, virtqueue reset). The device forgets it when
+    /// [`queue_is_reset`](Self::queue_is_reset) says so; it can then be enabled again.
+    ///
+    /// # Errors
+    /// [`TransportError::Unsupported`].
+    fn reset_queue(&self, queue: u16) -> Result<(), TransportError> {
+        let _ = queue;
+        Err(TransportError::Unsupported)
+    }
+
+    /// Whether the reset of a queue is done.
+    ///
+    /// # Errors
+    /// [`TransportError::Unsupported`].
+    fn queue_is_reset(&self, queue: u16) -> Result<bool, TransportError> {
+        let _ = queue;
+        Err(TransportError::Unsupported)
+    }
+
     /// Rings the doorbell of a queue: one store where the hardware allows it.
     ///
     /// Takes no lock that code interrupted by a handler may hold, unless the implementation says so.

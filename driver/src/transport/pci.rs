@@ -189,9 +189,13 @@ struct Common {
     queue_desc: [Register<u32>; 2],
     queue_driver: [Register<u32>; 2],
     queue_device: [Register<u32>; 2],
+    /// Devices without RING_RESET may end before it.
+    queue_reset: Option<Register<u16>>,
 }
 
+/// The length without what later features added.
 const COMMON_LEN: usize = 56;
+const QUEUE_RESET: usize = 58;
 /// What a vector register holds when nothing is routed.
 const NO_VECTOR: u16 = 0xffff;
 /// Requests and events.
@@ -222,6 +226,10 @@ impl Common {
             queue_desc: [at!(32, 4), at!(36, 4)],
             queue_driver: [at!(40, 4), at!(44, 4)],
             queue_device: [at!(48, 4), at!(52, 4)],
+            queue_reset: region.register(QUEUE_RESET, 2).map(|at| {
+                // SAFETY: inside the region, which its maker promised to keep mapped.
+                unsafe { Register::new(at) }
+            }),
         })
     }
 }
@@ -352,6 +360,24 @@ impl Transport for PciTransport {
         self.common.queue_enable.write(1);
         self.doorbells[slot].store(doorbell.as_ptr(), Ordering::Release);
         Ok(())
+    }
+
+    fn can_reset_queues(&self) -> bool {
+        self.common.queue_reset.is_some()
+    }
+
+    fn reset_queue(&self, queue: u16) -> Result<(), TransportError> {
+        let register = self.common.queue_reset.as_ref().ok_or(TransportError::Unsupported)?;
+        self.common.queue_select.write(queue);
+        register.write(1);
+        Ok(())
+    }
+
+    fn queue_is_reset(&self, queue: u16) -> Result<bool, TransportError> {
+        let register = self.common.queue_reset.as_ref().ok_or(TransportError::Unsupported)?;
+        self.common.queue_select.write(queue);
+        // The device shows 1 until it is done, and the queue is disabled then.
+        Ok(register.read() == 0 && self.common.queue_enable.read() == 0)
     }
 
     #[inline]

@@ -38,6 +38,9 @@ bitflags! {
         /// The device reaches memory the way the platform says.
         #[doc(alias = "VIRTIO_F_ACCESS_PLATFORM")]
         const ACCESS_PLATFORM = 1 << 33;
+        /// A queue can be reset by itself. Accepted where the transport can do it.
+        #[doc(alias = "VIRTIO_F_RING_RESET")]
+        const RING_RESET = 1 << 40;
         /// The device needs barriers fit for real hardware.
         #[doc(alias = "VIRTIO_F_ORDER_PLATFORM")]
         const ORDER_PLATFORM = 1 << 36;
@@ -65,5 +68,6 @@ impl Features {
         .union(Self::BYPASS_CONFIG)
         .union(Self::EVENT_IDX)
         .union(Self::ACCESS_PLATFORM)
+        .union(Self::RING_RESET)
         .union(Self::ORDER_PLATFORM);
 }

@@ -11,6 +11,7 @@ mod identity;
 mod locks;
 mod map;
 mod quirks;
+mod recovery;
 mod regressions;
 mod sequences;
 mod shutdown;

@@ -116,6 +116,19 @@ impl Transport for ModelTransport {
         set.map_err(|_| TransportError::NoQueue { queue })
     }
 
+    fn can_reset_queues(&self) -> bool {
+        true
+    }
+
+    fn reset_queue(&self, queue: u16) -> Result<(), TransportError> {
+        self.with(|device| device.reset_queue(queue));
+        Ok(())
+    }
+
+    fn queue_is_reset(&self, queue: u16) -> Result<bool, TransportError> {
+        Ok(!self.with(|device| device.queue_enabled(queue)))
+    }
+
     fn notify(&self, queue: u16) {
         watch::doorbell();
         watch::outside(|| self.0.device().notify(queue, &mut self.0.ram.clone()));

@@ -1,0 +1,137 @@
+//! What a reset of the device does to the records.
+//!
+//! A reset by itself proves nothing: on several devices domains survive it (I3). A domain's mappings are gone for
+//! certain when each of its endpoints was attached, with success, to a number that has none.
+
+use super::mapping::MappingState;
+use super::{Attachment, DomainKey, EndpointRecord, Engine, Op};
+use crate::error::AttachError;
+use crate::id::{DomainId, EndpointId};
+use crate::wire::property::ReservedRegion;
+use crate::wire::request::Request;
+use alloc::sync::Arc;
+
+/// A domain that gets its endpoints again after a reset.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Revival {
+    /// The number that the device may still know it by.
+    pub old: DomainId,
+    /// Whether it has another one now. Where there was none left its endpoints have to be detached first.
+    pub fresh: bool,
+}
+
+impl Engine {
+    /// No request is in flight any more: the device forgot the queue, and what it still had was lost.
+    pub(crate) fn nothing_in_flight(&mut self) {
+        for endpoint in &mut self.endpoints {
+            if let Attachment::Unknown { in_flight, .. } = &mut endpoint.attachment {
+                *in_flight = false;
+            }
+        }
+        for index in 0..self.domains.len() {
+            let Some(domain) = self.domains[index].as_mut() else { continue };
+            domain.mappings.retain_all(|record| {
+                if let MappingState::Quarantined { in_flight } = &mut record.state {
+                    *in_flight = false;
+                }
+                true
+            });
+            self.revoke_if_empty(index);
+        }
+    }
+
+    /// The next domain after the one in place `after` that endpoints may be in, and its place.
+    pub(crate) fn next_to_revive(&self, after: Option<u16>) -> Option<(u16, DomainKey)> {
+        self.domains.iter().enumerate().find_map(|(index, domain)| {
+            let (index, domain) = (index as u16, domain.as_ref()?);
+            let key = DomainKey { index, generation: domain.generation };
+            (Some(index) > after && domain.possible > 0).then_some((index, key))
+        })
+    }
+
+    /// Gives the domain another number, if there is one. Its endpoints count as anywhere until they are
+    /// readmitted.
+    pub(crate) fn begin_revival(&mut self, key: DomainKey) -> Option<Revival> {
+        self.domain(key)?;
+        let room = self.retired_ids.len() < self.retired_ids.capacity();
+        let fresh = if room { self.next_id().ok() } else { None };
+        let domain = self.domain_mut(key)?;
+        let old = domain.id;
+        domain.id = fresh.unwrap_or(old);
+        domain.attached = 0;
+        for endpoint in self.endpoints.iter_mut().filter(|endpoint| endpoint.domain() == Some(key)) {
+            let attached = endpoint.attachment == Attachment::Attached(key);
+            endpoint.rejoin = attached.then_some(key);
+            endpoint.attachment = Attachment::Unknown { domain: key, in_flight: false };
+        }
+        Some(Revival { old, fresh: fresh.is_some() })
+    }
+
+    /// An endpoint with a number above `after` that is to be readmitted, and whether it was attached for certain
+    /// before.
+    pub(crate) fn next_to_readmit(
+        &self,
+        key: DomainKey,
+        after: Option<EndpointId>,
+    ) -> Option<(EndpointId, bool)> {
+        let waits = |record: &&EndpointRecord| {
+            let unknown = matches!(record.attachment, Attachment::Unknown { domain, .. } if domain == key);
+            Some(record.id) > after && unknown
+        };
+        self.endpoints.iter().find(waits).map(|record| (record.id, record.rejoin == Some(key)))
+    }
+
+    /// Replaces what is reserved for an endpoint, and reserves it in its domain. Returns the old list, to be dropped
+    /// outside of the lock.
+    pub(crate) fn renew_reserved(
+        &mut self,
+        id: EndpointId,
+        key: DomainKey,
+        reserved: &Arc<[ReservedRegion]>,
+    ) -> Result<Option<Arc<[ReservedRegion]>>, AttachError> {
+        let Some(endpoint) = self.endpoint_mut(id) else { return Ok(None) };
+        let old = core::mem::replace(&mut endpoint.reserved, Arc::clone(reserved));
+        let at = self.endpoints.binary_search_by_key(&id, |record| record.id);
+        if let Ok(at) = at {
+            self.reserve_for(at, key)?;
+        }
+        Ok(Some(old))
+    }
+
+    /// The request that puts an endpoint into its domain again.
+    pub(crate) fn begin_readmission(&mut self, id: EndpointId, key: DomainKey) -> Option<(Request, Op)> {
+        let domain = self.domain(key)?;
+        let request = Request::Attach { domain: domain.id, endpoint: id, kind: domain.kind };
+        self.endpoint_mut(id)?.attachment = Attachment::Attaching(key);
+        Some((request, Op::Readmit { endpoint: id, domain: key }))
+    }
+
+    /// Whether an endpoint is attached for certain, so that the domain exists for the device.
+    pub(crate) fn has_endpoint(&self, key: DomainKey) -> bool {
+        self.domain(key).is_some_and(|domain| domain.attached > 0)
+    }
+
+    /// Ends a revival. True if every endpoint was readmitted: what the domain had before is gone then, and its live
+    /// mappings are to be replayed. Else an endpoint may still reach it by the old number, and nothing of it is ever
+    /// given back, unless a later recovery succeeds.
+    pub(crate) fn end_revival(&mut self, key: DomainKey, revival: Revival) -> bool {
+        let lost = self.next_to_readmit(key, None).is_some();
+        let Some(domain) = self.domain_mut(key) else { return false };
+        domain.mappings.retain_all(|record| {
+            record.state = match record.state {
+                MappingState::Live if lost => MappingState::Stranded,
+                MappingState::Quarantined { .. } if lost => MappingState::Stranded,
+                MappingState::Stranded if !lost => MappingState::Quarantined { in_flight: false },
+                state => state,
+            };
+            true
+        });
+        if !lost {
+            self.revoke(usize::from(key.index));
+        } else if revival.fresh {
+            // There is room: `begin_revival` looked.
+            self.retired_ids.push(revival.old.get());
+        }
+        !lost
+    }
+}
