@@ -43,7 +43,8 @@ impl Bench {
     }
 
     fn used_offset(&self) -> usize {
-        (self.queue.ring.device_area().get() - self.queue.ring.descriptors().get()) as usize
+        let addresses = self.queue.ring.addresses();
+        (addresses.device_area.get() - addresses.descriptors.get()) as usize
     }
 
     /// Returns a chain as the device does, without writing an answer.
@@ -63,7 +64,7 @@ impl Bench {
         self.queue.ring.memory().read_bytes(16 * usize::from(index), &mut bytes);
         let (address, len) = bytes.split_at(8);
         let address = u64::from_le_bytes(address.try_into().unwrap());
-        let offset = address - self.queue.ring.descriptors().get();
+        let offset = address - self.queue.ring.addresses().descriptors.get();
         (offset as usize, u32::from_le_bytes(len.try_into().unwrap()))
     }
 
