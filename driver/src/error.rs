@@ -279,6 +279,15 @@ pub enum AttachError {
         /// What came of its MAP request.
         error: RequestError,
     },
+    /// It was suspended: [`Viommu::resume`](crate::Viommu::resume) attaches it again.
+    Suspended(EndpointId),
+    /// An endpoint that it cannot be isolated from is in another domain (D-13).
+    GroupElsewhere {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// The other one.
+        with: EndpointId,
+    },
     /// The device cannot detach the endpoint from where it is, so that it needs a domain of its own, which has
     /// neither endpoints nor mappings yet.
     Parked(EndpointId),
@@ -307,6 +316,10 @@ impl fmt::Display for AttachError {
             Self::Replay { endpoint, range, error } => {
                 write!(f, "endpoint {endpoint}: mapping {range} again: {error}")
             }
+            Self::Suspended(endpoint) => write!(f, "endpoint {endpoint} is suspended"),
+            Self::GroupElsewhere { endpoint, with } => {
+                write!(f, "endpoint {endpoint} is of one group with {with}, which is in another domain")
+            }
             Self::Parked(endpoint) => {
                 write!(f, "the device cannot move endpoint {endpoint}: it needs an empty domain of its own")
             }
@@ -314,6 +327,31 @@ impl fmt::Display for AttachError {
         }
     }
 }
+
+/// Endpoints could not be made a group. Nothing changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum GroupError {
+    /// The driver does not know it: [`Staged::introduce`](crate::Staged::introduce) or
+    /// [`Viommu::attach`](crate::Viommu::attach) make it known.
+    Unknown(EndpointId),
+    /// It is in a domain, or may be, or is suspended.
+    Attached(EndpointId),
+    /// It is of a group already.
+    Grouped(EndpointId),
+}
+
+impl fmt::Display for GroupError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown(endpoint) => write!(f, "endpoint {endpoint} is not known"),
+            Self::Attached(endpoint) => write!(f, "endpoint {endpoint} is in a domain already"),
+            Self::Grouped(endpoint) => write!(f, "endpoint {endpoint} is of a group already"),
+        }
+    }
+}
+
+impl Error for GroupError {}
 
 /// An endpoint could not be detached. It counts as attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

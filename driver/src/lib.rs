@@ -52,6 +52,7 @@ extern crate alloc;
 extern crate std;
 
 mod addr;
+mod attachment;
 mod barrier;
 pub mod bridge;
 mod dma;
@@ -72,6 +73,7 @@ mod ring;
 mod shared_memory;
 mod shutdown;
 mod start;
+mod suspend;
 #[cfg(test)]
 mod test_memory;
 pub mod topology;
@@ -80,12 +82,13 @@ mod viommu;
 mod wire;
 
 pub use addr::{Iova, IovaRange, PhysAddr};
-pub use dma::{CoherentMemory, DmaDevice, DmaMapping, Endpoint, HeldMemory, PhysSegment};
+pub use attachment::{MoveError, OpenError};
+pub use dma::{CoherentMemory, DmaDevice, DmaMapping, Endpoint, HeldMemory, MsiDoorbell, PhysSegment};
 pub use domain::{Domain, Translation};
 pub use engine::DomainStats;
 pub use error::{
-    AttachError, BypassError, DetachError, DmaError, DomainError, MapError, RequestError, StartError,
-    UnmapError,
+    AttachError, BypassError, DetachError, DmaError, DomainError, GroupError, MapError, RequestError,
+    StartError, UnmapError,
 };
 pub use fault::FaultCounts;
 pub use id::{DomainId, EndpointId};
@@ -95,13 +98,13 @@ pub use lock::LockApi;
 pub use lock::RawLock;
 #[cfg(feature = "spin")]
 pub use lock::SpinNotInInterrupts;
-pub use options::{DomainKind, DomainOptions, EndpointOptions, Options};
+pub use options::{DomainKind, DomainOptions, EndpointOptions, FaultLimit, Options};
 pub use platform::{DmaMemory, Platform};
 pub use prot::{Direction, Prot};
 pub use recover::{RecoverError, Recovered};
 pub use shutdown::{Leave, ShutdownError};
 pub use start::{Staged, Unattached};
-pub use viommu::{Interrupt, MoveError, OpenError, Stats, Viommu};
+pub use viommu::{Interrupt, Stats, Viommu};
 pub use wire::fault::{Fault, FaultAccess, FaultReason};
 pub use wire::feature::Features;
 pub use wire::property::{ReservedKind, ReservedRegion};

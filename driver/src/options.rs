@@ -18,6 +18,15 @@ pub struct Options {
     pub max_domains: usize,
     /// Faults that are kept until they are fetched; more are counted and lost.
     pub fault_backlog: usize,
+    /// Records of one endpoint that are kept in a while; more are only counted, so that one endpoint in a fault storm
+    /// does not hide the others.
+    pub fault_limit: FaultLimit,
+    /// Suspends an endpoint that faults this often within the limit's window, as
+    /// [`Viommu::suspend`](crate::Viommu::suspend) does, in [`Viommu::poll`](crate::Viommu::poll). `None` never does.
+    pub suspend_after: Option<u32>,
+    /// Accepts the BYPASS feature of devices before virtio 1.2, where BYPASS_CONFIG is not offered: endpoints that
+    /// are not attached then reach all of memory, for good. Without it such a device blocks them.
+    pub accept_legacy_bypass: bool,
     /// The endpoint number of the IOMMU itself, which topology tables often include: never attached.
     pub own_endpoint: Option<EndpointId>,
 }
@@ -31,8 +40,27 @@ impl Default for Options {
             max_endpoints: 256,
             max_domains: 256,
             fault_backlog: 256,
+            fault_limit: FaultLimit::default(),
+            suspend_after: None,
+            accept_legacy_bypass: false,
             own_endpoint: None,
         }
+    }
+}
+
+/// How many records of one endpoint are kept in a window of time. Endpoints that the driver does not know share one
+/// limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FaultLimit {
+    /// Records in a window.
+    pub records: u32,
+    /// The window in nanoseconds, from the first record in it. Without a clock it ends when all faults were fetched.
+    pub window_ns: u64,
+}
+
+impl Default for FaultLimit {
+    fn default() -> Self {
+        Self { records: 128, window_ns: 100_000_000 }
     }
 }
 
@@ -67,6 +95,8 @@ impl Default for DomainOptions {
 pub struct EndpointOptions {
     /// The highest IOVA that the endpoint can put on the bus.
     pub limit: crate::Iova,
+    /// What the embedder knows the endpoint by, for instance its driver's place in a table: its faults carry it.
+    pub tag: Option<usize>,
     /// Bytes of bounce pages, rounded up to granules; 0 for none. They are mapped once, when the endpoint is
     /// attached, and serve buffers that cannot be mapped in place.
     pub bounce_bytes: usize,
@@ -74,6 +104,6 @@ pub struct EndpointOptions {
 
 impl Default for EndpointOptions {
     fn default() -> Self {
-        Self { limit: crate::Iova::new(u64::MAX), bounce_bytes: 0 }
+        Self { limit: crate::Iova::new(u64::MAX), tag: None, bounce_bytes: 0 }
     }
 }

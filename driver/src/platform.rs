@@ -1,6 +1,7 @@
 //! What the driver needs of the kernel around it: memory, a lock, a clock, and a way to wait.
 
 use crate::addr::PhysAddr;
+use crate::id::EndpointId;
 use core::ptr::NonNull;
 
 /// A piece of memory that devices can reach by its physical address.
@@ -50,6 +51,12 @@ pub unsafe trait Platform: Send + Sync + 'static {
     /// [`Options::max_polls`](crate::Options::max_polls).
     fn now_ns(&self) -> Option<u64> {
         None
+    }
+
+    /// Called before an endpoint is suspended for its faults: turns its bus mastering off, where that is known how.
+    /// Blocked it is in any case, but its faults go on, and cost time.
+    fn quiesce(&self, endpoint: EndpointId) {
+        let _ = endpoint;
     }
 
     /// Called between two polls of a wait.

@@ -53,7 +53,7 @@ pub enum Unattached {
     Blocked,
     /// Nothing, by the standard: the device has no bypass that is in effect.
     BlockedByDevice,
-    /// All of memory: [`Staged::go_live`] was not called yet.
+    /// All of memory: [`Staged::go_live`] was not called yet, or the legacy BYPASS was accepted.
     Bypasses,
 }
 
@@ -92,6 +92,9 @@ pub(crate) fn negotiate<P: Platform>(
     let mut features = Features::from_bits_truncate(offered) & Features::ACCEPTED;
     features
         .set(Features::RING_RESET, features.contains(Features::RING_RESET) && transport.can_reset_queues());
+    let legacy = Features::from_bits_truncate(offered).contains(Features::BYPASS);
+    let superseded = features.contains(Features::BYPASS_CONFIG);
+    features.set(Features::BYPASS, options.accept_legacy_bypass && legacy && !superseded);
     if !features.contains(Features::REQUIRED) {
         return Err(StartError::MissingFeatures { missing: Features::REQUIRED - features, offered });
     }
@@ -331,7 +334,8 @@ pub(crate) fn set_running(transport: &dyn Transport) -> Result<(), StartError> {
 }
 
 impl<P: Platform> Staged<P> {
-    /// Closes the bypass: from now on an endpoint that is not attached reaches nothing.
+    /// Closes the bypass: from now on an endpoint that is not attached reaches nothing, unless the embedder had the
+    /// legacy BYPASS accepted.
     ///
     /// # Errors
     /// [`StartError::Bypass`]: unattached endpoints then reach all of memory, so that no bus mastering may be turned

@@ -2,15 +2,15 @@
 
 use crate::addr::IovaRange;
 use crate::barrier;
-use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::engine::{Engine, Geometry, Limits};
-use crate::error::{AttachError, DetachError, DmaError, DomainError, RequestError, StartError};
-use crate::exchange::{self, EVENT_QUEUE, Need, Sent, Shared};
+use crate::error::{DomainError, RequestError, StartError};
+use crate::exchange::{self, EVENT_QUEUE, Shared};
 use crate::fault::FaultCounts;
 use crate::id::EndpointId;
-use crate::options::{DomainKind, DomainOptions, EndpointOptions, Options};
+use crate::options::{DomainKind, DomainOptions, Options};
 use crate::platform::Platform;
+use crate::queue::Event;
 use crate::start::{Staged, Unattached};
 use crate::transport::Transport;
 use crate::wire::fault::Fault;
@@ -19,7 +19,9 @@ use crate::wire::property::ReservedRegion;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::fmt;
+use core::future::poll_fn;
 use core::sync::atomic::Ordering;
+use core::task::Poll;
 
 /// A running virtio-iommu. Clones are handles to the same device; it is `Send` and `Sync` and fits a static cell.
 ///
@@ -131,6 +133,7 @@ impl<P: Platform> Viommu<P> {
     /// What an endpoint that is not attached can reach.
     pub fn unattached(&self) -> Unattached {
         match self.shared.live.load(Ordering::Acquire) {
+            _ if self.features.contains(Features::BYPASS) => Unattached::Bypasses,
             false => Unattached::Bypasses,
             true if self.features.contains(Features::BYPASS_CONFIG) => Unattached::Blocked,
             true => Unattached::BlockedByDevice,
@@ -162,119 +165,6 @@ impl<P: Platform> Viommu<P> {
         Ok(Domain::new(Arc::clone(&self.shared), key))
     }
 
-    /// Attaches an endpoint to a domain. [`open`](Self::open) does, and gives the view that a device driver wants.
-    ///
-    /// An endpoint that the driver does not know yet is probed first. Attaching it again to its own domain sends
-    /// nothing. What the domain had mapped before it lost its last endpoint is mapped again. Its reserved regions stay out of the domain's addresses, also after it left. Turn its bus mastering on only after this succeeded. Allocates when it probes.
-    ///
-    /// # Errors
-    /// [`AttachError`]. The endpoint's bus mastering must then stay off.
-    pub fn attach(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
-        self.shared.block_on(self.attach_async(endpoint, domain))
-    }
-
-    /// [`attach`](Self::attach) as a future. Dropped before its end it leaves the endpoint attached, or in a state that
-    /// is unknown until the device answers.
-    ///
-    /// # Errors
-    /// As for [`attach`](Self::attach).
-    pub async fn attach_async(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
-        self.attach_known(endpoint, domain).await.map(|_| ())
-    }
-
-    async fn attach_known(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<Sent, AttachError> {
-        let needed = self.shared.state.lock().engine.needs_introduction(endpoint)?;
-        if needed {
-            let reserved = self.probe(endpoint, Need::Probe).await?;
-            self.shared.state.lock().engine.introduce(endpoint, &reserved);
-        }
-        self.shared.attach(endpoint, domain.key()).await
-    }
-
-    /// Attaches an endpoint to a domain and gives its view of it, with bounce pages if asked for: what the
-    /// endpoint's driver maps its memory through. There may be several views; closing one detaches for all.
-    /// Allocates.
-    ///
-    /// # Errors
-    /// [`OpenError`]. Where only the bounce pages failed, the endpoint is detached again if this attached it.
-    pub fn open(
-        &self,
-        endpoint: EndpointId,
-        domain: &Domain<P>,
-        options: EndpointOptions,
-    ) -> Result<Endpoint<P>, OpenError> {
-        self.shared.block_on(self.open_async(endpoint, domain, options))
-    }
-
-    /// [`open`](Self::open) as a future. Dropped before its end it leaves the endpoint as
-    /// [`attach_async`](Self::attach_async) does.
-    ///
-    /// # Errors
-    /// As for [`open`](Self::open).
-    pub async fn open_async(
-        &self,
-        endpoint: EndpointId,
-        domain: &Domain<P>,
-        options: EndpointOptions,
-    ) -> Result<Endpoint<P>, OpenError> {
-        let sent = self.attach_known(endpoint, domain).await.map_err(OpenError::Attach)?;
-        let opened = Endpoint::new(self.clone(), endpoint, domain.clone(), options).await;
-        if opened.is_err()
-            && sent == Sent::Request
-            && let Err(error) = self.detach_async(endpoint).await
-        {
-            log::error!("endpoint {endpoint} stays attached: {error}");
-        }
-        opened.map_err(OpenError::Dma)
-    }
-
-    /// Detaches an endpoint from its domain. One that the device does not know any more, since it was unplugged,
-    /// is detached.
-    ///
-    /// If it was the last one and the bypass is known to be closed, the domain is dead: what was in quarantine is
-    /// free, and live mappings stay recorded. Unmapping them takes no request then, and attaching an endpoint
-    /// maps them again. Where the bypass is not known to be closed, unmap first.
-    ///
-    /// # Errors
-    /// [`DetachError`]. The endpoint then counts as attached.
-    pub fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
-        self.shared.block_on(self.detach_async(endpoint))
-    }
-
-    /// [`detach`](Self::detach) as a future. Dropped before its end it leaves the endpoint in a state that is unknown until
-    /// the device answers, if the request was sent.
-    ///
-    /// # Errors
-    /// As for [`detach`](Self::detach).
-    pub async fn detach_async(&self, endpoint: EndpointId) -> Result<(), DetachError> {
-        let detached = self.shared.detach(endpoint).await;
-        self.collect();
-        detached
-    }
-
-    /// Moves an endpoint to another domain: detaches it, and attaches it there. In between it reaches nothing, if
-    /// the bypass is closed. Its old domain keeps its mappings for its other endpoints, and for when it gets one
-    /// again.
-    ///
-    /// # Errors
-    /// [`MoveError`], which says whether the endpoint is where it was, or nowhere.
-    pub fn move_endpoint(&self, endpoint: EndpointId, to: &Domain<P>) -> Result<(), MoveError> {
-        self.shared.block_on(self.move_endpoint_async(endpoint, to))
-    }
-
-    /// [`move_endpoint`](Self::move_endpoint) as a future. Dropped before its end it leaves the endpoint in either domain,
-    /// or in none.
-    ///
-    /// # Errors
-    /// As for [`move_endpoint`](Self::move_endpoint).
-    pub async fn move_endpoint_async(&self, endpoint: EndpointId, to: &Domain<P>) -> Result<(), MoveError> {
-        if self.shared.is_attached(endpoint, to.key()) {
-            return Ok(());
-        }
-        self.detach_async(endpoint).await.map_err(MoveError::Detach)?;
-        self.attach_async(endpoint, to).await.map_err(MoveError::Attach)
-    }
-
     /// Takes in what the device sent: answers, late ones too, and faults. Wakes futures whose answer is there, or whose
     /// deadline passed. Gives back memory whose quarantine ended.
     ///
@@ -288,33 +178,73 @@ impl<P: Platform> Viommu<P> {
         }
         let now = self.shared.platform.now_ns();
         let mut records = 0;
-        let (doorbell, wake) = {
+        let (doorbell, wake, waker) = {
             let mut guard = self.shared.state.lock();
             let state = &mut *guard;
             state.drain();
             for _ in 0..state.events.ring().size() {
                 let Some(event) = state.events.next() else { break };
                 records += 1;
-                if let Some(fault) = state.faults.push(event) {
-                    state.engine.count_fault(fault.endpoint);
+                match event {
+                    Event::Malformed => state.faults.counts.malformed += 1,
+                    Event::Fault(mut fault) => {
+                        let kept = state.engine.take_fault(&mut fault, now, &self.shared.options);
+                        state.faults.push(fault, kept);
+                    }
                 }
             }
             // After a shutdown the queue is nobody's.
             let gone = state.events.is_broken() || state.dead == Some(RequestError::ShutDown);
-            (!gone && state.events.publish(), state.wake_due_at(now))
+            let waker = if state.faults.is_empty() { None } else { state.faults.waker.take() };
+            (!gone && state.events.publish(), state.wake_due_at(now), waker)
         };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
         self.shared.wake(wake);
         if doorbell {
             barrier::memory_before_doorbell();
             self.shared.transport.notify(EVENT_QUEUE);
         }
+        self.suspend_due();
         self.collect();
         records
     }
 
     /// The oldest fault that was not fetched yet. Call [`poll`](Self::poll) before.
     pub fn next_fault(&self) -> Option<Fault> {
-        self.shared.state.lock().faults.pop()
+        let clock = self.shared.platform.now_ns().is_some();
+        let mut state = self.shared.state.lock();
+        let fault = state.faults.pop();
+        if fault.is_none() && !clock {
+            state.engine.end_fault_windows();
+        }
+        fault
+    }
+
+    /// Waits for the next fault, which [`poll`](Self::poll) takes in, called after an interrupt. `None` when the driver
+    /// was shut down. For one task at a time: a second one wakes the first, again and again.
+    pub async fn next_fault_async(&self) -> Option<Fault> {
+        poll_fn(|context| {
+            if let Some(fault) = self.next_fault() {
+                return Poll::Ready(Some(fault));
+            }
+            let waker = context.waker().clone();
+            let (other, ready) = {
+                let mut state = self.shared.state.lock();
+                let down = state.dead == Some(RequestError::ShutDown);
+                let ready = down || !state.faults.is_empty();
+                (state.faults.waker.replace(waker), ready)
+            };
+            if let Some(other) = other.filter(|other| !other.will_wake(context.waker())) {
+                other.wake();
+            }
+            match ready {
+                true => Poll::Ready(self.next_fault()),
+                false => Poll::Pending,
+            }
+        })
+        .await
     }
 
     /// Tries to UNMAP what is in quarantine and not in flight, each mapping once. Returns how many it freed.
@@ -384,45 +314,3 @@ impl<P: Platform> fmt::Debug for Viommu<P> {
         f.debug_struct("Viommu").field("features", &self.features).finish_non_exhaustive()
     }
 }
-
-/// An endpoint could not be moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum MoveError {
-    /// It could not be detached, and is where it was.
-    Detach(DetachError),
-    /// It was detached, and could not be attached: it is in no domain.
-    Attach(AttachError),
-}
-
-impl fmt::Display for MoveError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Detach(error) => write!(f, "not moved: {error}"),
-            Self::Attach(error) => write!(f, "left its domain, and did not get into the other: {error}"),
-        }
-    }
-}
-
-impl core::error::Error for MoveError {}
-
-/// An endpoint could not be opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// It could not be attached.
-    Attach(AttachError),
-    /// Its bounce pages could not be had.
-    Dma(DmaError),
-}
-
-impl fmt::Display for OpenError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Attach(error) => error.fmt(f),
-            Self::Dma(error) => write!(f, "bounce pages: {error}"),
-        }
-    }
-}
-
-impl core::error::Error for OpenError {}

@@ -1,6 +1,6 @@
 //! One endpoint's view of its domain, as device drivers see it.
 
-use super::HeldMemory;
+use super::{HeldMemory, MsiDoorbell};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::DomainKey;
 use crate::error::{DmaError, UnmapError};
@@ -108,6 +108,24 @@ pub trait DmaDevice: Send + Sync {
     /// The buffer is the one that was shared under this address, valid for writes, and nobody accesses it
     /// during the call. The endpoint is done with it.
     unsafe fn unshare(&self, iova: Iova, buffer: NonNull<[u8]>, direction: Direction);
+
+    /// Lets the endpoint ring an interrupt controller's doorbell, and gives the address for its MSIs: the doorbell's
+    /// own where it lies in an MSI window of the endpoint, which is not translated; else one where its granule is
+    /// mapped, for writing only, as device registers where the device has that flag.
+    ///
+    /// # Errors
+    /// [`DmaError::Map`].
+    ///
+    /// # Safety
+    /// `doorbell` is a register of four bytes that the endpoint may write at any time until
+    /// [`unmap_msi`](Self::unmap_msi), and so are all registers in the granule around it.
+    unsafe fn map_msi(&self, doorbell: PhysAddr) -> Result<MsiDoorbell, DmaError>;
+
+    /// Ends [`map_msi`](Self::map_msi). The endpoint sends no MSI any more.
+    ///
+    /// # Errors
+    /// As for [`unmap`](Self::unmap).
+    fn unmap_msi(&self, doorbell: MsiDoorbell) -> Result<(), UnmapError>;
 
     /// An address that never leads anywhere: a device that uses it faults.
     fn faulting_iova(&self) -> Iova;

@@ -1,6 +1,7 @@
 //! An endpoint that is attached to a domain.
 
 use super::bounce::BouncePool;
+use super::msi::{DOORBELL_LEN, MsiDoorbell, is_in_window};
 use super::scatter::{Runs, place, rounded, total_len};
 use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment};
 use crate::addr::{Iova, IovaRange, PhysAddr};
@@ -10,9 +11,10 @@ use crate::exchange::{self, Run, Shared};
 use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
-use crate::prot::Direction;
+use crate::prot::{Direction, Prot};
 use crate::start::Unattached;
 use crate::viommu::Viommu;
+use crate::wire::feature::Features;
 use core::fmt;
 use core::future::Future;
 use core::iter;
@@ -42,7 +44,14 @@ impl<P: Platform> Endpoint<P> {
         let faulting = domain.allocate(viommu.granule(), options.limit, 1)?;
         let mut endpoint = Self { viommu, id, domain, limit: options.limit, faulting, bounce: None };
         if options.bounce_bytes > 0 {
-            let pages = endpoint.alloc_coherent_async(options.bounce_bytes).await?;
+            let pages = match endpoint.alloc_coherent_async(options.bounce_bytes).await {
+                Ok(pages) => pages,
+                Err(error) => {
+                    // No driver ever saw the address.
+                    endpoint.domain.give_back(endpoint.faulting);
+                    return Err(error);
+                }
+            };
             let (len, range) = (pages.len_bytes(), pages.mapping.range);
             let granule = endpoint.granule() as usize;
             // SAFETY: fresh memory, mapped there, that is not freed before the pool is gone.
@@ -58,7 +67,7 @@ impl<P: Platform> Endpoint<P> {
     }
 
     /// Detaches the endpoint and frees its bounce pages. Its bus mastering must be off, and its driver's memory
-    /// free.
+    /// free. An endpoint that was moved to another domain meanwhile stays there.
     ///
     /// # Errors
     /// [`DetachError`]: the endpoint counts as attached, but its bounce pages are unmapped.
@@ -71,17 +80,22 @@ impl<P: Platform> Endpoint<P> {
                 log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", self.id);
             }
         };
+        let leave = || {
+            let key = self.domain.key();
+            let here = { self.domain.shared().state.lock().engine.is_or_was_in(self.id, key) };
+            if here { self.viommu.detach(self.id) } else { Ok(()) }
+        };
         // Detached first, the pages need no UNMAP. But that holds only where nothing bypasses.
-        if self.viommu.unattached() != Unattached::Blocked {
+        let detached = if self.viommu.unattached() == Unattached::Blocked {
+            let detached = leave();
             free_bounce();
-            self.viommu.detach(self.id)?;
+            detached
         } else {
-            let detached = self.viommu.detach(self.id);
             free_bounce();
-            detached?;
-        }
+            leave()
+        };
         self.domain.give_back(self.faulting);
-        Ok(())
+        detached
     }
 
     fn mapping(&self, range: IovaRange, iova: Iova, len: usize) -> DmaMapping {
@@ -91,12 +105,12 @@ impl<P: Platform> Endpoint<P> {
     async fn map_one(
         &self,
         run: Run,
-        direction: Direction,
+        prot: Prot,
         held: &mut Option<HeldMemory>,
     ) -> Result<IovaRange, MapError> {
         let range = self.domain.allocate(run.len, self.limit, 1)?;
         let shared = self.domain.shared();
-        exchange::map(shared, self.domain.key(), range, iter::once(run), direction.prot(), held).await?;
+        exchange::map(shared, self.domain.key(), range, iter::once(run), prot, held).await?;
         Ok(range)
     }
 
@@ -154,7 +168,7 @@ impl<P: Platform> Endpoint<P> {
         let mut lent = Lent { shared: self.domain.shared(), memory: Some(memory) };
         async move {
             let run = Run { phys: place.phys, len: place.len as u64 };
-            match self.map_one(run, direction, &mut lent.memory).await {
+            match self.map_one(run, direction.prot(), &mut lent.memory).await {
                 Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
                 Err(error) => Err((error.into(), lent.memory.take())),
             }
@@ -175,7 +189,7 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
     ) -> Result<DmaMapping, DmaError> {
         let run = rounded(PhysSegment { phys, len }, self.granule())?;
-        let range = self.map_one(run, direction, &mut None).await?;
+        let range = self.map_one(run, direction.prot(), &mut None).await?;
         let iova = Iova::new(range.start().get() + (phys.get() - run.phys.get()));
         Ok(self.mapping(range, iova, len))
     }
@@ -323,6 +337,24 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
             unsafe { pool.copy_out(first, buffer) };
         }
         pool.give_back(first, buffer.len());
+    }
+
+    unsafe fn map_msi(&self, doorbell: PhysAddr) -> Result<MsiDoorbell, DmaError> {
+        let iova = Iova::new(doorbell.get());
+        let regions = self.viommu.reserved_regions(self.id);
+        let passes = regions.is_some_and(|regions| is_in_window(&regions, doorbell));
+        if passes {
+            return Ok(MsiDoorbell { iova, mapping: None });
+        }
+        let run = rounded(PhysSegment { phys: doorbell, len: DOORBELL_LEN as usize }, self.granule())?;
+        let mmio = if self.viommu.features().contains(Features::MMIO) { Prot::MMIO } else { Prot::empty() };
+        let range = self.block_on(self.map_one(run, Prot::WRITE | mmio, &mut None))?;
+        let iova = Iova::new(range.start().get() + (doorbell.get() - run.phys.get()));
+        Ok(MsiDoorbell { iova, mapping: Some(self.mapping(range, iova, DOORBELL_LEN as usize)) })
+    }
+
+    fn unmap_msi(&self, doorbell: MsiDoorbell) -> Result<(), UnmapError> {
+        doorbell.mapping.map_or(Ok(()), |mapping| self.unmap(mapping))
     }
 
     fn faulting_iova(&self) -> Iova {

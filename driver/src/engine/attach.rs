@@ -48,9 +48,7 @@ impl Engine {
         if let Err(at) = at
             && self.endpoints.len() < self.limits.endpoints
         {
-            let (attachment, reserved) = (Attachment::Detached, Arc::clone(reserved));
-            let record = EndpointRecord { id, attachment, reserved, rejoin: None, faults: 0 };
-            self.endpoints.insert(at, record);
+            self.endpoints.insert(at, EndpointRecord::new(id, Arc::clone(reserved)));
         }
     }
 
@@ -61,16 +59,15 @@ impl Engine {
         detached.then(|| self.endpoints.remove(at))
     }
 
-    /// Counts a fault for its endpoint.
-    pub(crate) fn count_fault(&mut self, id: EndpointId) {
-        if let Some(endpoint) = self.endpoint_mut(id) {
-            endpoint.faults = endpoint.faults.saturating_add(1);
-        }
-    }
-
     pub(crate) fn begin_attach(&mut self, id: EndpointId, key: DomainKey) -> Result<AttachPlan, AttachError> {
         let at = self.endpoints.binary_search_by_key(&id, |record| record.id);
         let at = at.map_err(|_| AttachError::TooManyEndpoints { limit: self.limits.endpoints })?;
+        if self.endpoints[at].suspended.is_some() {
+            return Err(AttachError::Suspended(id));
+        }
+        if let Some(with) = self.group_elsewhere(at, key) {
+            return Err(AttachError::GroupElsewhere { endpoint: id, with });
+        }
         let parked = match self.endpoints[at].attachment {
             Attachment::Attached(current) if current == key => return Ok(AttachPlan::Nothing),
             Attachment::Detached => None,

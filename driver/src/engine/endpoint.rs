@@ -10,6 +10,7 @@
 //! An endpoint of unknown state counts as attached: what it can reach is not given back.
 
 use super::DomainKey;
+use crate::fault::FaultWindow;
 use crate::id::EndpointId;
 use crate::wire::property::ReservedRegion;
 use alloc::sync::Arc;
@@ -37,11 +38,40 @@ pub(crate) struct EndpointRecord {
     pub reserved: Arc<[ReservedRegion]>,
     /// The domain that it joins again when that got another number.
     pub rejoin: Option<DomainKey>,
+    /// The endpoints that it cannot be isolated from: all that name the same one.
+    pub group: Option<EndpointId>,
+    /// Whether the embedder wants it attached, and not only another one of its group.
+    pub wanted: bool,
+    /// What the embedder knows it by.
+    pub tag: Option<usize>,
     /// Faults that the device reported for it.
     pub faults: u64,
+    /// Those of the last while.
+    pub recent: FaultWindow,
+    /// It faulted too often, and is to be suspended.
+    pub suspend_due: bool,
+    /// The domain that it comes back to when it is resumed.
+    pub suspended: Option<DomainKey>,
 }
 
 impl EndpointRecord {
+    /// An endpoint that is in no domain.
+    pub(crate) fn new(id: EndpointId, reserved: Arc<[ReservedRegion]>) -> Self {
+        Self {
+            id,
+            attachment: Attachment::Detached,
+            reserved,
+            rejoin: None,
+            group: None,
+            wanted: false,
+            tag: None,
+            faults: 0,
+            recent: FaultWindow::default(),
+            suspend_due: false,
+            suspended: None,
+        }
+    }
+
     /// The domain that it is in, or may be.
     pub(crate) fn domain(&self) -> Option<DomainKey> {
         match self.attachment {

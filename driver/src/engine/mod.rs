@@ -8,6 +8,8 @@
 mod attach;
 mod domain;
 mod endpoint;
+mod fault;
+mod group;
 mod iova;
 mod map;
 mod mapping;
@@ -24,6 +26,7 @@ pub(crate) use recover::Revival;
 
 use crate::addr::IovaRange;
 use crate::error::DomainError;
+use crate::fault::FaultWindow;
 use crate::id::{DomainId, EndpointId};
 use crate::options::{DomainKind, Options};
 use alloc::vec::Vec;
@@ -156,6 +159,8 @@ pub(crate) struct Engine {
     pub(crate) confirmed: Confirmed,
     /// Records in state Released.
     released: usize,
+    /// Faults of endpoints that are not known.
+    strangers: FaultWindow,
 }
 
 impl Engine {
@@ -172,6 +177,7 @@ impl Engine {
             bypass_closed: false,
             confirmed: Confirmed::default(),
             released: 0,
+            strangers: FaultWindow::default(),
         }
     }
 

@@ -409,6 +409,10 @@ impl<P: Platform> Shared<P> {
             return;
         }
         let all = whom == Wake::All;
+        let fault_waker = { self.state.lock().faults.waker.take_if(|_| all) };
+        if let Some(waker) = fault_waker {
+            waker.wake();
+        }
         let mut from = 0;
         // Two statements, here and below, so that no waker is called under the lock.
         while let Some((index, waker)) = { self.state.lock().requests.take_waker(from, all) } {

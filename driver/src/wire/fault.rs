@@ -1,7 +1,7 @@
 //! Fault records, as they come in the event queue's buffers.
 
 use crate::addr::Iova;
-use crate::id::EndpointId;
+use crate::id::{DomainId, EndpointId};
 use bitflags::bitflags;
 use core::fmt;
 
@@ -59,6 +59,10 @@ pub struct Fault {
     pub endpoint: EndpointId,
     /// Where, if the device said.
     pub address: Option<Iova>,
+    /// The domain that the endpoint was in when the record was taken in.
+    pub domain: Option<DomainId>,
+    /// What the embedder knows the endpoint by: [`EndpointOptions::tag`](crate::EndpointOptions::tag).
+    pub tag: Option<usize>,
 }
 
 impl Fault {
@@ -81,6 +85,8 @@ impl Fault {
             access: FaultAccess::from_bits_truncate(flags),
             endpoint: EndpointId::new(word(8)),
             address: (flags & FLAG_ADDRESS != 0).then(|| Iova::new(address)),
+            domain: None,
+            tag: None,
         })
     }
 }

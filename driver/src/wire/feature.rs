@@ -17,7 +17,8 @@ bitflags! {
         /// MAP and UNMAP are there. The only feature that the driver requires.
         #[doc(alias = "VIRTIO_IOMMU_F_MAP_UNMAP")]
         const MAP_UNMAP = 1 << 2;
-        /// Unattached endpoints bypass when negotiated. Never accepted by this driver.
+        /// Unattached endpoints bypass when negotiated. Accepted only if the embedder asks for it, and BYPASS_CONFIG,
+        /// which supersedes it, is not there.
         #[doc(alias = "VIRTIO_IOMMU_F_BYPASS")]
         const BYPASS = 1 << 3;
         /// PROBE is there and `probe_size` is valid.
@@ -58,8 +59,8 @@ impl Features {
     /// Without these the driver does not start.
     pub(crate) const REQUIRED: Self = Self::VERSION_1.union(Self::MAP_UNMAP);
 
-    /// What the driver accepts when offered. Legacy `BYPASS` is left out: accepting it would open the window
-    /// that the driver is there to close.
+    /// What the driver accepts when offered. Legacy `BYPASS` is left out: accepting it opens the window that the
+    /// driver is there to close, so that only the embedder can want it.
     pub(crate) const ACCEPTED: Self = Self::REQUIRED
         .union(Self::INPUT_RANGE)
         .union(Self::DOMAIN_RANGE)

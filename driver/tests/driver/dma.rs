@@ -400,7 +400,7 @@ fn the_endpoints_limit_holds() {
     let viommu = machine.bring_up();
     let domain = viommu.create_domain(DomainOptions::default()).unwrap();
     let limit = Iova::new(0xffff_ffff);
-    let options = EndpointOptions { limit, bounce_bytes: 0x10_0000 };
+    let options = EndpointOptions { limit, bounce_bytes: 0x10_0000, ..Default::default() };
     let endpoint = viommu.open(EP, &domain, options).unwrap();
     assert_eq!((endpoint.limit(), endpoint.endpoint(), endpoint.granule()), (limit, EP, PAGE));
     let memory = endpoint.alloc_coherent(1).unwrap();

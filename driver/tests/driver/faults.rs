@@ -1,9 +1,11 @@
 //! Faults: decoded, counted, kept up to a limit, their buffers posted again.
 
-use virtio_iommu::{FaultAccess, FaultReason, Interrupt, Iova, Options, Prot, Viommu};
+use virtio_iommu::{
+    EndpointOptions, FaultAccess, FaultLimit, FaultReason, Interrupt, Iova, Options, Platform, Prot, Viommu,
+};
 use virtio_iommu_model::{Config, Quirks, feature};
 
-use crate::support::{EP, EP2, Machine, PAGE, TestPlatform};
+use crate::support::{EP, EP2, Machine, PAGE, Rng, TestPlatform};
 
 const AT: Iova = Iova::new(0x10_0000);
 
@@ -141,4 +143,92 @@ fn records_that_say_less_or_more_than_they_should() {
         (fault.reason, fault.access, fault.address),
         (FaultReason::Unknown, FaultAccess::empty(), None)
     );
+}
+
+/// Fails when `take_fault` does not look up the endpoint, or `open` forgets the tag.
+#[test]
+fn faults_say_whose_they_are() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let options = EndpointOptions { tag: Some(77), ..EndpointOptions::default() };
+    let _view = viommu.open(EP, &domain, options).unwrap();
+    for endpoint in [EP, EP2] {
+        assert!(!machine.reaches(endpoint, PAGE));
+    }
+    viommu.poll();
+    let owners: Vec<_> = std::iter::from_fn(|| viommu.next_fault()).map(|f| (f.domain, f.tag)).collect();
+    assert_eq!(owners, [(Some(domain.id()), Some(77)), (None, None)]);
+    machine.device().add_endpoint(virtio_iommu_model::Endpoint::x86(0x77));
+    assert!(!machine.reaches(virtio_iommu::EndpointId::new(0x77), PAGE));
+    viommu.poll();
+    assert_eq!(viommu.next_fault().map(|f| (f.domain, f.tag)), Some((None, None)), "nobody knows it");
+}
+
+/// Fails when `take_fault` keeps every record, or a window does not end.
+#[test]
+fn one_endpoint_in_a_storm_does_not_hide_the_others() {
+    for machine in [Machine::new(Config::default()), Machine::clockless(Config::default())] {
+        let limit = FaultLimit { records: 10, window_ns: 50_000 };
+        let options = Options { fault_limit: limit, fault_backlog: 16, ..Machine::options() };
+        let viommu = machine.start_with(options).unwrap();
+        viommu.introduce(EP).unwrap();
+        viommu.introduce(EP2).unwrap();
+        let viommu = viommu.go_live().unwrap();
+        for _ in 0..100 {
+            assert!(!machine.reaches(EP, PAGE));
+        }
+        assert!(!machine.reaches(EP2, 2 * PAGE));
+        assert_eq!(viommu.poll(), 101);
+        let counts = viommu.stats().faults;
+        assert_eq!((counts.delivered, counts.limited, counts.dropped), (101, 90, 0));
+        assert_eq!((viommu.fault_count(EP), viommu.fault_count(EP2)), (100, 1));
+        let fetched: Vec<_> = std::iter::from_fn(|| viommu.next_fault()).map(|f| f.endpoint).collect();
+        assert_eq!((fetched.len(), fetched.last()), (11, Some(&EP2)));
+        // A new window, by the clock or since all were fetched.
+        for _ in 0..50 {
+            machine.platform().relax();
+        }
+        assert!(!machine.reaches(EP, PAGE));
+        viommu.poll();
+        assert!(viommu.next_fault().is_some_and(|fault| fault.endpoint == EP));
+    }
+}
+
+/// A storm of 100,000 records through 256 buffers: every one that the device delivered is counted once, for its
+/// endpoint, and is fetched, limited or dropped. Fails when a buffer is not posted again, or a count saturates.
+#[test]
+fn a_storm_loses_no_count() {
+    const STORM: u64 = 100_000;
+    let machine = Machine::new(Config { held_events: 1000, ..Config::default() });
+    let limit = FaultLimit { records: 1000, window_ns: 1_000_000 };
+    let options = Options { fault_limit: limit, queue_size: 256, ..Machine::options() };
+    let staged = machine.start_with(options).unwrap();
+    for endpoint in [EP, EP2] {
+        staged.introduce(endpoint).unwrap();
+    }
+    let viommu = staged.go_live().unwrap();
+    let mut rng = Rng::new(0xfa17);
+    let (mut fetched, mut polled) = (0, 0);
+    for index in 0..STORM {
+        assert!(!machine.reaches(if index % 3 == 0 { EP2 } else { EP }, index * PAGE));
+        if rng.below(300) == 0 {
+            polled += viommu.poll();
+            fetched +=
+                std::iter::from_fn(|| viommu.next_fault()).take(rng.below(200) as usize).count() as u64;
+            machine.platform().relax();
+        }
+    }
+    loop {
+        let records = viommu.poll();
+        polled += records;
+        fetched += std::iter::from_fn(|| viommu.next_fault()).count() as u64;
+        if records == 0 {
+            break;
+        }
+    }
+    let (counts, dropped_by_device) = (viommu.stats().faults, machine.device().counters().events_dropped);
+    assert_eq!(counts.delivered, polled);
+    assert_eq!(counts.delivered + dropped_by_device, STORM, "the device delivered or dropped each");
+    assert_eq!(fetched + counts.limited + counts.dropped, counts.delivered);
+    assert_eq!(viommu.fault_count(EP) + viommu.fault_count(EP2), counts.delivered);
+    assert!(dropped_by_device > 0 && counts.limited > 0 && counts.dropped > 0 && counts.malformed == 0);
 }

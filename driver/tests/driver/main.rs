@@ -6,10 +6,12 @@ mod bridge;
 mod conformance;
 mod dma;
 mod faults;
+mod groups;
 mod hostile_device;
 mod identity;
 mod locks;
 mod map;
+mod msi;
 mod quirks;
 mod recovery;
 mod regressions;
@@ -17,6 +19,7 @@ mod sequences;
 mod shutdown;
 mod start;
 mod support;
+mod suspend;
 mod timeouts;
 
 #[global_allocator]

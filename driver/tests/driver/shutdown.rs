@@ -1,8 +1,8 @@
 //! The global bypass, and the end of the driver.
 
 use virtio_iommu::{
-    BypassError, DetachError, DmaDevice, DomainOptions, EndpointOptions, Leave, MapError, RequestError,
-    ShutdownError, Unattached,
+    BypassError, DetachError, Direction, DmaDevice, DomainOptions, EndpointOptions, Features, Leave,
+    MapError, Options, RequestError, ShutdownError, Unattached,
 };
 use virtio_iommu_model::{Config, Inject, feature};
 
@@ -102,4 +102,39 @@ fn nothing_touches_the_device_after_the_shutdown() {
     viommu.reclaim();
     drop(domain);
     assert_eq!(machine.device().config_writes().len(), 2, "closed at the start, and opened again at the end");
+}
+
+/// Devices before virtio 1.2: the feature, once accepted, lets unattached endpoints pass for good. Fails when it is
+/// accepted unasked, beside BYPASS_CONFIG, or when the driver takes such endpoints for blocked.
+#[test]
+fn legacy_bypass_is_what_the_embedder_makes_of_it() {
+    let legacy = Config::default().features & !feature::BYPASS_CONFIG | feature::BYPASS;
+    for (features, accept, passes) in [
+        (legacy, false, false),
+        (legacy, true, true),
+        (legacy | feature::BYPASS_CONFIG, true, false),
+        (legacy & !feature::BYPASS, true, false),
+    ] {
+        let machine = Machine::new(Config { features, ..Config::default() });
+        let options = Options { accept_legacy_bypass: accept, ..Machine::options() };
+        let staged = machine.start_with(options).unwrap();
+        for endpoint in [EP, EP2] {
+            staged.introduce(endpoint).unwrap();
+        }
+        let viommu = staged.go_live().unwrap();
+        let phys = machine.memory(PAGE).phys.get();
+        assert_eq!(viommu.features().contains(Features::BYPASS), passes);
+        assert_eq!(machine.reaches(EP, phys), passes, "{features:#x}");
+        assert_eq!(viommu.unattached() == Unattached::Bypasses, passes);
+        // What is attached is confined even so, and what leaves passes again: nothing may be given back for that.
+        let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+        let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+        assert!(!machine.reaches(EP, phys));
+        let (held, lent) = machine.lend(PAGE);
+        let mapping = endpoint.adopt(held, Direction::Both).unwrap();
+        viommu.detach(EP).unwrap();
+        assert!(!machine.is_lent_back(lent));
+        assert_eq!(machine.reaches(EP, phys), passes);
+        drop(mapping);
+    }
 }

@@ -39,10 +39,10 @@ fn d01_d05_exactly_the_useful_features_are_accepted() {
         feature::RING_INDIRECT_DESC,
         feature::ACCESS_PLATFORM,
         feature::ORDER_PLATFORM,
-        feature::RING_RESET | 1 << 42 | 1 << 7 | 1 << 35,
+        feature::RING_RESET,
+        1 << 42 | 1 << 7 | 1 << 35,
     ];
-    let unwanted =
-        feature::BYPASS | feature::RING_INDIRECT_DESC | feature::RING_RESET | 1 << 42 | 1 << 7 | 1 << 35;
+    let unwanted = feature::BYPASS | feature::RING_INDIRECT_DESC | 1 << 42 | 1 << 7 | 1 << 35;
     for subset in 0..1u64 << optional.len() {
         let chosen = optional.iter().enumerate().filter(|(bit, _)| subset & 1 << bit != 0);
         let features = chosen.fold(CORE, |features, (_, bit)| features | bit);

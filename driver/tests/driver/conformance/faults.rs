@@ -15,6 +15,8 @@ const FAULT: Fault = Fault {
     access: FaultAccess::WRITE,
     endpoint: EP,
     address: Some(Iova::new(0x1234)),
+    domain: None,
+    tag: None,
 };
 
 /// Sends the record with some bytes changed, and returns what the driver makes of it.

@@ -330,7 +330,7 @@ impl World {
         let Some(to) = self.at(slot) else { return Ok(None) };
         let (granule, limit) = (self.reference.granule, self.limit(low));
         let bounce_bytes = (bounce * granule) as usize;
-        let options = EndpointOptions { limit: Iova::new(limit), bounce_bytes };
+        let options = EndpointOptions { limit: Iova::new(limit), bounce_bytes, ..Default::default() };
         let was_there = self.reference.place[endpoint] == Some(to);
         let parked = self.reference.place[endpoint].is_some();
         let predicted = self.reference.predict_attach(endpoint, to);
@@ -390,15 +390,17 @@ impl World {
     fn close(&mut self, view: u8) -> Done {
         let Some(which) = pick(self.views.len(), view) else { return Ok(None) };
         let OpenView { endpoint, space, bounce, faulting, view, .. } = self.views.swap_remove(which);
-        let predicted = self.predict_detach(endpoint);
+        // One that was moved, or detached, meanwhile stays as it is.
+        let here = self.reference.place[endpoint] == Some(space);
+        let predicted = if here { self.predict_detach(endpoint) } else { Ok(()) };
         judge(&view.close(), predicted)?;
         let mut touched = vec![faulting];
         if let Some(first) = bounce {
             let last = self.reference.spaces[space].maps[&first].last;
             touched.extend(self.unmapped(space, first, last));
         }
-        if predicted.is_ok() {
-            self.reference.spaces[space].faulting.retain(|range| *range != faulting);
+        self.reference.spaces[space].faulting.retain(|range| *range != faulting);
+        if here && predicted.is_ok() {
             self.reference.leave(endpoint);
         }
         self.released(space);

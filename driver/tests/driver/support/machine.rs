@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use virtio_iommu::{
-    DmaMemory, Domain, DomainOptions, EndpointId, HeldMemory, Options, PhysAddr, Staged, StartError, Viommu,
+    DmaMemory, Domain, DomainOptions, EndpointId, FaultLimit, HeldMemory, Options, PhysAddr, Staged,
+    StartError, Viommu,
 };
 use virtio_iommu_model::{
     Access, AccessError, Config, Device, Endpoint, Inject, LogEntry, Release, Request, Violation,
@@ -36,6 +37,8 @@ pub(crate) struct Inner {
     pub(super) refused_queue: AtomicU32,
     on_relax: Mutex<Option<OnRelax>>,
     at_driver_ok: Mutex<Option<AtDriverOk>>,
+    /// Endpoints that the driver wanted quiet, in order.
+    pub(super) quiesced: Mutex<Vec<EndpointId>>,
     /// Memory that was lent by [`Machine::lend`] and came back.
     lent_back: Mutex<Vec<PhysAddr>>,
 }
@@ -94,6 +97,7 @@ impl Machine {
             refused_queue: AtomicU32::new(u32::MAX),
             on_relax: Mutex::new(None),
             at_driver_ok: Mutex::new(None),
+            quiesced: Mutex::new(Vec::new()),
             lent_back: Mutex::new(Vec::new()),
         }))
     }
@@ -120,7 +124,13 @@ impl Machine {
     }
 
     pub(crate) fn options() -> Options {
-        Options { timeout_ns: POLLS * POLL_NS, max_polls: POLLS, ..Options::default() }
+        Options {
+            timeout_ns: POLLS * POLL_NS,
+            max_polls: POLLS,
+            // The clock moves only while the driver waits.
+            fault_limit: FaultLimit { records: u32::MAX, window_ns: 1 },
+            ..Options::default()
+        }
     }
 
     pub(crate) fn start_with(&self, options: Options) -> Result<Staged<TestPlatform>, StartError> {
@@ -234,6 +244,11 @@ impl Machine {
         lock(&LENDERS).push((memory.phys, Arc::clone(&self.0)));
         // SAFETY: the memory is nobody else's, and `take_back` accepts it once.
         (unsafe { HeldMemory::new(memory, take_back) }, memory.phys)
+    }
+
+    /// Endpoints that the driver wanted quiet, in order.
+    pub(crate) fn quiesced(&self) -> Vec<EndpointId> {
+        lock(&self.0.quiesced).clone()
     }
 
     /// Whether lent memory came back.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use virtio_iommu::transport::{DeviceStatus, InterruptCause, QueueAddresses, Transport, TransportError};
-use virtio_iommu::{DmaMemory, Platform};
+use virtio_iommu::{DmaMemory, EndpointId, Platform};
 use virtio_iommu_model::{Device, isr};
 
 use super::machine::Inner;
@@ -37,6 +37,11 @@ unsafe impl Platform for TestPlatform {
 
     fn now_ns(&self) -> Option<u64> {
         self.0.clock.as_ref().map(|clock| clock.load(Ordering::Relaxed))
+    }
+
+    fn quiesce(&self, endpoint: EndpointId) {
+        watch::call_out();
+        watch::outside(|| self.0.quiesced.lock().unwrap().push(endpoint));
     }
 
     fn relax(&self) {
