@@ -6,6 +6,7 @@
 mod driver;
 mod random;
 mod raw;
+mod recovery;
 mod restart;
 mod rings;
 mod support;
@@ -40,7 +41,7 @@ fn main() -> ExitCode {
             Err(reason) => eprintln!("\nNOT RUN: {reason}"),
         }
     }
-    let cases = [driver::CASES, rings::CASES, restart::CASES, raw::CASES, random::CASES];
+    let cases = [driver::CASES, rings::CASES, restart::CASES, recovery::CASES, raw::CASES, random::CASES];
     let trials = cases.into_iter().flatten().map(|case| trial(*case, qemu.clone())).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
