@@ -40,6 +40,13 @@
 //! # Ok(()) }
 //! ```
 //!
+//! # Blocking and async
+//! Each operation blocks, polling with a deadline, and has a twin that is a future: [`Domain::map_async`],
+//! [`Viommu::attach_async`], [`Endpoint::adopt_async`] and so on. For those the kernel calls
+//! [`on_interrupt`](Viommu::on_interrupt) in its handler and [`poll`](Viommu::poll) outside of it, which wakes whose
+//! answer is there, and now and then `poll` for the sake of deadlines. A future that is dropped leaves its request
+//! with the device, and what it touches in quarantine.
+//!
 //! # What it promises
 //! Memory goes back to its owner only when the device confirmed that no endpoint reaches it any more. A request
 //! that times out keeps its slot, its addresses and its memory in quarantine. Every wait has a deadline, and
