@@ -1,7 +1,14 @@
 //! Faults: decoded, counted, kept up to a limit, their buffers posted again.
 
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
 use virtio_iommu::{
-    EndpointOptions, FaultAccess, FaultLimit, FaultReason, Interrupt, Iova, Options, Platform, Prot, Viommu,
+    EndpointOptions, FaultAccess, FaultLimit, FaultReason, Interrupt, Iova, Leave, Options, Platform, Prot,
+    Viommu,
 };
 use virtio_iommu_model::{Config, Quirks, feature};
 
@@ -231,4 +238,44 @@ fn a_storm_loses_no_count() {
     assert_eq!(fetched + counts.limited + counts.dropped, counts.delivered);
     assert_eq!(viommu.fault_count(EP) + viommu.fault_count(EP2), counts.delivered);
     assert!(dropped_by_device > 0 && counts.limited > 0 && counts.dropped > 0 && counts.malformed == 0);
+}
+
+/// Counts how often it was woken.
+#[derive(Default)]
+struct Counted(AtomicUsize);
+
+impl Wake for Counted {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Fails when `poll` wakes nobody, or everybody without a fault; when a second task makes the first sleep for ever; or when
+/// a shutdown leaves them waiting.
+#[test]
+fn faults_can_be_awaited() {
+    let (machine, viommu) = Machine::live(Config::default());
+    let counts: [Arc<Counted>; 2] = Default::default();
+    let wakers = counts.clone().map(Waker::from);
+    let woken = || [0, 1].map(|task: usize| counts[task].0.load(Ordering::Relaxed));
+    let mut first = pin!(viommu.next_fault_async());
+    let mut context = Context::from_waker(&wakers[0]);
+    assert!(first.as_mut().poll(&mut context).is_pending());
+    assert_eq!((viommu.poll(), woken()), (0, [0, 0]));
+    assert!(!machine.reaches(EP, PAGE));
+    assert_eq!((viommu.poll(), woken()), (1, [1, 0]));
+    let fault = first.as_mut().poll(&mut context);
+    assert!(matches!(fault, Poll::Ready(Some(fault)) if fault.address == Some(Iova::new(PAGE))));
+
+    // Whoever waited before is woken, and can wait again.
+    let (mut first, mut second) = (pin!(viommu.next_fault_async()), pin!(viommu.next_fault_async()));
+    assert!(first.as_mut().poll(&mut context).is_pending());
+    assert!(second.as_mut().poll(&mut Context::from_waker(&wakers[1])).is_pending());
+    assert_eq!(woken(), [2, 0]);
+    // SAFETY: no endpoint does DMA any more.
+    unsafe { viommu.shutdown(Leave::Blocked) }.unwrap();
+    assert_eq!(woken(), [2, 1]);
+    for future in [first, second] {
+        assert!(matches!(future.poll(&mut context), Poll::Ready(None)));
+    }
 }

@@ -1,7 +1,7 @@
 //! Doorbells of interrupt controllers: windows that pass untranslated, or mappings.
 
 use virtio_iommu::{DmaDevice, DomainOptions, EndpointId, EndpointOptions, PhysAddr, Prot, UnmapError};
-use virtio_iommu_model::{Config, Endpoint, Request, feature};
+use virtio_iommu_model::{Config, Endpoint, Request, ReservedRegion, feature};
 
 use crate::support::{EP, Machine, PAGE};
 
@@ -72,4 +72,20 @@ fn a_doorbell_of_another_domain_is_not_unmapped() {
     let at = msi.iova();
     assert_eq!(foreign.unmap_msi(msi), Err(UnmapError::NotMapped(at)));
     assert!(endpoint.domain().translate(at).is_some());
+}
+
+/// Fails when any reserved region counts as a window: what lies in others faults.
+#[test]
+fn a_region_that_is_only_reserved_is_no_window() {
+    let machine = Machine::new(Config::default());
+    let mut plain = Endpoint::new(PLAIN.get());
+    plain.reserved.push(ReservedRegion::reserved(0x0800_0000, 0x0fff_ffff));
+    machine.device().add_endpoint(plain);
+    let viommu = machine.bring_up();
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    let endpoint = viommu.open(PLAIN, &domain, EndpointOptions::default()).unwrap();
+    // SAFETY: as above.
+    let msi = unsafe { endpoint.map_msi(DOORBELL) }.unwrap();
+    assert!(msi.is_mapped());
+    endpoint.unmap_msi(msi).unwrap();
 }
