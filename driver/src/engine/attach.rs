@@ -79,8 +79,8 @@ impl Engine {
             _ => return Err(AttachError::Busy(id)),
         };
         let domain = self.domain(key).ok_or(AttachError::DeadDomain)?;
-        // Mappings that the device may still have, or get, although the domain has no endpoint.
-        if domain.possible == 0 && domain.mappings.iter().any(|record| record.is_in_doubt()) {
+        // Mappings that the device may still have, or get, or have lost, although no endpoint is known to be there.
+        if domain.attached == 0 && domain.mappings.iter().any(|record| record.is_in_doubt()) {
             return Err(AttachError::DeadDomain);
         }
         self.reserve_for(at, key)?;

@@ -431,3 +431,21 @@ fn a_request_that_a_shutdown_overtakes_has_an_unknown_outcome() {
     assert!(matches!(mapped, Err(MapError::Quarantined { .. })), "{mapped:?}");
     assert_eq!(viommu.stats().quarantined_mappings, 1);
 }
+
+/// Fails when a domain of which no endpoint is known to be left takes another as if the device had its mappings
+/// still: it was detached, so that the domain died, and the answer does not say so.
+#[test]
+fn a_domain_that_may_have_died_takes_no_endpoint() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    // SAFETY: the test's own memory, which is never reused.
+    let iova = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) }.unwrap();
+    machine.inject([Inject::Status(0x80)]);
+    assert!(viommu.detach(EP).is_err());
+    assert_eq!(viommu.attach(EP2, &domain), Err(AttachError::DeadDomain));
+    assert!(!machine.reaches(EP2, iova.get()));
+    // Without mappings there is nothing to be in doubt about.
+    // SAFETY: mapped above.
+    unsafe { domain.unmap(iova, PAGE) }.unwrap_err();
+    let other = viommu.create_domain(DomainOptions::default()).unwrap();
+    viommu.attach(EP2, &other).unwrap();
+}
