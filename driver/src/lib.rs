@@ -68,6 +68,9 @@ mod engine;
 mod error;
 mod exchange;
 mod fault;
+#[cfg(fuzzing)]
+#[doc(hidden)]
+pub mod fuzzing;
 mod id;
 mod introduce;
 mod lock;

@@ -1,0 +1,8 @@
+//! Sequences of operations over the model, which answers late, badly, or not at all.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let _ = virtio_iommu_fuzz::truthful::run(data);
+});
