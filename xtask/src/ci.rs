@@ -9,7 +9,7 @@ use qemu_tests::machine::Arch;
 use crate::setup::SetupArguments;
 use crate::setup::toolchain::{self, Toolchain};
 use crate::test::{TestArguments, Tier, run_tier};
-use crate::{command, conformance, kernel, progress, qtest};
+use crate::{command, conformance, fuzz, kernel, progress, qtest};
 
 /// How a step ended.
 enum End {
@@ -57,6 +57,7 @@ pub(crate) fn ci(arguments: &SetupArguments) -> Result<ExitCode> {
     let tests = TestArguments { setup: arguments.clone(), ..TestArguments::default() };
     steps.step("host tests", || run_tier(Tier::Host, &tests).map(|()| End::Passed));
     steps.step("conformance table", || conformance::check().map(|()| End::Passed));
+    steps.step("fuzz targets", || fuzz::smoke().map(|()| End::Passed));
     steps.step("qtest lints and tests", || {
         qtest::lints()?;
         run_tier(Tier::Qtest, &tests).map(|()| End::Passed)

@@ -1,10 +1,11 @@
-//! Every developer and CI command: `cargo xtask run`, `test`, `setup` and `ci`.
+//! Every developer and CI command: `cargo xtask run`, `test`, `fuzz`, `setup` and `ci`.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `run` | builds the kernel, boots one scenario, shows it, judges it |
 //! | `test` | the tests, tier by tier |
 //! | `qtest` | the tier that has a package of its own |
+//! | `fuzz` | the driver's fuzz targets, built and run |
 //! | `ci` | everything that must pass before a change is merged |
 //! | `conformance` | whether the table of requirements and the tests agree |
 //! | `setup` | finds or installs the compiler for the kernel and QEMU |
@@ -16,6 +17,7 @@ mod backtrace;
 mod ci;
 mod command;
 mod conformance;
+mod fuzz;
 mod kernel;
 mod paths;
 mod progress;
@@ -43,9 +45,11 @@ enum Command {
     Run(run::RunArguments),
     /// Run the tests: every tier, or one.
     Test(test::TestArguments),
+    /// Run the driver's fuzz targets, and go on from what earlier runs found.
+    Fuzz(fuzz::FuzzArguments),
     /// Find, or install, the compiler for the kernel and QEMU. `run` and `test` do this where something is missing.
     Setup(setup::SetupArguments),
-    /// Check formatting, lints, documentation and features, then run every test.
+    /// Check formatting, lints, documentation and features, then run every test, and the fuzz targets shortly.
     Ci(setup::SetupArguments),
 }
 
@@ -82,6 +86,7 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Run(arguments) => run::run(arguments),
         Command::Test(arguments) => test::test(arguments),
+        Command::Fuzz(arguments) => fuzz::fuzz(arguments),
         Command::Setup(arguments) => setup::setup(arguments).map(|()| ExitCode::SUCCESS),
         Command::Ci(arguments) => ci::ci(arguments),
     }
