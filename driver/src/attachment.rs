@@ -188,7 +188,8 @@ impl<P: Platform> Viommu<P> {
     /// As for [`move_endpoint`](Self::move_endpoint).
     pub async fn move_endpoint_async(&self, endpoint: EndpointId, to: &Domain<P>) -> Result<(), MoveError> {
         if self.shared.is_attached(endpoint, to.key()) {
-            return Ok(());
+            // Where it is already, but maybe not what it had mapped there.
+            return self.attach_async(endpoint, to).await.map_err(MoveError::Attach);
         }
         // All of its group, whoever else wants them where they are.
         self.detach_group(endpoint).await.map_err(MoveError::Detach)?;

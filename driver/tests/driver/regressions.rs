@@ -449,3 +449,26 @@ fn a_domain_that_may_have_died_takes_no_endpoint() {
     let other = viommu.create_domain(DomainOptions::default()).unwrap();
     viommu.attach(EP2, &other).unwrap();
 }
+
+/// Fails when an ATTACH that was answered late leaves a domain that had died without its mappings, and attaching once
+/// more says that all is well.
+#[test]
+fn attaching_once_more_maps_what_a_late_answer_left_unmapped() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    // SAFETY: the test's own memory, which is never reused.
+    let iova = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) }.unwrap();
+    for again in ["attach", "move"] {
+        viommu.detach(EP).unwrap();
+        machine.inject([Inject::Hold(Execute::Now)]);
+        assert!(viommu.attach(EP, &domain).is_err());
+        machine.release(Release::All);
+        viommu.poll();
+        match again {
+            "attach" => viommu.attach(EP, &domain).unwrap(),
+            _ => viommu.move_endpoint(EP, &domain).unwrap(),
+        }
+        assert!(machine.reaches(EP, iova.get()), "{again}");
+    }
+    let ((), requests, _) = machine.traffic(|| viommu.attach(EP, &domain).unwrap());
+    assert_eq!(requests, 0, "all is there");
+}
