@@ -1,5 +1,6 @@
 //! The driver through its public face, over the independent model of its device.
 
+mod asynchronous;
 mod attach;
 #[cfg(feature = "virtio-drivers")]
 mod bridge;

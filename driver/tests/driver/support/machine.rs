@@ -153,6 +153,11 @@ impl Machine {
         ModelTransport(Arc::clone(&self.0))
     }
 
+    /// The machine's device, for other code that runs somewhere within the driver.
+    pub(crate) fn handle(&self) -> Handle {
+        Handle(Arc::clone(&self.0))
+    }
+
     pub(crate) fn platform(&self) -> TestPlatform {
         TestPlatform(Arc::clone(&self.0))
     }
@@ -201,6 +206,13 @@ impl Machine {
         let result = work();
         let after = count();
         (result, after.0 - before.0, after.1 - before.1)
+    }
+
+    /// Moves the clock on.
+    pub(crate) fn pass_time(&self, ns: u64) {
+        if let Some(clock) = &self.0.clock {
+            clock.fetch_add(ns, Ordering::Relaxed);
+        }
     }
 
     /// Polls that waits took so far.
@@ -297,6 +309,21 @@ impl Machine {
         assert_eq!(self.device().crash(), None, "the driver crashed the device");
         assert_eq!(self.0.ram.take_strays(), [], "an access outside of memory");
         assert_eq!(watch::take_broken(), Broken::NONE, "under the driver's lock");
+    }
+}
+
+/// A machine for code that outlives the borrow of a test.
+pub(crate) struct Handle(Arc<Inner>);
+
+impl Handle {
+    /// As [`Machine::release`].
+    pub(crate) fn release(&self, which: Release) -> usize {
+        watch::outside(|| self.0.device().release(which, &mut self.0.ram.clone()))
+    }
+
+    /// Lets the device ask for a reset.
+    pub(crate) fn fail(&self) {
+        watch::outside(|| self.0.device().fail());
     }
 }
 

@@ -6,16 +6,20 @@
 //!   Viommu --- TestPlatform, ModelTransport ---- model::Device ---- Ram
 //! ```
 
+mod interposed;
 mod machine;
 mod platform;
 mod ram;
+mod task;
 mod watch;
 
+pub(crate) use interposed::{When, interposed};
 pub(crate) use machine::{EP, EP2, Machine, PAGE, POLLS, bytes_of, fill};
 #[cfg(feature = "virtio-drivers")]
 pub(crate) use platform::ModelTransport;
 pub(crate) use platform::TestPlatform;
 pub(crate) use ram::POISON;
+pub(crate) use task::{Bell, Task};
 #[cfg(feature = "virtio-drivers")]
 pub(crate) use watch::outside;
 pub(crate) use watch::{Broken, WatchedHeap, WatchedLock, heap_uses, take_broken};
