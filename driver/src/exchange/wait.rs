@@ -251,6 +251,7 @@ impl<P: Platform> InFlight<'_, P> {
             let why = dead.or(state.dead).filter(RequestError::outcome_unknown);
             let why = why.unwrap_or(RequestError::TimedOut);
             let waker = state.requests.unregister(&self.batch);
+            state.rest_if_nobody_sleeps();
             for _ in 0..self.batch.len() {
                 if let Some((op, outcome)) = state.requests.take(&mut self.batch) {
                     each(&mut state, op, outcome);

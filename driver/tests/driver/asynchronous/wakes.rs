@@ -208,6 +208,48 @@ fn the_last_waker_of_one_that_waits_for_a_slot_counts() {
     assert!(matches!(second.as_mut().poll(&mut Context::from_waker(&new.waker())), Poll::Ready(Ok(_))));
 }
 
+/// Fails when `new` of the queue wants interrupts, or `rest_if_nobody_sleeps` or its call in `look` or `give_up` goes.
+#[test]
+fn the_device_interrupts_only_while_somebody_sleeps() {
+    for bench in benches(Machine::options()) {
+        let blocking = || {
+            let before = bench.interrupts();
+            for _ in 0..3 {
+                let memory = bench.endpoint.alloc_coherent(100).unwrap();
+                bench.endpoint.free_coherent(memory).unwrap();
+                bench.map().finish().unwrap();
+            }
+            bench.interrupts() - before
+        };
+        assert_eq!((blocking(), bench.interrupts()), (0, 0));
+        let mut task = bench.map_at(AT);
+        bench.hold_all();
+        task.sleep();
+        bench.hold_none();
+        bench.serve();
+        assert_eq!(bench.interrupts(), 1);
+        task.finish().unwrap();
+        assert_eq!(blocking(), 0, "after a sleeper was served");
+
+        let mut task = bench.map_at(page(1));
+        bench.hold_all();
+        task.sleep();
+        bench.hold_none();
+        drop(task);
+        assert_eq!(blocking(), 0, "after a sleeper went away");
+        bench.recover();
+
+        let mut task = bench.map_at(page(2));
+        bench.hold_all();
+        task.sleep();
+        bench.hold_none();
+        bench.machine.pass_time(u64::MAX / 2);
+        assert!(task.finish().is_err());
+        assert_eq!(blocking(), 0, "after a sleeper gave up");
+        bench.recover();
+    }
+}
+
 /// A sleeper among blocking calls, which turn interrupts neither off for him nor on for themselves.
 #[test]
 fn interrupts_stay_asked_for_while_others_come_and_go() {
