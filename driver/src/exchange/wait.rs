@@ -52,9 +52,15 @@ impl Deadline {
     }
 }
 
-/// Wakers of those who wait for a slot, and when the first deadline of all sleepers passes.
+/// Someone who waits for a slot, or for the area of PROBE and a slot.
+struct Waiting {
+    waker: Waker,
+    need: Need,
+}
+
+/// Those who wait for a slot, and when the first deadline of all sleepers passes.
 pub(crate) struct Sleepers {
-    waiting: VecDeque<Waker>,
+    waiting: VecDeque<Waiting>,
     /// The earliest deadline of those who went to sleep since the last alarm; `None` without sleepers or clock.
     alarm_ns: Option<u64>,
 }
@@ -69,14 +75,14 @@ impl Sleepers {
     }
 
     /// Returns the waker, where it is there already or there is no room for it.
-    fn push(&mut self, waker: Waker) -> Result<(), (Waker, bool)> {
-        if self.waiting.iter().any(|known| known.will_wake(&waker)) {
+    fn push(&mut self, waker: Waker, need: Need) -> Result<(), (Waker, bool)> {
+        if self.waiting.iter().any(|known| known.need == need && known.waker.will_wake(&waker)) {
             return Err((waker, true));
         }
         if self.waiting.len() == MAX_WAITING {
             return Err((waker, false));
         }
-        self.waiting.push_back(waker);
+        self.waiting.push_back(Waiting { waker, need });
         Ok(())
     }
 
@@ -121,8 +127,15 @@ pub(crate) enum Wake {
 impl State {
     /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free.
     pub(crate) fn wake_due(&self) -> Wake {
-        let slot_due = !self.sleepers.waiting.is_empty() && self.can_send(Need::Slot);
+        let slot_due = self.sleepers.waiting.iter().any(|one| self.can_send(one.need));
         if self.requests.has_due() || slot_due { Wake::Due } else { Wake::Nobody }
+    }
+
+    /// The next of those who wait for a slot and can have one, or of all.
+    fn take_waiting(&mut self, all: bool) -> Option<Waker> {
+        let called = |one: &Waiting| all || self.can_send(one.need);
+        let index = self.sleepers.waiting.iter().position(called)?;
+        self.sleepers.waiting.remove(index).map(|one| one.waker)
     }
 
     /// Without sleepers the device need not interrupt: whoever blocks looks by himself.
@@ -373,7 +386,7 @@ impl<P: Platform> Shared<P> {
         let clone = waker.clone();
         let (pushed, asleep, wake) = {
             let mut state = self.state.lock();
-            let pushed = state.sleepers.push(clone);
+            let pushed = state.sleepers.push(clone, need);
             state.sleepers.set_alarm(deadline.ends_ns);
             state.requests.want_interrupts(Interrupts::Wanted);
             state.drain();
@@ -422,12 +435,7 @@ impl<P: Platform> Shared<P> {
         }
         let waiting = self.state.lock().sleepers.waiting.len();
         for _ in 0..waiting {
-            let waker = {
-                let mut state = self.state.lock();
-                let free = all || state.can_send(Need::Slot);
-                if free { state.sleepers.waiting.pop_front() } else { None }
-            };
-            let Some(waker) = waker else { break };
+            let Some(waker) = ({ self.state.lock().take_waiting(all) }) else { break };
             waker.wake();
         }
     }

@@ -337,3 +337,26 @@ fn wakers_may_use_the_driver() {
     task.finish().unwrap();
     assert!(bench.reaches(AT) && bench.reaches(page(1)) && bench.machine.reaches(EP, AT.get()));
 }
+
+/// Fails when one PROBE that waits for another's answer is woken by whatever slot is free: it never sleeps.
+#[test]
+fn a_probe_sleeps_until_the_area_is_free() {
+    let bench = Bench::new();
+    let third = virtio_iommu::EndpointId::new(11);
+    bench.machine.device().add_endpoint(virtio_iommu_model::Endpoint::x86(third.get()));
+    let mut first = Task::new(bench.viommu.attach_async(super::UNKNOWN, &bench.other));
+    let mut second = Task::new(bench.viommu.attach_async(third, &bench.other));
+    bench.hold_all();
+    first.sleep();
+    second.sleep();
+    bench.viommu.poll();
+    assert_eq!((first.wakes(), second.wakes()), (0, 0));
+    bench.serve();
+    assert_eq!(first.wakes(), 1);
+    first.sleep();
+    assert_eq!(second.wakes(), 1, "the area came free");
+    bench.hold_none();
+    bench.serve();
+    first.finish().unwrap();
+    second.finish().unwrap();
+}
