@@ -125,8 +125,12 @@ pub(crate) enum Wake {
 }
 
 impl State {
-    /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free.
-    pub(crate) fn wake_due(&self) -> Wake {
+    /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free. All, when it turned out broken.
+    pub(crate) fn wake_due(&mut self) -> Wake {
+        if self.dead.is_none() && self.requests.broken().is_some() {
+            self.dead = self.requests.broken();
+            return Wake::All;
+        }
         let slot_due = self.sleepers.waiting.iter().any(|one| self.can_send(one.need));
         if self.requests.has_due() || slot_due { Wake::Due } else { Wake::Nobody }
     }

@@ -148,6 +148,31 @@ fn a_configuration_interrupt_is_not_lost_behind_another() {
     assert_eq!(quarantined(tasks[0].finish()), RequestError::NeedsReset);
 }
 
+/// Fails when `wake_due` does not look whether the ring broke: only whoever blocks finds out.
+#[test]
+fn a_broken_ring_wakes_all_sleepers() {
+    let (machine, viommu, work) = interposed(When::After);
+    let domain = viommu.create_domain(Default::default()).unwrap();
+    viommu.attach(crate::support::EP, &domain).unwrap();
+    let phys = machine.memory(PAGE).phys;
+    // SAFETY: the test's own memory, which is never reused.
+    let map = |at| Task::new(unsafe { domain.map_at_async(at, phys, PAGE, RW) });
+    let (mut sleeper, mut other) = (map(AT), map(page(1)));
+    machine.inject([Inject::Hold(virtio_iommu_model::Execute::AtRelease), Inject::UsedJump(300)]);
+    sleeper.sleep();
+    let (bell, other_cpu) = (sleeper.bell.clone(), viommu.clone());
+    work.run_next(move || {
+        other_cpu.poll();
+        assert_eq!(bell.wakes(), 1, "the poll drained what broke the ring");
+    });
+    let broken = |error| matches!(error, RequestError::RingBroken { .. });
+    assert!(broken(quarantined(other.finish())));
+    assert_eq!(sleeper.wakes(), 1);
+    assert!(broken(quarantined(sleeper.finish())));
+    assert!(broken(refused(map(page(2)).finish())));
+    machine.take_violations();
+}
+
 /// Fails when `end` wakes nobody.
 #[test]
 fn a_shutdown_wakes_all_sleepers() {
