@@ -142,6 +142,11 @@ impl State {
         self.sleepers.waiting.remove(index).map(|one| one.waker)
     }
 
+    /// Whether nothing is answered any more. Nobody falls asleep then: all who slept were woken.
+    fn is_hopeless(&self) -> bool {
+        self.dead.is_some() || self.requests.broken().is_some()
+    }
+
     /// Without sleepers the device need not interrupt: whoever blocks looks by himself.
     fn rest_if_nobody_sleeps(&mut self) {
         if self.requests.sleepers() == 0 && self.sleepers.waiting.is_empty() {
@@ -188,7 +193,7 @@ enum Look {
 impl<P: Platform> InFlight<'_, P> {
     fn poll(&mut self, waker: &Waker, each: &mut impl FnMut(&mut State, Op, Outcome)) -> Poll<()> {
         let shared = self.shared;
-        // Bounded: falling asleep fails only when there is something to take.
+        // Bounded: falling asleep fails only when there is something to take, or no hope.
         loop {
             match self.look(each) {
                 Look::Done => return Poll::Ready(()),
@@ -221,10 +226,9 @@ impl<P: Platform> InFlight<'_, P> {
             while let Some((op, outcome)) = state.requests.take(&mut self.batch) {
                 each(&mut state, op, outcome);
             }
-            let hopeless = state.requests.broken().is_some() || state.dead.is_some();
             let found = match self.batch.is_empty() {
                 true => Look::Done,
-                false if hopeless => Look::Hopeless,
+                false if state.is_hopeless() => Look::Hopeless,
                 false => Look::Waiting,
             };
             (found, waker, state.wake_due())
@@ -234,7 +238,8 @@ impl<P: Platform> InFlight<'_, P> {
         found
     }
 
-    /// Leaves the waker with the batch's first request. False if the device is done with that meanwhile.
+    /// Leaves the waker with the batch's first request. False if the device is done with that meanwhile, or with
+    /// everything.
     fn sleep(&mut self, waker: &Waker) -> bool {
         let waker = waker.clone();
         let (old, asleep, wake) = {
@@ -244,7 +249,8 @@ impl<P: Platform> InFlight<'_, P> {
             state.requests.want_interrupts(Interrupts::Wanted);
             // What the device did before it saw that we want to be interrupted.
             state.drain();
-            (old, !state.requests.is_done(&self.batch), state.wake_due())
+            let wake = state.wake_due();
+            (old, !state.is_hopeless() && !state.requests.is_done(&self.batch), wake)
         };
         drop(old);
         self.shared.wake(wake);
@@ -340,7 +346,7 @@ impl<P: Platform> Shared<P> {
         let mut deadline = Deadline::new();
         let mut work = Some(work);
         poll_fn(|context| {
-            // Bounded: falling asleep fails only when there is a slot.
+            // Bounded: falling asleep fails only when there is a slot, or no hope.
             loop {
                 if let Some(result) = self.try_with_slot(need, &mut work) {
                     return Poll::Ready(result);
@@ -385,7 +391,7 @@ impl<P: Platform> Shared<P> {
         result
     }
 
-    /// False where a slot came free meanwhile.
+    /// False where a slot came free meanwhile, or none will.
     fn sleep_for_slot(&self, need: Need, waker: &Waker, deadline: &Deadline) -> bool {
         let clone = waker.clone();
         let (pushed, asleep, wake) = {
@@ -394,7 +400,8 @@ impl<P: Platform> Shared<P> {
             state.sleepers.set_alarm(deadline.ends_ns);
             state.requests.want_interrupts(Interrupts::Wanted);
             state.drain();
-            (pushed, !state.can_send(need), state.wake_due())
+            let wake = state.wake_due();
+            (pushed, !state.is_hopeless() && !state.can_send(need), wake)
         };
         if let Err((spare, known)) = pushed {
             drop(spare);

@@ -188,3 +188,24 @@ fn a_shutdown_wakes_all_sleepers() {
     assert_eq!(refused(bench.map_at(page(3)).finish()), RequestError::ShutDown);
     assert_eq!(bench.machine.release(Release::All), 0);
 }
+
+/// All are woken between the driver's look and the sleep of one more. Fails when `sleep` or `sleep_for_slot` sleeps although
+/// nothing is answered any more.
+#[test]
+fn nobody_falls_asleep_after_all_were_woken() {
+    for slots in [2, 1] {
+        let bench = Bench::with_slots(slots);
+        let (mut first, mut second) = (bench.map_at(AT), bench.map_at(page(1)));
+        bench.hold_all();
+        first.sleep();
+        let (device, other_cpu) = (bench.machine.handle(), bench.viommu.clone());
+        second.bell.on_clone(move || {
+            device.fail();
+            other_cpu.on_interrupt();
+            other_cpu.poll();
+        });
+        let result = second.finish();
+        let error = if slots == 2 { quarantined(result) } else { refused(result) };
+        assert_eq!((error, first.wakes()), (RequestError::NeedsReset, 1));
+    }
+}
