@@ -153,6 +153,25 @@ impl Device {
         count
     }
 
+    /// Answers every held request that was not executed with this status, and forgets it. Returns how many they were.
+    pub fn refuse_held(&mut self, status: u8, mem: &mut dyn GuestMemory) -> usize {
+        if !self.is_running() {
+            return 0;
+        }
+        let (refused, kept) =
+            core::mem::take(&mut self.held).into_iter().partition(|held| held.reply.is_none());
+        self.held = kept;
+        let refused: Vec<HeldRequest> = refused;
+        let count = refused.len();
+        for held in refused {
+            if let Ok(reply) = self.reply_to(&held.chain, Inject::Refuse(status), mem) {
+                self.answer(&held.chain, u32::from(held.chain.head), &reply, mem);
+            }
+        }
+        self.interrupt_if_due(REQUEST_QUEUE, mem);
+        count
+    }
+
     fn answer_held(&mut self, held: HeldRequest, mem: &mut dyn GuestMemory) {
         let reply = match held.reply {
             Some(reply) => Ok(reply),

@@ -42,6 +42,7 @@ impl<P: Platform> Endpoint<P> {
         options: EndpointOptions,
     ) -> Result<Self, DmaError> {
         let faulting = domain.allocate(viommu.granule(), options.limit, 1)?;
+        let mut unused = Unused { domain: domain.clone(), range: Some(faulting) };
         let mut endpoint = Self { viommu, id, domain, limit: options.limit, faulting, bounce: None };
         if options.bounce_bytes > 0 {
             let pages = match endpoint.alloc_coherent_async(options.bounce_bytes).await {
@@ -58,6 +59,7 @@ impl<P: Platform> Endpoint<P> {
             let pool = unsafe { BouncePool::new(pages.ptr, len, range.start(), granule) };
             endpoint.bounce = Some((pool, range));
         }
+        unused.range = None;
         Ok(endpoint)
     }
 
@@ -232,6 +234,20 @@ impl<P: Platform> Endpoint<P> {
         let unmapping = (!foreign).then(|| self.domain.unmap_range(mapping.range));
         let not_mapped = UnmapError::NotMapped(mapping.iova);
         async move { unmapping.ok_or(not_mapped)?.await }
+    }
+}
+
+/// Addresses on their way into an endpoint. They are free again where they do not get there.
+struct Unused<P: Platform> {
+    domain: Domain<P>,
+    range: Option<IovaRange>,
+}
+
+impl<P: Platform> Drop for Unused<P> {
+    fn drop(&mut self) {
+        if let Some(range) = self.range {
+            self.domain.give_back(range);
+        }
     }
 }
 

@@ -177,6 +177,11 @@ impl Machine {
         self.device().release(which, &mut self.0.ram.clone())
     }
 
+    /// Answers requests that are held back, and were not executed, with this status.
+    pub(crate) fn refuse_held(&self, status: u8) -> usize {
+        self.device().refuse_held(status, &mut self.0.ram.clone())
+    }
+
     /// Sends raw bytes on the event queue.
     pub(crate) fn push_event(&self, record: &[u8]) {
         self.device().push_event(&mut self.0.ram.clone(), record);
