@@ -190,6 +190,17 @@ impl Engine {
         self.released += released;
     }
 
+    /// The same for what is to be unmapped apart.
+    pub(super) fn disown_apart(&mut self, key: DomainKey, range: IovaRange) {
+        let Some(domain) = self.domain_mut(key) else { return };
+        domain.mappings.retain_in(range, |record| {
+            if record.state == MappingState::Apart {
+                record.state = MappingState::Quarantined { in_flight: false };
+            }
+            true
+        });
+    }
+
     /// Whether unmapping takes no request, since the domain died.
     pub(crate) fn is_gone(&mut self, key: DomainKey, range: IovaRange) -> bool {
         let records = self.domain_mut(key).and_then(|domain| domain.mappings.whole(range));

@@ -39,11 +39,11 @@ impl Engine {
         }
     }
 
-    /// Whoever sent it went away after its answer came.
-    pub(crate) fn disown_op(&mut self, op: Op) {
-        // What a MAP made its list knows.
-        if let Op::Unmap { domain, range } = op {
-            self.disown(domain, range);
+    /// Whoever sent it went away after its answer came: what he would have unmapped apart is in quarantine. Where the
+    /// answer was another, the addresses may be somebody else's by now. What a MAP made its list knows.
+    pub(crate) fn disown_op(&mut self, op: Op, outcome: Outcome) {
+        if let (Op::Unmap { domain, range }, Err(RequestError::Refused(Status::Range))) = (op, outcome) {
+            self.disown_apart(domain, range);
         }
     }
 

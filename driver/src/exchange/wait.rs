@@ -294,7 +294,7 @@ impl<P: Platform> Drop for InFlight<'_, P> {
     /// The operation was dropped before its answers were there.
     fn drop(&mut self) {
         if !self.batch.is_empty() {
-            self.give_up(false, &mut |state, op, _| state.engine.disown_op(op));
+            self.give_up(false, &mut |state, op, outcome| state.engine.disown_op(op, outcome));
         }
     }
 }

@@ -6,6 +6,7 @@
 mod dropped;
 mod ends;
 mod kinds;
+mod races;
 mod twins;
 mod wakes;
 
