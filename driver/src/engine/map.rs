@@ -1,6 +1,6 @@
 //! Mapping and unmapping.
 
-use super::mapping::{Mapping, MappingState};
+use super::mapping::{ListId, Mapping, MappingState};
 use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
@@ -88,12 +88,18 @@ impl Engine {
         domain.check(&self.geometry, (start, len), phys, prot)
     }
 
+    /// Names the mappings that are made next, so that they can be told from others.
+    pub(crate) fn begin_list(&mut self) -> ListId {
+        self.lists += 1;
+        ListId(self.lists)
+    }
+
     /// Records a mapping of a range that was allocated or taken, and gives the request for it. On an error the
     /// range is still the caller's to give back.
     pub(crate) fn begin_map(
         &mut self,
         key: DomainKey,
-        range: IovaRange,
+        (list, range): (ListId, IovaRange),
         phys: PhysAddr,
         prot: Prot,
         held: &mut Option<HeldMemory>,
@@ -105,6 +111,7 @@ impl Engine {
             range,
             phys,
             prot,
+            list,
             state: MappingState::Mapping,
             on_device: true,
             counted: false,
@@ -167,11 +174,21 @@ impl Engine {
     /// Nobody is left who could unmap what is live in `range`, or wait for what is half-way: it is in quarantine.
     /// What the device refused goes.
     pub(crate) fn disown(&mut self, key: DomainKey, range: IovaRange) {
+        self.disown_those(key, range, |_| true);
+    }
+
+    /// The same for what was made with a list.
+    pub(crate) fn disown_list(&mut self, key: DomainKey, range: IovaRange, list: ListId) {
+        self.disown_those(key, range, |record| record.list == list);
+    }
+
+    fn disown_those(&mut self, key: DomainKey, range: IovaRange, those: impl Fn(&Mapping) -> bool) {
         let Some(domain) = self.domain_mut(key) else { return };
         let iova = &mut domain.iova;
         let mut released = 0;
         domain.mappings.retain_in(range, |record| {
             match record.state {
+                _ if !those(record) => {}
                 MappingState::Live | MappingState::Apart => {
                     record.state = MappingState::Quarantined { in_flight: false };
                 }
@@ -228,13 +245,17 @@ impl Engine {
         Some((request, Op::Replay { domain: key, range }, start))
     }
 
-    /// The first of a failed list's mappings in `range`, all of which are the list's: one that the device refused,
-    /// whose record goes, or one to be unmapped, with those that touch it.
-    pub(crate) fn next_unmade(&mut self, key: DomainKey, range: IovaRange) -> Option<Unmade> {
+    /// The first of a failed list's mappings in `range`: one that the device refused, whose record goes, or one to be
+    /// unmapped, with those of the list that touch it.
+    pub(crate) fn next_unmade(
+        &mut self,
+        key: DomainKey,
+        (list, range): (ListId, IovaRange),
+    ) -> Option<Unmade> {
         let domain = self.domain_mut(key)?;
+        let listed = |record: &&Mapping| record.list == list && range.contains(record.range);
         let made = |record: &&Mapping| {
-            range.contains(record.range)
-                && matches!(record.state, MappingState::Live | MappingState::Returned)
+            listed(record) && matches!(record.state, MappingState::Live | MappingState::Returned)
         };
         let (state, first) = domain.mappings.iter().find(made).map(|record| (record.state, record.range))?;
         if state == MappingState::Returned {
@@ -243,7 +264,7 @@ impl Engine {
             return Some(Unmade::Refused { range: first, memory });
         }
         let live = domain.mappings.iter().filter(|record| record.state == MappingState::Live);
-        let touching = live.filter(|record| range.contains(record.range)).fold(first, |run, record| {
+        let touching = live.filter(listed).fold(first, |run, record| {
             let touches = run.last().checked_add(1) == Some(record.range.start());
             IovaRange::new(run.start(), record.range.last()).filter(|_| touches).unwrap_or(run)
         });

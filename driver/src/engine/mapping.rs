@@ -43,10 +43,17 @@ pub(crate) enum MappingState {
     Returned,
 }
 
+/// Names a list of mappings that are made together, and rolled back together: what lies at their addresses by then may be
+/// another's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ListId(pub(super) u64);
+
 pub(crate) struct Mapping {
     pub range: IovaRange,
     pub phys: PhysAddr,
     pub prot: Prot,
+    /// What it was made with.
+    pub list: ListId,
     pub state: MappingState,
     /// Whether the device may have it. False when the domain died since.
     pub on_device: bool,
@@ -191,6 +198,7 @@ mod tests {
                 range: *range,
                 phys: PhysAddr::new(0),
                 prot: Prot::READ,
+                list: ListId(0),
                 state: MappingState::Live,
                 on_device: true,
                 counted: false,

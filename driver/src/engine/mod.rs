@@ -21,7 +21,7 @@ pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Unmade, UnmapPlan};
-pub(crate) use mapping::Mapping;
+pub(crate) use mapping::{ListId, Mapping};
 pub(crate) use recover::Revival;
 
 use crate::addr::IovaRange;
@@ -161,6 +161,8 @@ pub(crate) struct Engine {
     released: usize,
     /// Faults of endpoints that are not known.
     strangers: FaultWindow,
+    /// Lists that were begun.
+    lists: u64,
 }
 
 impl Engine {
@@ -178,6 +180,7 @@ impl Engine {
             confirmed: Confirmed::default(),
             released: 0,
             strangers: FaultWindow::default(),
+            lists: 0,
         }
     }
 

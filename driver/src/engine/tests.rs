@@ -13,6 +13,7 @@ use alloc::sync::Arc;
 
 const EP: EndpointId = EndpointId::new(8);
 const EP2: EndpointId = EndpointId::new(9);
+const LIST: ListId = ListId(0);
 const TIMED_OUT: RequestError = RequestError::TimedOut;
 const REFUSED: RequestError = RequestError::Refused(Status::NoMem);
 
@@ -61,7 +62,7 @@ impl Engine {
     fn sent_map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) -> Op {
         self.take(key, range).unwrap();
         let mut held = held;
-        self.begin_map(key, range, PhysAddr::new(0), Prot::READ, &mut held).unwrap().1
+        self.begin_map(key, (LIST, range), PhysAddr::new(0), Prot::READ, &mut held).unwrap().1
     }
 
     fn map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) {
@@ -175,7 +176,7 @@ fn memory_of_a_refused_map_goes_to_its_lender_only() {
     assert_eq!(engine.state(key, at), Some(MappingState::Returned));
     assert!(engine.take_any_released().is_none());
     assert!(!engine.is_free(key, at), "others must not get the address while the list is rolled back");
-    let Some(Unmade::Refused { memory: Some(_), .. }) = engine.next_unmade(key, range(1, 2)) else {
+    let Some(Unmade::Refused { memory: Some(_), .. }) = engine.next_unmade(key, (LIST, range(1, 2))) else {
         panic!("the memory is not there");
     };
     assert!(engine.is_free(key, at));
@@ -183,7 +184,7 @@ fn memory_of_a_refused_map_goes_to_its_lender_only() {
     let op = engine.sent_map(key, at, held());
     engine.lose(op);
     engine.answer_late(op, Err(REFUSED));
-    assert!(engine.next_unmade(key, at).is_none() && engine.take_any_released().is_some());
+    assert!(engine.next_unmade(key, (LIST, at)).is_none() && engine.take_any_released().is_some());
 }
 
 /// I1: fails when `revoke_if_empty` takes what is in flight for gone, or does not look at the bypass.

@@ -4,7 +4,7 @@ use super::unmap::unmap;
 use super::{Need, Shared, State};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{DomainKey, Engine, Op, Unmade};
+use crate::engine::{DomainKey, Engine, ListId, Op, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::prot::Prot;
@@ -24,6 +24,8 @@ const MAX_RENUMBERINGS: usize = 8;
 
 /// What of a list is not begun yet: runs, and the addresses for them.
 struct Rest<I> {
+    /// What is begun goes by this name. There is none before anything is.
+    list: Option<ListId>,
     runs: I,
     range: Option<IovaRange>,
 }
@@ -32,7 +34,7 @@ struct Rest<I> {
 struct List<'a, P: Platform, I: Iterator<Item = Run> + Clone> {
     shared: &'a Shared<P>,
     key: DomainKey,
-    /// Whose records are the list's alone.
+    /// Where its records are. Once one is of unknown outcome, others' may be among them.
     owned: Option<IovaRange>,
     rest: Rest<I>,
 }
@@ -44,8 +46,8 @@ impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
         }
         let parts = self.rest.runs.clone().count();
         let mut state = self.shared.state.lock();
-        if let Some(owned) = self.owned {
-            state.engine.disown(self.key, owned);
+        if let (Some(list), Some(owned)) = (self.rest.list, self.owned) {
+            state.engine.disown_list(self.key, owned, list);
         }
         if let Some(range) = self.rest.range {
             state.engine.give_back(self.key, range, parts);
@@ -93,7 +95,7 @@ async fn map_once<P: Platform>(
     prot: Prot,
     held: &mut Option<HeldMemory>,
 ) -> Result<(), MapError> {
-    let rest = Rest { runs, range: Some(range) };
+    let rest = Rest { list: None, runs, range: Some(range) };
     let mut list = List { shared, key, owned: Some(range), rest };
     let mut result = Ok(());
     let mut unknown = None;
@@ -138,11 +140,12 @@ fn submit<P: Platform>(
 ) -> (Batch, Result<(), MapError>) {
     let mut batch = Batch::default();
     let mut begun = Ok(());
+    let list = *rest.list.get_or_insert_with(|| state.engine.begin_list());
     while state.requests.can_submit(false) {
         let (Some(run), Some(free)) = (rest.runs.clone().next(), rest.range) else { break };
         let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
         let request = part.ok_or(MapError::Empty).and_then(|part| {
-            let begun = state.engine.begin_map(key, part, run.phys, prot, held);
+            let begun = state.engine.begin_map(key, (list, part), run.phys, prot, held);
             begun.map(|(request, op)| (part, request, op))
         });
         match request {
@@ -170,8 +173,8 @@ async fn roll_back<P: Platform>(
     let (shared, key) = (list.shared, list.key);
     let mut result = Ok(());
     // Bounded: each round goes on behind a record.
-    while let Some(owned) = list.owned {
-        let unmade = { shared.state.lock().engine.next_unmade(key, owned) };
+    while let (Some(id), Some(owned)) = (list.rest.list, list.owned) {
+        let unmade = { shared.state.lock().engine.next_unmade(key, (id, owned)) };
         let Some(unmade) = unmade else { break };
         match unmade {
             Unmade::Refused { range, memory } => {

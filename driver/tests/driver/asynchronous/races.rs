@@ -87,3 +87,61 @@ fn an_unmap_that_is_dropped_after_its_answer_spares_who_maps_there_next() {
     assert_owned(&bench, AT);
     bench.assert_nothing_left();
 }
+
+/// Fails when the roll-back takes all records in the list's addresses for the list's: what became of one whose outcome was
+/// unknown another CPU can settle, and use the addresses, before whoever sent it looks.
+#[test]
+fn the_roll_back_of_a_map_of_unknown_outcome_spares_who_maps_there_next() {
+    let (machine, viommu, work) = interposed(When::After);
+    let domain = viommu.create_domain(Default::default()).unwrap();
+    viommu.attach(EP, &domain).unwrap();
+    let phys = machine.memory(PAGE).phys;
+    machine.inject([Inject::UsedLen(0)]);
+    let (other_cpu, others_domain) = (viommu.clone(), domain.clone());
+    let reclaimed = Arc::new(Mutex::new(0));
+    let result = Arc::clone(&reclaimed);
+    work.run_next(move || {
+        other_cpu.poll();
+        *result.lock().unwrap() = other_cpu.reclaim();
+        // SAFETY: the test's own memory, which is never reused.
+        unsafe { others_domain.map_at(AT, phys, PAGE, RW) }.unwrap();
+    });
+    // SAFETY: as above.
+    let mapped = unsafe { domain.map_at(AT, phys, PAGE, RW) };
+    assert!(matches!(mapped, Err(MapError::Quarantined { .. })), "{mapped:?}");
+    assert_eq!(*reclaimed.lock().unwrap(), 1);
+    assert!(machine.reaches(EP, AT.get()), "the other's mapping was unmapped");
+    // SAFETY: mapped above.
+    assert_eq!(unsafe { domain.unmap(AT, PAGE) }, Ok(()));
+    assert_eq!((viommu.stats().quarantined_mappings, domain.mapping_count()), (0, 0));
+}
+
+/// A dropped MAP is refused, and its address mapped by another CPU, between the drop of its request and of its list. Fails
+/// when the list takes all records in its addresses for its own.
+#[test]
+fn a_map_that_is_dropped_in_flight_spares_who_maps_there_next() {
+    let one = Config { max_mappings: 1, ..Config::default() };
+    let bench = Bench::on(Machine::new(one), Options { queue_size: 16, ..Machine::options() });
+    let (mut dropped, mut sleeper) = (bench.map_at(AT), bench.map_at(ELSEWHERE));
+    bench.hold_all();
+    sleeper.sleep();
+    dropped.sleep();
+    bench.hold_none();
+    // Dropping drains this answer, and wakes the sleeper in the middle.
+    bench.machine.release(Release::Oldest);
+    let (device, other_cpu) = (bench.machine.handle(), bench.viommu.clone());
+    let (domain, phys) = (bench.domain.clone(), bench.phys(1));
+    sleeper.bell.on_wake(move || {
+        assert_eq!(device.release(Release::All), 1, "refused: the sleeper has the only mapping");
+        other_cpu.poll();
+        // SAFETY: the sleeper's mapping, which nobody uses.
+        unsafe { domain.unmap(ELSEWHERE, PAGE) }.unwrap();
+        // SAFETY: the test's own memory, which is never reused.
+        unsafe { domain.map_at(AT, phys, PAGE, RW) }.unwrap();
+    });
+    drop(dropped);
+    assert_eq!(sleeper.wakes(), 1);
+    assert_owned(&bench, AT);
+    let _ = sleeper.finish();
+    bench.assert_nothing_left();
+}
