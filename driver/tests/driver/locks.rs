@@ -1,13 +1,16 @@
 //! The lock, and what map and unmap may not do (I11). That nothing forbidden happens under it is checked at the end
 //! of every test, see [`Machine`](crate::support::Machine); here is that the check would see it.
 
+use std::future::Future;
+use std::pin::pin;
+use std::task::{Context, Poll};
 use std::thread;
 
 use virtio_iommu::{Direction, DmaDevice, EndpointOptions, Iova, PhysAddr, PhysSegment, Platform, RawLock};
 use virtio_iommu_model::{Config, Execute, Inject, Release};
 
 use crate::support::{
-    ANYWHERE, Broken, EP, EP2, Machine, PAGE, RW, Rng, WatchedLock, heap_uses, take_broken,
+    ANYWHERE, Bell, Broken, EP, EP2, Machine, PAGE, RW, Rng, WatchedLock, heap_uses, outside, take_broken,
 };
 
 /// Fails when `begin_map` or `begin_unmap` allocates, or a batch does.
@@ -52,6 +55,58 @@ fn mapping_and_unmapping_use_no_heap() {
     assert_eq!(uses, 0);
 }
 
+/// Fails when a future of `map` or `unmap` uses the heap, or falling asleep, waking and being dropped do.
+#[test]
+fn futures_use_no_heap() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+    let memory = machine.memory(64 * PAGE);
+    let segments: Vec<_> = (0..20)
+        .map(|index| PhysSegment { phys: PhysAddr::new(memory.phys.get() + 2 * index * PAGE), len: 100 })
+        .collect();
+    let mut iovas = vec![Iova::new(0); segments.len()];
+    let bell = Bell::new();
+    let waker = bell.waker();
+    let context = &mut Context::from_waker(&waker);
+    let hold = || outside(|| machine.inject([Inject::Hold(Execute::Now)]));
+    // The caller's future, on the caller's stack.
+    macro_rules! finish {
+        ($future:expr) => {{
+            let mut future = pin!($future);
+            hold();
+            assert!(future.as_mut().poll(context).is_pending());
+            let before = bell.wakes();
+            outside(|| machine.release(Release::All));
+            viommu.on_interrupt();
+            viommu.poll();
+            assert_eq!(bell.wakes(), before + 1);
+            let Poll::Ready(result) = future.poll(context) else { panic!("it still waits") };
+            result.unwrap()
+        }};
+    }
+    let ((), uses) = heap_uses(|| {
+        for _ in 0..20 {
+            // SAFETY: nobody but the test uses the memory.
+            let at = finish!(unsafe { domain.map_async(memory.phys, PAGE, RW, ANYWHERE) });
+            // SAFETY: mapped above.
+            finish!(unsafe { domain.unmap_async(at, PAGE) });
+            // SAFETY: as above.
+            let list = finish!(unsafe { endpoint.map_scatter_async(&segments, Direction::Both, &mut iovas) });
+            finish!(endpoint.unmap_async(list));
+            {
+                // SAFETY: nobody but the test uses the memory, also when the outcome is unknown.
+                let mut dropped = pin!(unsafe { domain.map_async(memory.phys, PAGE, RW, ANYWHERE) });
+                hold();
+                assert!(dropped.as_mut().poll(context).is_pending());
+            }
+            outside(|| machine.release(Release::All));
+            viommu.poll();
+            assert_eq!(viommu.reclaim(), 1);
+        }
+    });
+    assert_eq!(uses, 0);
+}
+
 #[test]
 fn the_watch_sees_what_it_is_there_for() {
     let machine = Machine::new(Config::default());
@@ -63,11 +118,15 @@ fn the_watch_sees_what_it_is_there_for() {
     // SAFETY: from just above.
     unsafe { platform.dma_free(memory, 8) };
     virtio_iommu::transport::Transport::notify(&machine.transport(), 0);
+    // Cloned, dropped, and called.
+    let waker = Bell::new().waker();
+    drop(waker.clone());
+    waker.wake_by_ref();
     // SAFETY: taken above.
     unsafe { lock.release(()) };
     let broken = take_broken();
     assert!(broken.heap >= 1);
-    assert_eq!(Broken { heap: 0, ..broken }, Broken { heap: 0, doorbell: 1, relax: 1, call_out: 2 });
+    assert_eq!(Broken { heap: 0, ..broken }, Broken { heap: 0, doorbell: 1, relax: 1, call_out: 5 });
     assert_eq!(machine.take_violations().len(), 1, "a doorbell of a queue that is not there");
     assert_eq!(heap_uses(|| drop(Box::new(1))).1, 2);
 }

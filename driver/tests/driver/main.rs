@@ -19,6 +19,7 @@ mod regressions;
 mod sequences;
 mod shutdown;
 mod start;
+mod stress;
 mod support;
 mod suspend;
 mod timeouts;

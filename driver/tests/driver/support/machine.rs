@@ -250,7 +250,6 @@ impl Machine {
     }
 
     /// Ends the life of a block from [`memory`](Self::memory).
-    #[cfg(feature = "virtio-drivers")]
     pub(crate) fn give_back(&self, memory: DmaMemory) {
         self.0.ram.free(memory, 0x1_0000);
     }

@@ -20,9 +20,7 @@ pub(crate) use platform::ModelTransport;
 pub(crate) use platform::TestPlatform;
 pub(crate) use ram::POISON;
 pub(crate) use task::{Bell, Task};
-#[cfg(feature = "virtio-drivers")]
-pub(crate) use watch::outside;
-pub(crate) use watch::{Broken, WatchedHeap, WatchedLock, heap_uses, take_broken};
+pub(crate) use watch::{Broken, WatchedHeap, WatchedLock, heap_uses, outside, take_broken};
 
 use virtio_iommu::{Iova, Prot};
 
