@@ -300,7 +300,12 @@ impl<'a> Worker<'a> {
             Mine::Lent(mapping, phys) => {
                 let unmapped = run!(self, endpoint.unmap(mapping), endpoint.unmap_async(mapping));
                 if let Some(Ok(())) = unmapped {
-                    assert!(!self.world.machine.is_live(phys), "unmapped, and not back");
+                    // Another thread's `poll` may be giving it back at this moment.
+                    let since = Instant::now();
+                    while self.world.machine.is_live(phys) {
+                        assert!(since.elapsed() < STANDSTILL, "unmapped, and not back");
+                        thread::yield_now();
+                    }
                 }
             }
             Mine::Coherent(memory) => {

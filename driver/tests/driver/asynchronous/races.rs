@@ -23,7 +23,8 @@ fn assert_owned(bench: &Bench, iova: Iova) {
     assert_eq!(unsafe { bench.domain.unmap(iova, PAGE) }, Ok(()), "another's mapping is in quarantine");
 }
 
-/// Fails when `settle_map` lets go of a refused MAP's address: another CPU maps there, and the roll-back unmaps that.
+/// Fails when `settle_map` lets go of a refused MAP's address and the roll-back does not tell lists apart: another CPU maps
+/// there, and the roll-back unmaps that.
 #[test]
 fn the_roll_back_of_a_refused_map_spares_who_maps_there_next() {
     let one = Config { max_mappings: 1, ..Config::default() };

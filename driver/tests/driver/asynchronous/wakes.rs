@@ -122,9 +122,11 @@ fn run_woken<T>(bench: &Bench, tasks: Vec<Task<'_, T>>, drop_every: usize) -> us
         let mut answered = 0;
         if ended == 0 {
             answered = bench.machine.release(Release::Oldest);
-            let told = bench.viommu.on_interrupt();
-            assert_eq!(told == Interrupt::Wake, answered > 0);
-            bench.viommu.poll();
+            assert_eq!(bench.viommu.on_interrupt() == Interrupt::Wake, answered > 0);
+            // Only for its reason: a poll would make up for a wake-up that was lost.
+            if answered > 0 {
+                bench.viommu.poll();
+            }
         }
         let wakes = tasks.iter().map(|task| task.as_ref().map_or(0, Task::wakes));
         ready
@@ -165,7 +167,7 @@ fn a_woken_future_that_is_dropped_takes_no_wake_up_along() {
     }
 }
 
-/// Fails when `register` keeps the waker that was there, or `sleep` leaves one behind.
+/// Fails when `register` keeps the waker that was there, and `look` does not take it back.
 #[test]
 fn the_last_waker_counts() {
     let bench = Bench::new();
