@@ -45,14 +45,7 @@ impl<P: Platform> Endpoint<P> {
         let mut unused = Unused { domain: domain.clone(), range: Some(faulting) };
         let mut endpoint = Self { viommu, id, domain, limit: options.limit, faulting, bounce: None };
         if options.bounce_bytes > 0 {
-            let pages = match endpoint.alloc_coherent_async(options.bounce_bytes).await {
-                Ok(pages) => pages,
-                Err(error) => {
-                    // No driver ever saw the address.
-                    endpoint.domain.give_back(endpoint.faulting);
-                    return Err(error);
-                }
-            };
+            let pages = endpoint.alloc_coherent_async(options.bounce_bytes).await?;
             let (len, range) = (pages.len_bytes(), pages.mapping.range);
             let granule = endpoint.granule() as usize;
             // SAFETY: fresh memory, mapped there, that is not freed before the pool is gone.

@@ -56,7 +56,7 @@ macro_rules! shown {
     }};
 }
 
-const BOUNCE: EndpointOptions = EndpointOptions { limit: ANYWHERE, bounce_bytes: 4096 };
+const BOUNCE: EndpointOptions = EndpointOptions { limit: ANYWHERE, tag: None, bounce_bytes: 4096 };
 const SEGMENTS: usize = 6;
 
 /// Leaves the other domain dead, with two mappings.
