@@ -203,6 +203,7 @@ impl<P: Platform> Viommu<P> {
         // Whoever waits for an answer finds out that none comes.
         shared.end_while_paused(RequestError::NeedsReset);
         self.restart()?;
+        self.reintroduce();
         let mut recovered = Recovered::default();
         let mut done = None;
         // Bounded: each round goes to a later place.
@@ -243,6 +244,26 @@ impl<P: Platform> Viommu<P> {
         }
         shared.state.lock().dead = None;
         Ok(())
+    }
+
+    /// Probes the endpoints again that are in no domain (D-07). Those of domains are probed when they are readmitted.
+    fn reintroduce(&self) {
+        let shared = &self.shared;
+        let mut done = None;
+        // Bounded: each round goes to a higher number.
+        while let Some(endpoint) = { shared.state.lock().engine.next_detached(done) } {
+            done = Some(endpoint);
+            match shared.block_on(self.probe(endpoint, Need::RecoveryProbe)) {
+                Ok(mut reserved) => shared.state.lock().engine.reintroduce(endpoint, &mut reserved),
+                // Unplugged. Two statements, so that the record is dropped without the lock.
+                Err(AttachError::Request { error: RequestError::Refused(Status::NoEnt), .. }) => {
+                    let record = shared.state.lock().engine.forget(endpoint);
+                    drop(record);
+                }
+                // What it said before holds. It is not attached now, and a device that is ill is noticed below.
+                Err(error) => log::warn!("{error}"),
+            }
+        }
     }
 
     /// Puts the endpoints of a domain into it again, and its mappings.
@@ -315,11 +336,17 @@ impl<P: Platform> Viommu<P> {
 
     fn readmit(&self, endpoint: EndpointId, key: DomainKey, revival: Revival) -> Result<(), AttachError> {
         let shared = &self.shared;
-        // It was the first life's PROBE that said what is reserved (D-07).
-        let reserved = shared.block_on(self.probe(endpoint, Need::RecoveryProbe))?;
-        let old = { shared.state.lock().engine.renew_reserved(endpoint, key, &reserved) };
-        drop(old?);
         let failed = |error| AttachError::Request { endpoint, error };
+        // It was the first life's PROBE that said what is reserved (D-07).
+        match shared.block_on(self.probe(endpoint, Need::RecoveryProbe)) {
+            Ok(mut reserved) => {
+                let renewed = { shared.state.lock().engine.renew_reserved(endpoint, key, &mut reserved) };
+                renewed?;
+            }
+            // Unplugged, if ATTACH says so too: only that takes it out of its domain.
+            Err(error) if error == failed(RequestError::Refused(Status::NoEnt)) => {}
+            Err(error) => return Err(error),
+        }
         let mut outcome = self.request(|engine| engine.begin_readmission(endpoint, key));
         // A device that cannot move endpoints, and kept the old domain.
         if revival.fresh && matches!(outcome, Err(RequestError::Refused(Status::Unsupp | Status::Inval))) {

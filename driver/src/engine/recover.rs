@@ -81,21 +81,33 @@ impl Engine {
         self.endpoints.iter().find(waits).map(|record| (record.id, record.rejoin == Some(key)))
     }
 
-    /// Replaces what is reserved for an endpoint, and reserves it in its domain. Returns the old list, to be dropped
-    /// outside of the lock.
+    /// An endpoint with a number above `after` that is in no domain.
+    pub(crate) fn next_detached(&self, after: Option<EndpointId>) -> Option<EndpointId> {
+        let detached =
+            |record: &&EndpointRecord| Some(record.id) > after && record.attachment == Attachment::Detached;
+        self.endpoints.iter().find(detached).map(|record| record.id)
+    }
+
+    /// Replaces what is reserved for an endpoint that is in no domain by what is in `reserved`, to be dropped outside
+    /// of the lock.
+    pub(crate) fn reintroduce(&mut self, id: EndpointId, reserved: &mut Arc<[ReservedRegion]>) {
+        if let Some(endpoint) = self.endpoint_mut(id) {
+            core::mem::swap(&mut endpoint.reserved, reserved);
+        }
+    }
+
+    /// Replaces what is reserved for an endpoint by what is in `reserved`, to be dropped outside of the lock, and
+    /// reserves it in its domain.
     pub(crate) fn renew_reserved(
         &mut self,
         id: EndpointId,
         key: DomainKey,
-        reserved: &Arc<[ReservedRegion]>,
-    ) -> Result<Option<Arc<[ReservedRegion]>>, AttachError> {
-        let Some(endpoint) = self.endpoint_mut(id) else { return Ok(None) };
-        let old = core::mem::replace(&mut endpoint.reserved, Arc::clone(reserved));
+        reserved: &mut Arc<[ReservedRegion]>,
+    ) -> Result<(), AttachError> {
         let at = self.endpoints.binary_search_by_key(&id, |record| record.id);
-        if let Ok(at) = at {
-            self.reserve_for(at, key)?;
-        }
-        Ok(Some(old))
+        let Ok(at) = at else { return Ok(()) };
+        core::mem::swap(&mut self.endpoints[at].reserved, reserved);
+        self.reserve_for(at, key)
     }
 
     /// The request that puts an endpoint into its domain again.

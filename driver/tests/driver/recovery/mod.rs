@@ -1,5 +1,7 @@
 //! A device that stopped comes back, and nothing is given back too early meanwhile (I3, I12).
 
+mod lost;
+
 use virtio_iommu::{
     Direction, DmaDevice, DmaMapping, Domain, Endpoint, EndpointOptions, Iova, MapError, PhysAddr,
     RecoverError, RequestError, UnmapError, Viommu,
@@ -45,6 +47,11 @@ impl Bench {
     fn recover(&self) -> Result<virtio_iommu::Recovered, RecoverError> {
         // SAFETY: endpoints of a test do DMA only when it says so.
         unsafe { self.viommu.recover() }
+    }
+
+    /// Where the live mapping is.
+    fn live_at(&self) -> u64 {
+        self.live.as_ref().unwrap().iova().get()
     }
 
     fn assert_works(&mut self) {
