@@ -158,6 +158,8 @@ impl Engine {
         let request = Request::Detach { domain: domain.id, endpoint: id };
         if let Some(endpoint) = self.endpoint_mut(id) {
             endpoint.attachment = Attachment::Detaching { domain: key, was_attached };
+            // One that a recovery lost is not to come back any more; one that is attached leaves to be renumbered.
+            endpoint.rejoin = endpoint.rejoin.filter(|_| was_attached);
         }
         Ok((request, Op::Detach { endpoint: id, domain: key }))
     }
@@ -182,8 +184,9 @@ impl Engine {
         }
         domain.in_transition = true;
         for endpoint in &mut self.endpoints {
-            if endpoint.attachment == Attachment::Attached(key) {
-                endpoint.rejoin = Some(key);
+            let attached = endpoint.attachment == Attachment::Attached(key);
+            if attached || endpoint.rejoin == Some(key) {
+                endpoint.rejoin = attached.then_some(key);
             }
         }
         true

@@ -36,7 +36,7 @@ pub(crate) struct EndpointRecord {
     pub id: EndpointId,
     pub attachment: Attachment,
     pub reserved: Arc<[ReservedRegion]>,
-    /// The domain that it joins again when that got another number.
+    /// The domain that it joins again when that got another number, or when a recovery succeeds.
     pub rejoin: Option<DomainKey>,
     /// The endpoints that it cannot be isolated from: all that name the same one.
     pub group: Option<EndpointId>,

@@ -4,7 +4,7 @@ use super::mapping::{ListId, Mapping, MappingState};
 use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::error::{MapError, UnmapError};
+use crate::error::{MapError, RequestError, UnmapError};
 use crate::options::DomainKind;
 use crate::prot::Prot;
 use crate::wire::request::Request;
@@ -115,6 +115,7 @@ impl Engine {
             state: MappingState::Mapping,
             on_device: true,
             counted: false,
+            owned: false,
             held: held.take(),
         });
         let request = Request::Map { domain: domain.id, range, phys, prot };
@@ -152,15 +153,18 @@ impl Engine {
     ) -> Result<UnmapPlan, UnmapError> {
         let not_mapped = UnmapError::NotMapped(range.start());
         let domain = self.domain_mut(key).ok_or(not_mapped)?;
-        if domain.mappings.get(range.start()).is_none_or(|record| record.state != state) {
-            return Err(not_mapped);
-        }
-        let records = domain.mappings.whole(range).ok_or(UnmapError::NotWhole(range))?;
+        let starts = domain.mappings.get(range.start()).is_some_and(|record| record.state == state);
+        let Some(records) = domain.mappings.whole(range) else {
+            return Err(if starts { UnmapError::NotWhole(range) } else { not_mapped });
+        };
         if let Some(busy) = records.iter().find(|record| record.state != state) {
-            return Err(UnmapError::NotMapped(busy.range.start()));
+            let busy = UnmapError::NotMapped(busy.range.start());
+            let given_up = self.give_up_stuck(key, range, state);
+            return Err(given_up.map_or(busy, |error| UnmapError::Request { range, error }));
         }
         let gone = records.iter().all(|record| !record.on_device);
         for record in records {
+            record.owned &= state != MappingState::Live;
             record.state = MappingState::Unmapping;
         }
         if gone {
@@ -169,6 +173,28 @@ impl Engine {
         }
         let request = Request::Unmap { domain: domain.id, range };
         Ok(UnmapPlan::Send(request, Op::Unmap { domain: key, range }))
+    }
+
+    /// The owner of mappings unmaps them, some of which are in quarantine without his doing: he gives them up, so that
+    /// all are. Why, if so.
+    fn give_up_stuck(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+        state: MappingState,
+    ) -> Option<RequestError> {
+        let records = self.domain_mut(key)?.mappings.whole(range)?;
+        let his = |record: &Mapping| match state {
+            MappingState::Live => record.owned,
+            MappingState::Apart => true,
+            _ => false,
+        };
+        let stuck = records.iter().find(|record| record.is_stuck())?.state;
+        if !records.iter().all(|record| his(record) && (record.is_stuck() || record.state == state)) {
+            return None;
+        }
+        self.disown(key, range);
+        Some(if stuck == MappingState::Stranded { RequestError::Reset } else { RequestError::TimedOut })
     }
 
     /// Nobody is left who could unmap what is live in `range`, or wait for what is half-way: it is in quarantine.
@@ -187,8 +213,11 @@ impl Engine {
         let iova = &mut domain.iova;
         let mut released = 0;
         domain.mappings.retain_in(range, |record| {
+            if !those(record) {
+                return true;
+            }
+            record.owned = false;
             match record.state {
-                _ if !those(record) => {}
                 MappingState::Live | MappingState::Apart => {
                     record.state = MappingState::Quarantined { in_flight: false };
                 }
@@ -255,7 +284,9 @@ impl Engine {
         let domain = self.domain_mut(key)?;
         let listed = |record: &&Mapping| record.list == list && range.contains(record.range);
         let made = |record: &&Mapping| {
-            listed(record) && matches!(record.state, MappingState::Live | MappingState::Returned)
+            let made = matches!(record.state, MappingState::Live | MappingState::Returned)
+                || record.owned && record.is_stuck();
+            made && listed(record)
         };
         let (state, first) = domain.mappings.iter().find(made).map(|record| (record.state, record.range))?;
         if state == MappingState::Returned {
@@ -263,7 +294,7 @@ impl Engine {
             domain.iova.release(first, 1);
             return Some(Unmade::Refused { range: first, memory });
         }
-        let live = domain.mappings.iter().filter(|record| record.state == MappingState::Live);
+        let live = domain.mappings.iter().filter(|record| record.state == state);
         let touching = live.filter(listed).fold(first, |run, record| {
             let touches = run.last().checked_add(1) == Some(record.range.start());
             IovaRange::new(run.start(), record.range.last()).filter(|_| touches).unwrap_or(run)
@@ -271,10 +302,13 @@ impl Engine {
         Some(Unmade::Live(touching))
     }
 
-    /// The first mapping in `range` that waits to be unmapped by itself.
+    /// The first mapping in `range` that waits to be unmapped by itself, or cannot be any more.
     pub(crate) fn next_apart(&self, key: DomainKey, range: IovaRange) -> Option<IovaRange> {
         let mut records = self.domain(key)?.mappings.iter();
-        let apart = |record: &&Mapping| range.contains(record.range) && record.state == MappingState::Apart;
+        let apart = |record: &&Mapping| {
+            let apart = matches!(record.state, MappingState::Apart | MappingState::Stranded);
+            apart && range.contains(record.range)
+        };
         records.find(apart).map(|record| record.range)
     }
 

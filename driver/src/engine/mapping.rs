@@ -10,6 +10,9 @@
 //! When the domain dies with its last endpoint, live records stay: they are replayed (Live, Replaying, Live) when it
 //! gets an endpoint again, or go without a request when they are unmapped.
 //!
+//! One that is in quarantine although its owner did not unmap it, since mapping it again went wrong, becomes live again
+//! when it is known that the device does not have it.
+//!
 //! A record whose memory the driver holds does not go by itself: it is Released until the memory went back to its
 //! owner. One whose MAP was refused is Returned until whoever sent that took it.
 
@@ -30,7 +33,7 @@ pub(crate) enum MappingState {
     Unmapping,
     /// UNMAP for this and others was answered RANGE: whoever sent it unmaps each by itself.
     Apart,
-    /// The device may still reach the memory, and nobody uses the mapping. `in_flight` while the device owes an
+    /// The device may still reach the memory, and nobody uses the mapping, or its owner cannot. `in_flight` while the device owes an
     /// answer about it.
     Quarantined { in_flight: bool },
     /// The device was reset, and an endpoint may still reach the memory by a number that the domain does not have any
@@ -59,6 +62,8 @@ pub(crate) struct Mapping {
     pub on_device: bool,
     /// Whether its bytes are in the domain's count of mapped ones.
     pub counted: bool,
+    /// Whether somebody counts on it, who will unmap it. Such a record does not go by itself, in quarantine neither.
+    pub owned: bool,
     /// Memory that goes back to its owner when the device cannot reach it any more.
     pub held: Option<HeldMemory>,
 }
@@ -73,6 +78,11 @@ impl Mapping {
             MappingState::Quarantined { in_flight } => in_flight || self.on_device,
             MappingState::Released | MappingState::Returned => false,
         }
+    }
+
+    /// Whether it is out of use until an answer, a detachment or a recovery tells what became of it.
+    pub(crate) fn is_stuck(&self) -> bool {
+        matches!(self.state, MappingState::Quarantined { .. } | MappingState::Stranded)
     }
 
     /// Whether it has to be mapped again, since the domain died.
@@ -202,6 +212,7 @@ mod tests {
                 state: MappingState::Live,
                 on_device: true,
                 counted: false,
+                owned: true,
                 held: None,
             });
         }

@@ -300,9 +300,7 @@ impl Engine {
     /// What is in quarantine: mappings, and their bytes.
     pub(crate) fn quarantined(&self) -> (usize, u64) {
         let records = self.domains.iter().flatten().flat_map(|domain| domain.mappings.iter());
-        let stuck = records.filter(|record| {
-            matches!(record.state, MappingState::Quarantined { .. } | MappingState::Stranded)
-        });
+        let stuck = records.filter(|record| record.is_stuck());
         stuck.fold((0, 0), |(count, bytes), record| {
             (count + 1, bytes + record.range.len_bytes().unwrap_or(u64::MAX))
         })

@@ -61,7 +61,9 @@ impl Engine {
         domain.attached = 0;
         for endpoint in self.endpoints.iter_mut().filter(|endpoint| endpoint.domain() == Some(key)) {
             let attached = endpoint.attachment == Attachment::Attached(key);
-            endpoint.rejoin = attached.then_some(key);
+            // Or it was, before a recovery that lost it.
+            let lost = endpoint.rejoin == Some(key);
+            endpoint.rejoin = (attached || lost).then_some(key);
             endpoint.attachment = Attachment::Unknown { domain: key, in_flight: false };
         }
         Some(Revival { old, fresh: fresh.is_some() })
@@ -124,18 +126,16 @@ impl Engine {
     }
 
     /// Ends a revival. True if every endpoint was readmitted: what the domain had before is gone then, and its live
-    /// mappings are to be replayed. Else an endpoint may still reach it by the old number, and nothing of it is ever
-    /// given back, unless a later recovery succeeds.
+    /// mappings are to be replayed. Else an endpoint may still reach it by the old number, and nothing of it is
+    /// given back, unless a later recovery succeeds, or the domain's last endpoint leaves.
     pub(crate) fn end_revival(&mut self, key: DomainKey, revival: Revival) -> bool {
         let lost = self.next_to_readmit(key, None).is_some();
         let Some(domain) = self.domain_mut(key) else { return false };
         domain.mappings.retain_all(|record| {
-            record.state = match record.state {
-                MappingState::Live if lost => MappingState::Stranded,
-                MappingState::Quarantined { .. } if lost => MappingState::Stranded,
-                MappingState::Stranded if !lost => MappingState::Quarantined { in_flight: false },
-                state => state,
-            };
+            let there = matches!(record.state, MappingState::Live | MappingState::Apart) || record.is_stuck();
+            if lost && there && record.on_device {
+                record.state = MappingState::Stranded;
+            }
             true
         });
         if !lost {

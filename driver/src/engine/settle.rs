@@ -89,11 +89,10 @@ impl Engine {
     fn settle_map(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome, abandoned: bool) {
         match outcome {
             Ok(()) => {
-                let state = match abandoned {
-                    false => MappingState::Live,
-                    true => MappingState::Quarantined { in_flight: false },
-                };
-                self.mapped(key, range, state);
+                if let Some(record) = self.mapping_mut(key, range) {
+                    record.owned = !abandoned;
+                }
+                self.mapped(key, range);
             }
             Err(error) if error.outcome_unknown() => {
                 self.mark(key, range, MappingState::Quarantined { in_flight: false });
@@ -106,22 +105,21 @@ impl Engine {
 
     fn settle_replay(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome) {
         match outcome {
-            Ok(()) => self.mapped(key, range, MappingState::Live),
+            Ok(()) => self.mapped(key, range),
             Err(error) if error.outcome_unknown() => {
                 self.mark(key, range, MappingState::Quarantined { in_flight: false });
             }
-            // The device said no: as before the replay, which its owner may unmap.
-            Err(_) => {
-                let record = self.domain_mut(key).and_then(|domain| domain.mappings.get_mut(range.start()));
-                if let Some(record) = record {
-                    (record.state, record.on_device) = (MappingState::Live, false);
-                }
-            }
+            // The device said no: as before the replay.
+            Err(_) => self.let_go(key, range),
         }
     }
 
-    /// The device confirmed a MAP.
-    fn mapped(&mut self, key: DomainKey, range: IovaRange, state: MappingState) {
+    fn mapping_mut(&mut self, key: DomainKey, range: IovaRange) -> Option<&mut Mapping> {
+        self.domain_mut(key)?.mappings.get_mut(range.start())
+    }
+
+    /// The device confirmed a MAP. It is in quarantine if nobody counts on it any more.
+    fn mapped(&mut self, key: DomainKey, range: IovaRange) {
         self.confirmed.maps += 1;
         let Some(domain) = self.domain_mut(key) else { return };
         domain.stats.maps += 1;
@@ -129,8 +127,13 @@ impl Engine {
         domain.stats.peak_bytes = domain.stats.peak_bytes.max(domain.stats.mapped_bytes);
         if let Some(record) = domain.mappings.get_mut(range.start()) {
             record.counted = true;
-            record.state = state;
+            record.state = match record.owned {
+                true => MappingState::Live,
+                false => MappingState::Quarantined { in_flight: false },
+            };
         }
+        // A late answer: the domain may have died since.
+        self.revoke_if_empty(usize::from(key.index));
     }
 
     fn settle_unmap(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome, abandoned: bool) {
@@ -159,14 +162,20 @@ impl Engine {
         record.is_some_and(|record| record.range == range)
     }
 
-    /// The device cannot reach the memory of these records any more. Those that hold none go; the others wait
-    /// for their memory to be taken.
+    /// The device cannot reach the memory of these records any more. Those that somebody counts on stay live, to be
+    /// unmapped without a request, or mapped again; of the others those that hold no memory go, and the rest waits
+    /// for it to be taken.
     pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange) {
         let Some(domain) = self.domain_mut(key) else { return };
+        let orphaned = domain.orphaned;
         let (iova, stats) = (&mut domain.iova, &mut domain.stats);
         let mut released = 0;
         domain.mappings.retain_in(range, |record| {
             uncount(record, &mut stats.mapped_bytes);
+            if record.owned && !orphaned {
+                (record.state, record.on_device) = (MappingState::Live, false);
+                return true;
+            }
             if record.held.is_some() {
                 record.state = MappingState::Released;
                 released += 1;
@@ -196,6 +205,7 @@ impl Engine {
     fn mark_attached(&mut self, id: EndpointId, key: DomainKey) {
         if let Some(endpoint) = self.endpoint_mut(id) {
             endpoint.attachment = Attachment::Attached(key);
+            endpoint.rejoin = None;
         }
         if let Some(domain) = self.domain_mut(key) {
             domain.attached += 1;
@@ -222,8 +232,8 @@ impl Engine {
         }
     }
 
-    /// The device has none of the domain's mappings any more. Live ones stay recorded until their owners unmap them, or
-    /// they are replayed; what was in quarantine is free.
+    /// The device has none of the domain's mappings any more. Those that somebody counts on stay recorded until
+    /// their owners unmap them, or they are replayed; what else was in quarantine is free.
     pub(super) fn revoke(&mut self, index: usize) {
         let Some(domain) = self.domains[index].as_mut() else { return };
         let orphaned = domain.orphaned;
@@ -231,13 +241,15 @@ impl Engine {
         let mut released = 0;
         domain.mappings.retain_all(|record| {
             uncount(record, &mut stats.mapped_bytes);
-            if record.state == MappingState::Live {
-                record.on_device = false;
+            let settled = MappingState::Quarantined { in_flight: false };
+            let quarantined = [settled, MappingState::Stranded].contains(&record.state);
+            if quarantined && record.owned {
+                record.state = MappingState::Live;
             }
-            let quarantined = record.state == MappingState::Quarantined { in_flight: false };
+            record.on_device &= !matches!(record.state, MappingState::Live | MappingState::Apart);
             // Nobody is left who could unmap what is live in a domain without a handle.
             let unowned = orphaned && record.state == MappingState::Live;
-            if !quarantined && !unowned {
+            if !(quarantined && !record.owned || unowned) {
                 return true;
             }
             if record.held.is_some() {

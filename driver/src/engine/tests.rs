@@ -363,3 +363,105 @@ fn range_for_several_sets_them_apart() {
     assert_eq!(engine.state(key, range(1, 1)), None);
     assert_eq!(engine.state(key, range(2, 1)), Some(MappingState::Quarantined { in_flight: false }));
 }
+
+/// Loses an endpoint of the domain in a recovery.
+fn strand(engine: &mut Engine, key: DomainKey) {
+    engine.nothing_in_flight();
+    let revival = engine.begin_revival(key).unwrap();
+    let (_, op) = engine.begin_readmission(EP, key).unwrap();
+    engine.answer(op, Err(REFUSED));
+    assert!(!engine.end_revival(key, revival));
+}
+
+/// Brings it back.
+fn bring_back(engine: &mut Engine, key: DomainKey) {
+    let revival = engine.begin_revival(key).unwrap();
+    let (_, op) = engine.begin_readmission(EP, key).unwrap();
+    engine.answer(op, Ok(()));
+    assert!(engine.end_revival(key, revival));
+}
+
+fn is_stranded(result: Result<UnmapPlan, UnmapError>) -> bool {
+    matches!(result, Err(UnmapError::Request { error: RequestError::Reset, .. }))
+}
+
+/// I1: fails when mappings that are being unmapped one by one are not stranded: the UNMAP would go to a number that has
+/// none.
+#[test]
+fn a_recovery_strands_what_is_being_unmapped_apart() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    engine.map(key, range(1, 1), None);
+    engine.map(key, range(2, 1), held());
+    let op = engine.sent_unmap(key, range(1, 2));
+    engine.answer(op, Err(RequestError::Refused(Status::Range)));
+    strand(&mut engine, key);
+    // Whoever unmaps them finds out, for each.
+    for page in [1, 2] {
+        let rest = range(page, 3 - page);
+        assert_eq!(engine.next_apart(key, rest), Some(range(page, 1)));
+        assert!(is_stranded(engine.begin_unmap_apart(key, range(page, 1))));
+    }
+    bring_back(&mut engine, key);
+    assert!(engine.is_free(key, range(1, 1)), "nobody's any more");
+    assert_eq!(engine.state(key, range(2, 1)), Some(MappingState::Released));
+}
+
+/// I1: fails when a list that is rolled back does not see that a part of it is stranded: it would say that nothing is
+/// mapped.
+#[test]
+fn a_list_that_is_rolled_back_gives_up_what_is_stranded() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    engine.map(key, range(1, 1), None);
+    strand(&mut engine, key);
+    let Some(Unmade::Live(part)) = engine.next_unmade(key, range(1, 2)) else { panic!("not seen") };
+    assert!(is_stranded(engine.begin_unmap(key, part)));
+    assert!(engine.next_unmade(key, range(1, 2)).is_none());
+    bring_back(&mut engine, key);
+    assert!(engine.is_free(key, range(1, 1)));
+}
+
+/// Fails when a range of which some is stranded is refused as it is: its owner has only one handle for all of it.
+#[test]
+fn what_is_stranded_in_part_is_given_up_as_a_whole() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    engine.attach(EP2, key);
+    engine.map(key, range(1, 1), None);
+    let revival = engine.begin_revival(key).unwrap();
+    let (_, op) = engine.begin_readmission(EP, key).unwrap();
+    engine.answer(op, Ok(()));
+    assert!(!engine.end_revival(key, revival), "the other one did not come back");
+    engine.map(key, range(2, 1), None);
+    assert!(is_stranded(engine.begin_unmap(key, range(1, 2))));
+    assert_eq!(engine.state(key, range(1, 1)), Some(MappingState::Stranded));
+    let quarantined = Some(MappingState::Quarantined { in_flight: false });
+    assert_eq!(engine.state(key, range(2, 1)), quarantined);
+    // What is nobody's stays so.
+    assert_eq!(engine.begin_unmap(key, range(1, 1)), Err(UnmapError::NotMapped(range(1, 1).start())));
+}
+
+/// I1: fails when an UNMAP that nobody but `reclaim` wanted takes a mapping from its owner.
+#[test]
+fn reclaiming_a_replay_in_doubt_leaves_it_to_its_owner() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    let at = range(1, 1);
+    engine.map(key, at, held());
+    let (_, detach) = engine.begin_detach(EP).unwrap();
+    engine.answer(detach, Ok(()));
+    engine.attach(EP, key);
+    let (_, op, _) = engine.next_replay(key, None).unwrap();
+    engine.answer(op, Err(TIMED_OUT));
+    assert_eq!(engine.reclaimable(None), Some((key, at)));
+    let UnmapPlan::Send(_, op) = engine.begin_reclaim(key, at).unwrap() else { panic!("it may be mapped") };
+    engine.answer(op, Ok(()));
+    assert_eq!(engine.state(key, at), Some(MappingState::Live));
+    assert_eq!(engine.begin_unmap(key, at), Ok(UnmapPlan::Nothing));
+    assert_eq!(engine.state(key, at), Some(MappingState::Released));
+}
