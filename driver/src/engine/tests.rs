@@ -417,9 +417,9 @@ fn a_list_that_is_rolled_back_gives_up_what_is_stranded() {
     engine.attach(EP, key);
     engine.map(key, range(1, 1), None);
     strand(&mut engine, key);
-    let Some(Unmade::Live(part)) = engine.next_unmade(key, range(1, 2)) else { panic!("not seen") };
+    let Some(Unmade::Live(part)) = engine.next_unmade(key, (LIST, range(1, 2))) else { panic!("not seen") };
     assert!(is_stranded(engine.begin_unmap(key, part)));
-    assert!(engine.next_unmade(key, range(1, 2)).is_none());
+    assert!(engine.next_unmade(key, (LIST, range(1, 2))).is_none());
     bring_back(&mut engine, key);
     assert!(engine.is_free(key, range(1, 1)));
 }

@@ -1,5 +1,6 @@
 //! A device that stopped comes back, and nothing is given back too early meanwhile (I3, I12).
 
+mod futures;
 mod lost;
 
 use virtio_iommu::{
