@@ -343,6 +343,48 @@ mod tests {
         }
     }
 
+    /// Fails when an index, a used entry, or what the device wished of the first life is found in the second.
+    #[test]
+    fn a_ring_that_restarts_is_as_new() {
+        for suppression in [Suppression::Flags, Suppression::EventIndex] {
+            for interrupts in [Interrupts::Wanted, Interrupts::Unwanted] {
+                let mut ring = ring(suppression);
+                ring.set_interrupts(interrupts);
+                let new: Vec<u8> = bytes(&ring);
+                let mut index = 0;
+                for round in 0..7 {
+                    ring.push(3);
+                    let _ = ring.publish();
+                    complete(&mut ring, &mut index, round, 4);
+                    assert!(ring.pop().unwrap().is_some());
+                }
+                ring.push(2);
+                let _ = ring.publish();
+                complete(&mut ring, &mut index, 2, 4);
+                let event = ring.avail_event_offset();
+                ring.memory.write_u16(event, 0x1234);
+                let used = ring.layout.used;
+                ring.memory.write_u16(used, USED_NO_NOTIFY);
+
+                ring.restart();
+                assert_eq!(bytes(&ring), new);
+                assert_eq!(ring.pop(), Ok(None), "an answer of the first life");
+                ring.push(1);
+                assert!(ring.publish());
+                assert_eq!(ring.memory.read_u16(ring.layout.avail + 2), 1);
+                complete(&mut ring, &mut 0, 1, 4);
+                assert_eq!(ring.pop(), Ok(Some(Used { id: 1, len: 4 })));
+            }
+        }
+    }
+
+    /// All but the descriptors.
+    fn bytes(ring: &Ring) -> Vec<u8> {
+        let mut bytes = vec![0; ring.layout.len - ring.layout.avail];
+        ring.memory.read_bytes(ring.layout.avail, &mut bytes);
+        bytes
+    }
+
     #[test]
     fn a_used_index_from_nowhere_is_an_error() {
         let mut ring = ring(Suppression::Flags);

@@ -309,10 +309,16 @@ impl RequestQueue {
         Some((op, abandoned))
     }
 
-    /// Begins anew after [`forget_one`](Self::forget_one) found nothing more: the device forgot the queue.
+    /// Begins anew after [`forget_one`](Self::forget_one) found nothing more: the device forgot the queue, of which it
+    /// may have broken all that it can write.
     pub(crate) fn restart(&mut self) {
         self.ring.restart();
         self.broken = None;
+        // Also where whoever sent a PROBE did not look at what came of it yet.
+        self.probing = None;
+        for index in 0..self.slots.len() as u16 {
+            self.point_at_slot(index);
+        }
     }
 
     /// Whether the device is done with the batch's first request.

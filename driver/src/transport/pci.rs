@@ -488,6 +488,39 @@ mod tests {
         assert_eq!(error, TransportError::NoQueue { queue: 2 });
     }
 
+    /// Fails when a queue's reset is offered where its register is missing, written to another queue, or taken for done
+    /// before the device says so in both registers.
+    #[test]
+    fn a_queue_is_reset_by_its_register() {
+        let mut regions = regions(8);
+        // SAFETY: plain memory that stays.
+        let transport = unsafe { PciTransport::new(regions) }.unwrap();
+        assert!(!transport.can_reset_queues(), "56 bytes, as before virtio 1.2");
+        assert_eq!(transport.reset_queue(0), Err(TransportError::Unsupported));
+        assert_eq!(transport.queue_is_reset(0), Err(TransportError::Unsupported));
+
+        regions.common = region(64);
+        // SAFETY: plain memory that stays.
+        let transport = unsafe { PciTransport::new(regions) }.unwrap();
+        // SAFETY: inside the common region.
+        let register = |offset| unsafe { regions.common.ptr.add(offset) }.cast::<u16>();
+        let (select, enable, reset) = (register(22), register(28), register(58));
+        // SAFETY: aligned, and nothing else accesses it.
+        let write = |register: NonNull<u16>, value: u16| unsafe { register.write_volatile(value) };
+        // SAFETY: as above.
+        let read = |register: NonNull<u16>| unsafe { register.read_volatile() };
+        assert!(transport.can_reset_queues());
+        write(enable, 1);
+        transport.reset_queue(1).unwrap();
+        assert_eq!((read(select), read(reset), read(enable)), (1, 1, 1));
+        assert_eq!(transport.queue_is_reset(1), Ok(false), "under way");
+        write(reset, 0);
+        assert_eq!(transport.queue_is_reset(1), Ok(false), "not disabled yet");
+        write(enable, 0);
+        write(select, 0);
+        assert_eq!((transport.queue_is_reset(1), read(select)), (Ok(true), 1));
+    }
+
     #[test]
     fn config_is_bounded_by_its_region() {
         // SAFETY: plain memory that stays.

@@ -334,3 +334,49 @@ fn slots_are_neither_lost_nor_doubled() {
         assert_eq!(bench.free_slots().len() + waiting, usize::from(SLOTS));
     }
 }
+
+/// Fails when a slot that the device forgot is not free, counts on, or when its answer of before is taken for a new one.
+#[test]
+fn a_queue_that_the_device_forgot_begins_anew() {
+    let mut bench = bench();
+    let mut given_up = bench.submit(&[unmap(1)]);
+    assert_eq!(bench.queue.abandon(&mut given_up), Some(Op::None));
+    let mut waiting = bench.submit(&[unmap(2), PROBE]);
+    let mut answered = bench.submit(&[unmap(3)]);
+    bench.answer(3, 0);
+    assert_eq!(bench.drain(), 1);
+    // Written by the device after the driver looked for the last time.
+    bench.answer(1, 0);
+
+    let forgotten: Vec<_> = core::iter::from_fn(|| bench.queue.forget_one()).collect();
+    assert_eq!(forgotten, [(Op::None, true), (Op::None, false), (Op::None, false)]);
+    bench.queue.restart();
+    bench.used_idx = 0;
+    assert_eq!((bench.drain(), bench.queue.abandoned(), bench.queue.stray()), (0, 0, 0));
+    assert_eq!(bench.queue.take(&mut answered), Some((Op::None, Ok(()))), "that came before");
+
+    // One slot is free, and PROBE's area; the others wait for whoever sent their requests.
+    let mut probe = bench.submit(&[PROBE]);
+    bench.answer(3, 0);
+    assert_eq!(bench.drain(), 1);
+    assert_eq!(bench.queue.take(&mut probe), Some((Op::None, Ok(()))));
+    let reset = Some((Op::None, Err(RequestError::Reset)));
+    for _ in 0..2 {
+        assert_eq!(bench.queue.take(&mut waiting), reset);
+    }
+    assert!(waiting.is_empty());
+    let all: Vec<_> = (0..u64::from(SLOTS)).map(unmap).collect();
+    let _ = bench.submit(&all);
+    assert!(!bench.queue.can_submit(false));
+}
+
+/// Fails when what a device wrote over the descriptors outlives its reset.
+#[test]
+fn descriptors_are_mended() {
+    let mut bench = bench();
+    let before: Vec<_> = (0..SIZE).map(|index| bench.descriptor(index)).collect();
+    bench.queue.ring.memory_mut().write_bytes(0, &[0xee; 16 * SIZE as usize]);
+    bench.queue.restart();
+    let after: Vec<_> = (0..SIZE).map(|index| bench.descriptor(index)).collect();
+    assert_eq!(before, after);
+}
