@@ -193,8 +193,9 @@ impl<P: Platform> Viommu<P> {
                     }
                 }
             }
-            // After a shutdown the queue is nobody's.
-            let gone = state.events.is_broken() || state.dead == Some(RequestError::ShutDown);
+            // After a shutdown the queue is nobody's, and until the end of a recovery that succeeds the recovery's.
+            let ended = matches!(state.dead, Some(RequestError::ShutDown | RequestError::NeedsReset));
+            let gone = state.events.is_broken() || state.paused || ended;
             let waker = if state.faults.is_empty() { None } else { state.faults.waker.take() };
             (!gone && state.events.publish(), state.wake_due_at(now), waker)
         };

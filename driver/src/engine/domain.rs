@@ -39,6 +39,8 @@ pub(crate) struct DomainRecord {
     pub stats: DomainStats,
     /// The domain is getting another number, or its mappings again: nothing new is mapped meanwhile.
     pub in_transition: bool,
+    /// Its endpoints are coming back after a reset, so that it is worth waiting for.
+    pub reviving: bool,
     /// The embedder let go of the domain: its record goes as soon as nothing depends on it.
     pub orphaned: bool,
 }
@@ -91,7 +93,7 @@ impl DomainRecord {
         if prot.contains(Prot::MMIO) && !geometry.mmio_flag {
             return Err(MapError::NoMmioFlag);
         }
-        if self.attached == 0 || self.in_transition {
+        if (self.attached == 0 && !self.reviving) || self.in_transition {
             return Err(MapError::NoEndpoint);
         }
         if self.mappings.is_full() {

@@ -235,6 +235,7 @@ impl Engine {
             iova,
             stats: DomainStats::default(),
             in_transition: false,
+            reviving: false,
             orphaned: false,
         });
         Ok(DomainKey { index: index as u16, generation })

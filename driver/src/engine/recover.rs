@@ -58,7 +58,7 @@ impl Engine {
         let domain = self.domain_mut(key)?;
         let old = domain.id;
         domain.id = fresh.unwrap_or(old);
-        domain.attached = 0;
+        (domain.attached, domain.reviving) = (0, true);
         for endpoint in self.endpoints.iter_mut().filter(|endpoint| endpoint.domain() == Some(key)) {
             let attached = endpoint.attachment == Attachment::Attached(key);
             // Or it was, before a recovery that lost it.
@@ -131,6 +131,7 @@ impl Engine {
     pub(crate) fn end_revival(&mut self, key: DomainKey, revival: Revival) -> bool {
         let lost = self.next_to_readmit(key, None).is_some();
         let Some(domain) = self.domain_mut(key) else { return false };
+        domain.reviving = false;
         domain.mappings.retain_all(|record| {
             let there = matches!(record.state, MappingState::Live | MappingState::Apart) || record.is_stuck();
             if lost && there && record.on_device {

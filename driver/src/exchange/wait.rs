@@ -108,9 +108,14 @@ pub(crate) enum Need {
 impl State {
     /// Whether a request can be sent now.
     pub(crate) fn can_send(&self, need: Need) -> bool {
-        let recovering = matches!(need, Need::RecoverySlot | Need::RecoveryProbe);
         let probe = matches!(need, Need::Probe | Need::RecoveryProbe);
-        (recovering || !self.paused) && self.requests.can_submit(probe)
+        !self.has_to_wait(need) && self.requests.can_submit(probe)
+    }
+
+    /// Whether a recovery has to end first. Only a shutdown is final.
+    fn has_to_wait(&self, need: Need) -> bool {
+        let recovering = matches!(need, Need::RecoverySlot | Need::RecoveryProbe);
+        self.paused && !recovering && self.dead != Some(RequestError::ShutDown)
     }
 }
 
@@ -208,7 +213,9 @@ impl<P: Platform> InFlight<'_, P> {
                     self.give_up(true, each);
                     return Poll::Ready(());
                 }
-                shared.doorbell.store(true, Ordering::Release);
+                // A queue that is being reset has no doorbell.
+                let paused = { shared.state.lock().paused };
+                shared.doorbell.fetch_or(!paused, Ordering::Release);
                 shared.ring();
             }
             if !is_asleep(waker) || self.sleep(waker) {
@@ -300,7 +307,7 @@ impl<P: Platform> Drop for InFlight<'_, P> {
 }
 
 impl<P: Platform> Shared<P> {
-    fn needs_reset(&self) -> bool {
+    pub(crate) fn needs_reset(&self) -> bool {
         self.transport.status().contains(DeviceStatus::NEEDS_RESET)
     }
 
@@ -376,6 +383,7 @@ impl<P: Platform> Shared<P> {
                 wake = state.wake_due();
             }
             let result = match (state.dead, state.requests.broken()) {
+                _ if state.has_to_wait(need) => None,
                 (Some(dead), _) => Some(Err(dead)),
                 (None, Some(broken)) => {
                     state.dead = Some(broken);
