@@ -187,6 +187,10 @@ pub enum BypassError {
     NoFeature,
     /// The driver was shut down: the device is not its own any more.
     ShutDown,
+    /// A recovery, or another change of the bypass, is under way.
+    Recovering,
+    /// The device is not started: a recovery failed.
+    NotStarted,
     /// The field could not be accessed.
     Access(TransportError),
     /// The field did not take the value that was written.
@@ -203,6 +207,8 @@ impl fmt::Display for BypassError {
         match self {
             Self::NoFeature => f.write_str("the device does not offer BYPASS_CONFIG"),
             Self::ShutDown => f.write_str("the driver was shut down"),
+            Self::Recovering => f.write_str("a recovery is under way"),
+            Self::NotStarted => f.write_str("the device is not started, since a recovery failed"),
             Self::Access(error) => write!(f, "cannot access bypass: {error}"),
             Self::Stuck { wrote, reads } => {
                 write!(f, "bypass reads {reads:#x} after {wrote:#x} was written")

@@ -47,7 +47,7 @@ pub enum RecoverError {
     Busy,
     /// RING_RESET was not negotiated: only [`Viommu::recover`] helps.
     NoRingReset,
-    /// The device asks for a reset of all of it: [`Viommu::recover`].
+    /// The device asks for a reset of all of it, maybe again: [`Viommu::recover`].
     NeedsReset,
     /// A queue could not be reset or enabled again.
     Queue(TransportError),
@@ -88,10 +88,10 @@ impl fmt::Display for RecoverError {
 impl core::error::Error for RecoverError {}
 
 /// As long as it exists all but the recovery wait.
-struct Pause<'a, P: Platform>(&'a Shared<P>);
+pub(crate) struct Pause<'a, P: Platform>(&'a Shared<P>);
 
 impl<'a, P: Platform> Pause<'a, P> {
-    fn new(shared: &'a Shared<P>) -> Result<Self, RecoverError> {
+    pub(crate) fn new(shared: &'a Shared<P>) -> Result<Self, RecoverError> {
         let mut state = shared.state.lock();
         if state.dead == Some(RequestError::ShutDown) {
             return Err(RecoverError::ShutDown);
@@ -122,24 +122,30 @@ impl<P: Platform> Viommu<P> {
     /// [`RecoverError`]. After [`RecoverError::QueueTimedOut`] nothing is sent any more: [`recover`](Self::recover).
     pub fn reset_queues(&self) -> Result<(), RecoverError> {
         let shared = &self.shared;
-        let _pause = Pause::new(shared)?;
+        let pause = Pause::new(shared)?;
         if !self.features().contains(Features::RING_RESET) {
             return Err(RecoverError::NoRingReset);
         }
-        if shared.transport.status().contains(DeviceStatus::NEEDS_RESET) {
+        let dead = { shared.state.lock().dead };
+        let lost = dead.is_some_and(|why| !matches!(why, RequestError::RingBroken { .. }));
+        if lost || shared.needs_reset() {
             shared.end_while_paused(RequestError::NeedsReset);
             return Err(RecoverError::NeedsReset);
         }
         self.reset_queue(REQUEST_QUEUE)?;
         shared.forget_requests();
         if shared.state.lock().events.is_broken() {
-            self.reset_queue(EVENT_QUEUE)?;
+            self.reset_queue(EVENT_QUEUE).inspect_err(|_| {
+                // The other one has no ring now.
+                shared.end_while_paused(RequestError::NeedsReset);
+            })?;
             shared.state.lock().events.restart();
             self.enable_queue(EVENT_QUEUE)?;
             self.post_events();
         }
         self.enable_queue(REQUEST_QUEUE)?;
         shared.state.lock().dead = None;
+        drop(pause);
         self.collect();
         Ok(())
     }
@@ -148,15 +154,22 @@ impl<P: Platform> Viommu<P> {
         let shared = &self.shared;
         shared.transport.reset_queue(queue).map_err(RecoverError::Queue)?;
         let mut deadline = Deadline::new();
-        while !shared.transport.queue_is_reset(queue).map_err(RecoverError::Queue)? {
-            if deadline.passed(&shared.platform, &shared.options) {
-                // The device may still have what is in flight, and may not look at the queue.
-                shared.end_while_paused(RequestError::NeedsReset);
-                return Err(RecoverError::QueueTimedOut { queue });
-            }
-            shared.platform.relax();
+        loop {
+            let error = match shared.transport.queue_is_reset(queue) {
+                Ok(true) => return Ok(()),
+                Ok(false) if deadline.passed(&shared.platform, &shared.options) => {
+                    RecoverError::QueueTimedOut { queue }
+                }
+                Ok(false) => {
+                    shared.platform.relax();
+                    continue;
+                }
+                Err(error) => RecoverError::Queue(error),
+            };
+            // The device may still have what is in flight, and may not look at the queue.
+            shared.end_while_paused(RequestError::NeedsReset);
+            return Err(error);
         }
-        Ok(())
     }
 
     fn enable_queue(&self, queue: u16) -> Result<(), RecoverError> {
@@ -189,7 +202,7 @@ impl<P: Platform> Viommu<P> {
     /// endpoints of its domain came back. What was in flight ends in [`RequestError::Reset`].
     ///
     /// For a device that asks for a reset ([`RequestError::NeedsReset`]), broke its ring, or does not answer. Waits;
-    /// other operations wait meanwhile. Allocates.
+    /// other operations wait meanwhile. Allocates. Futures that are not polled keep their slots: one has to be free.
     ///
     /// # Errors
     /// [`RecoverError`]; it can be tried again. Single endpoints that did not come back are in [`Recovered::lost`].
@@ -199,7 +212,7 @@ impl<P: Platform> Viommu<P> {
     /// end of this function the device may let them reach all of memory.
     pub unsafe fn recover(&self) -> Result<Recovered, RecoverError> {
         let shared = &self.shared;
-        let _pause = Pause::new(shared)?;
+        let pause = Pause::new(shared)?;
         // Whoever waits for an answer finds out that none comes.
         shared.end_while_paused(RequestError::NeedsReset);
         self.restart()?;
@@ -211,6 +224,12 @@ impl<P: Platform> Viommu<P> {
             done = Some(place);
             self.revive(key, &mut recovered);
         }
+        if shared.needs_reset() || shared.state.lock().dead.is_some() {
+            shared.end_while_paused(RequestError::NeedsReset);
+            return Err(RecoverError::NeedsReset);
+        }
+        // What gives memory back may call the driver.
+        drop(pause);
         self.collect();
         Ok(recovered)
     }
@@ -219,6 +238,15 @@ impl<P: Platform> Viommu<P> {
     fn restart(&self) -> Result<(), RecoverError> {
         let shared = &self.shared;
         let transport = &*shared.transport;
+        let closed = {
+            let mut state = shared.state.lock();
+            // Nothing goes back on the strength of a bypass that is not known to be closed (I1).
+            state.bypass_due |= core::mem::take(&mut state.engine.bypass_closed);
+            state.bypass_due
+        };
+        if closed {
+            shared.live.store(false, Ordering::Release);
+        }
         reset(transport, &shared.platform, &shared.options).map_err(RecoverError::Start)?;
         shared.forget_requests();
         shared.state.lock().events.restart();
@@ -238,9 +266,13 @@ impl<P: Platform> Viommu<P> {
         self.enable_queue(EVENT_QUEUE)?;
         set_running(transport).map_err(RecoverError::Start)?;
         self.post_events();
-        let closed = shared.state.lock().engine.bypass_closed;
         if closed {
             self.write_bypass(0).map_err(RecoverError::Bypass)?;
+            let mut state = shared.state.lock();
+            state.bypass_due = false;
+            state.engine.close_bypass();
+            drop(state);
+            shared.live.store(true, Ordering::Release);
         }
         shared.state.lock().dead = None;
         Ok(())
@@ -308,9 +340,14 @@ impl<P: Platform> Viommu<P> {
                 let begun = state.engine.begin_detach(endpoint).ok();
                 begun.map(|(request, op)| shared.submit_one(state, &request, op))
             });
-            if let Ok(Some(batch)) = shared.block_on(begun) {
-                let left = shared.block_on(shared.finish(batch)).is_ok();
-                recovered.detached += usize::from(left);
+            let left = match shared.block_on(begun) {
+                Ok(Some(batch)) => shared.block_on(shared.finish(batch)),
+                Ok(None) => Ok(()),
+                Err(error) => Err(error),
+            };
+            match left {
+                Ok(()) | Err(RequestError::Refused(Status::NoEnt)) => recovered.detached += 1,
+                Err(error) => recovered.lost.push((endpoint, failed(endpoint)(error))),
             }
         }
     }
@@ -337,6 +374,9 @@ impl<P: Platform> Viommu<P> {
     fn readmit(&self, endpoint: EndpointId, key: DomainKey, revival: Revival) -> Result<(), AttachError> {
         let shared = &self.shared;
         let failed = |error| AttachError::Request { endpoint, error };
+        if shared.needs_reset() {
+            return Err(failed(RequestError::NeedsReset));
+        }
         // It was the first life's PROBE that said what is reserved (D-07).
         match shared.block_on(self.probe(endpoint, Need::RecoveryProbe)) {
             Ok(mut reserved) => {

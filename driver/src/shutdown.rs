@@ -4,7 +4,9 @@ use crate::error::{BypassError, DetachError, RequestError, StartError};
 use crate::exchange::Shared;
 use crate::id::EndpointId;
 use crate::platform::Platform;
+use crate::recover::{Pause, RecoverError};
 use crate::start::{give_back, reset};
+use crate::transport::DeviceStatus;
 use crate::viommu::Viommu;
 use crate::wire::config::offset;
 use crate::wire::feature::Features;
@@ -30,7 +32,7 @@ pub enum ShutdownError {
     Bypass(BypassError),
     /// The device did not finish its reset: the memory of its queues is lost.
     Reset(StartError),
-    /// A recovery is under way. The driver goes on.
+    /// A recovery is under way. The driver goes on, without the endpoints that were detached already.
     Recovering,
 }
 
@@ -73,14 +75,25 @@ impl<P: Platform> Viommu<P> {
     /// No endpoint that is not attached does DMA, or all that it may do is to memory that is meant for it.
     pub unsafe fn open_bypass(&self) -> Result<(), BypassError> {
         self.read_bypass()?;
+        let _pause = self.pause()?;
         self.expect_bypass();
         self.write_bypass(1)
+    }
+
+    /// No recovery resets the device meanwhile.
+    fn pause(&self) -> Result<Pause<'_, P>, BypassError> {
+        Pause::new(&self.shared).map_err(|error| match error {
+            RecoverError::ShutDown => BypassError::ShutDown,
+            _ => BypassError::Recovering,
+        })
     }
 
     /// Takes note that unattached endpoints may reach memory. Before the device is told, since what is released
     /// on the strength of a closed bypass must not be any more.
     fn expect_bypass(&self) {
-        self.shared.state.lock().engine.bypass_closed = false;
+        let mut state = self.shared.state.lock();
+        (state.engine.bypass_closed, state.bypass_due) = (false, false);
+        drop(state);
         self.shared.live.store(false, Ordering::Release);
     }
 
@@ -93,6 +106,8 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`BypassError`].
     pub fn close_bypass(&self) -> Result<(), BypassError> {
+        self.read_bypass()?;
+        let _pause = self.pause()?;
         self.write_bypass(0)?;
         self.shared.state.lock().engine.close_bypass();
         self.shared.live.store(true, Ordering::Release);
@@ -102,6 +117,10 @@ impl<P: Platform> Viommu<P> {
     pub(crate) fn write_bypass(&self, wrote: u8) -> Result<(), BypassError> {
         // Reading first tells a device without the feature.
         self.read_bypass()?;
+        // A recovery that failed left the device without features.
+        if !self.shared.transport.status().contains(DeviceStatus::FEATURES_OK) {
+            return Err(BypassError::NotStarted);
+        }
         self.shared.transport.write_config_u8(offset::BYPASS, wrote).map_err(BypassError::Access)?;
         let reads = self.read_bypass()?;
         if reads == wrote { Ok(()) } else { Err(BypassError::Stuck { wrote, reads }) }
@@ -121,6 +140,9 @@ impl<P: Platform> Viommu<P> {
             return Ok(());
         }
         let shared = &self.shared;
+        if shared.state.lock().paused {
+            return Err(ShutdownError::Recovering);
+        }
         let mut result = Ok(());
         let mut done: Option<EndpointId> = None;
         // Bounded: each round goes to a higher number.
@@ -130,6 +152,12 @@ impl<P: Platform> Viommu<P> {
                 result = result.and(Err(ShutdownError::Detach(error)));
             }
         }
+        // No recovery finds the bypass open, or brings the device back.
+        let _pause = match Pause::new(shared) {
+            Ok(pause) => pause,
+            Err(RecoverError::ShutDown) => return result,
+            Err(_) => return Err(ShutdownError::Recovering),
+        };
         let found = shared.bypass_found.filter(|_| leave == Leave::AsFound);
         if let Some(found) = found {
             if found != 0 {
@@ -138,10 +166,6 @@ impl<P: Platform> Viommu<P> {
             if let Err(error) = self.write_bypass(found) {
                 result = result.and(Err(ShutdownError::Bypass(error)));
             }
-        }
-        // For good: a recovery must not bring the device back.
-        if core::mem::replace(&mut shared.state.lock().paused, true) {
-            return Err(ShutdownError::Recovering);
         }
         shared.end(RequestError::ShutDown);
         match reset(&*shared.transport, &shared.platform, &shared.options) {

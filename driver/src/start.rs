@@ -274,6 +274,7 @@ fn run<P: Platform>(
         sent: 0,
         dead: None,
         paused: false,
+        bypass_due: false,
     };
     let shared = Arc::new(Shared {
         platform,

@@ -46,6 +46,8 @@ pub(crate) struct State {
     pub dead: Option<RequestError>,
     /// All but the recovery wait for its end.
     pub paused: bool,
+    /// The bypass was closed, and a recovery that failed did not close it again.
+    pub bypass_due: bool,
 }
 
 impl State {
