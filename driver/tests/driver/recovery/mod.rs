@@ -1,7 +1,12 @@
 //! A device that stopped comes back, and nothing is given back too early meanwhile (I3, I12).
 
+mod devices;
+mod failures;
 mod futures;
+mod hooked;
 mod lost;
+mod order;
+mod queues;
 
 use virtio_iommu::{
     Direction, DmaDevice, DmaMapping, Domain, Endpoint, EndpointOptions, Iova, MapError, PhysAddr,
@@ -27,21 +32,31 @@ struct Bench {
 
 fn bench(config: Config) -> Bench {
     let (machine, viommu, domain) = Machine::attached(config);
-    viommu.attach(EP2, &domain).unwrap();
     let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
-    let (held, live_phys) = machine.lend(2 * PAGE);
-    let live = endpoint.adopt(held, Direction::Both).unwrap();
-    let (held, stuck) = machine.lend(PAGE);
-    let mapping = endpoint.adopt(held, Direction::Both).unwrap();
-    let stuck_at = mapping.iova().get();
-    machine.inject([Inject::Drop(Execute::AtRelease)]);
-    let lost = endpoint.unmap(mapping);
-    assert!(matches!(lost, Err(UnmapError::Request { error: RequestError::TimedOut, .. })), "{lost:?}");
-    assert!(!machine.is_lent_back(stuck));
-    Bench { endpoint, domain, viommu, live: Some(live), live_phys, stuck, stuck_at, machine }
+    Bench::furnish(machine, viommu, domain, endpoint)
 }
 
 impl Bench {
+    fn furnish(
+        machine: Machine,
+        viommu: Viommu<TestPlatform>,
+        domain: Domain<TestPlatform>,
+        endpoint: Endpoint<TestPlatform>,
+    ) -> Self {
+        viommu.attach(EP2, &domain).unwrap();
+        let (held, live_phys) = machine.lend(2 * PAGE);
+        let live = endpoint.adopt(held, Direction::Both).unwrap();
+        let (held, stuck) = machine.lend(PAGE);
+        let mapping = endpoint.adopt(held, Direction::Both).unwrap();
+        let stuck_at = mapping.iova().get();
+        machine.inject([Inject::Drop(Execute::AtRelease)]);
+        let lost = endpoint.unmap(mapping);
+        assert!(matches!(lost, Err(UnmapError::Request { error: RequestError::TimedOut, .. })), "{lost:?}");
+        assert!(!machine.is_lent_back(stuck));
+        machine.device().clear_log();
+        Self { endpoint, domain, viommu, live: Some(live), live_phys, stuck, stuck_at, machine }
+    }
+
     fn fail(&self) {
         self.machine.device().fail();
     }
