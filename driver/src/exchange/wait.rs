@@ -409,7 +409,9 @@ impl<P: Platform> Shared<P> {
             state.requests.want_interrupts(Interrupts::Wanted);
             state.drain();
             let wake = state.wake_due();
-            (pushed, !state.is_hopeless() && !state.can_send(need), wake)
+            // A recovery may bring hope.
+            let hopeless = state.is_hopeless() && !state.has_to_wait(need);
+            (pushed, !hopeless && !state.can_send(need), wake)
         };
         if let Err((spare, known)) = pushed {
             drop(spare);
