@@ -146,7 +146,7 @@ fn in_flight_with_few_slots() {
     );
 }
 
-/// Fails when `disown_op` does nothing, `List` does not disown, or `Viommu::poll` does not collect.
+/// Fails when `List` does not disown, or `disown_op` disowns what is not there to be unmapped apart.
 #[test]
 fn after_somebody_else_drained_the_answer() {
     for_each_sleep(Bench::new, |_, bench, task| {

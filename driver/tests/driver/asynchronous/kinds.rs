@@ -125,24 +125,30 @@ fn of_viommu() -> Vec<Kind> {
 }
 
 fn of_domain() -> Vec<Kind> {
-    // SAFETY, here and below: the test's own memory, which is never reused, and mappings of the test.
     vec![
         kind(
             "Domain::map",
             |_| (),
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             |bench, ()| show(unsafe { bench.domain.map(bench.phys(0), PAGE, RW, ANYWHERE) }),
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             |bench, ()| shown!(unsafe { bench.domain.map_async(bench.phys(0), PAGE, RW, ANYWHERE) }),
         ),
         kind(
             "Domain::map_at",
             |_| (),
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             |bench, ()| show(unsafe { bench.domain.map_at(AT, bench.phys(0), PAGE, RW) }),
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             |bench, ()| shown!(unsafe { bench.domain.map_at_async(AT, bench.phys(0), PAGE, RW) }),
         ),
         kind(
             "Domain::unmap",
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             |bench| unsafe { bench.domain.map_at(AT, bench.phys(0), PAGE, RW) }.unwrap(),
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             |bench, ()| show(unsafe { bench.domain.unmap(AT, PAGE) }),
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             |bench, ()| shown!(unsafe { bench.domain.unmap_async(AT, PAGE) }),
         ),
     ]
@@ -169,12 +175,13 @@ fn of_endpoint() -> Vec<Kind> {
             move |bench, held| show(bench.endpoint.adopt(held, both).map(|m| m.iova()).map_err(drop)),
             move |bench, held| shown!(bench.endpoint.adopt_async(held, both), |mapping| mapping.iova()),
         ),
-        // SAFETY, here and below: the test's own memory, which is never reused.
         kind(
             "Endpoint::map",
             |_| (),
+            // SAFETY: the test's own memory, which is never reused, and its own mappings.
             move |bench, ()| show(unsafe { bench.endpoint.map(bench.phys(0), 9, both) }.map(|m| m.iova())),
             move |bench, ()| {
+                // SAFETY: the test's own memory, which is never reused, and its own mappings.
                 shown!(unsafe { bench.endpoint.map_async(bench.phys(0), 9, both) }, |mapping| mapping.iova())
             },
         ),
@@ -183,12 +190,14 @@ fn of_endpoint() -> Vec<Kind> {
             |bench| bench.segments(SEGMENTS as u64),
             move |bench, segments| {
                 let mut iovas = [Iova::new(0); SEGMENTS];
+                // SAFETY: the test's own memory, which is never reused, and its own mappings.
                 let mapped = unsafe { bench.endpoint.map_scatter(&segments, both, &mut iovas) };
                 show(mapped.map(|mapping| (mapping.iova(), iovas)))
             },
             move |bench, segments| {
                 Task::new(async move {
                     let mut iovas = [Iova::new(0); SEGMENTS];
+                    // SAFETY: the test's own memory, which is never reused, and its own mappings.
                     let mapping = unsafe { bench.endpoint.map_scatter_async(&segments, both, &mut iovas) };
                     let mapped = mapping.await;
                     show(mapped.map(|mapping| (mapping.iova(), iovas)))
@@ -206,6 +215,7 @@ fn of_endpoint() -> Vec<Kind> {
             move |bench| {
                 let mut iovas = [Iova::new(0); SEGMENTS];
                 let segments = bench.segments(SEGMENTS as u64);
+                // SAFETY: the test's own memory, which is never reused, and its own mappings.
                 unsafe { bench.endpoint.map_scatter(&segments, both, &mut iovas) }.unwrap()
             },
             |bench, mapping| show(bench.endpoint.unmap(mapping)),
