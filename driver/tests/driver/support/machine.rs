@@ -1,7 +1,7 @@
 //! One machine: a model device, memory, a clock, and what a test does with them.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 
 use virtio_iommu::{
@@ -257,7 +257,7 @@ impl Machine {
     /// Memory that the driver takes over and gives back through [`is_lent_back`](Self::is_lent_back).
     pub(crate) fn lend(&self, len: u64) -> (HeldMemory, PhysAddr) {
         let memory = self.memory(len);
-        lock(&LENDERS).push((memory.phys, Arc::clone(&self.0)));
+        lock(&LENDERS).push((memory.phys, Arc::downgrade(&self.0)));
         // SAFETY: the memory is nobody else's, and `take_back` accepts it once.
         (unsafe { HeldMemory::new(memory, take_back) }, memory.phys)
     }
@@ -265,6 +265,12 @@ impl Machine {
     /// Endpoints that the driver wanted quiet, in order.
     pub(crate) fn quiesced(&self) -> Vec<EndpointId> {
         lock(&self.0.quiesced).clone()
+    }
+
+    /// Takes memory back that the driver returned instead of mapping it.
+    pub(crate) fn take_returned(&self, held: HeldMemory) {
+        // SAFETY: it was lent, and nobody uses it.
+        unsafe { take_back(held.into_memory()) };
     }
 
     /// Whether lent memory came back.
@@ -340,7 +346,15 @@ impl Drop for Machine {
 }
 
 /// Whose the lent blocks are: a release hook is a plain function.
-static LENDERS: Mutex<Vec<(PhysAddr, Arc<Inner>)>> = Mutex::new(Vec::new());
+static LENDERS: Mutex<Vec<(PhysAddr, Weak<Inner>)>> = Mutex::new(Vec::new());
+
+impl Drop for Inner {
+    /// What never came back goes with the machine, before its addresses become another's.
+    fn drop(&mut self) {
+        let gone: *const Self = self;
+        watch::outside(|| lock(&LENDERS).retain(|(_, lender)| !std::ptr::eq(lender.as_ptr(), gone)));
+    }
+}
 
 /// # Safety
 /// The memory came from [`Machine::lend`], and nobody uses it any more.
@@ -352,6 +366,7 @@ unsafe fn take_back(memory: DmaMemory) {
             lenders.iter().position(|(phys, _)| *phys == memory.phys).expect("lent memory came back twice");
         let (phys, machine) = lenders.swap_remove(at);
         drop(lenders);
+        let machine = machine.upgrade().expect("the driver keeps its machine");
         lock(&machine.lent_back).push(phys);
         machine.ram.free(memory, 0x1_0000);
     });
@@ -359,7 +374,7 @@ unsafe fn take_back(memory: DmaMemory) {
 
 /// All bytes of a block.
 pub(crate) fn bytes_of(memory: &DmaMemory) -> Vec<u8> {
-    // SAFETY: a block that is never unmapped from this process; the model writes only while it is called.
+    // SAFETY: a block of a machine that is still there; the model writes only while it is called.
     unsafe { std::slice::from_raw_parts(memory.ptr.as_ptr(), memory.len) }.to_vec()
 }
 

@@ -1,9 +1,10 @@
 //! Guest memory: blocks of host memory, at the same addresses.
 //!
 //! Only what was handed out can be reached: an access outside of it, or to a block that went back, is refused and
-//! noted. A block that went back is poisoned, and never used again, so that a late access has nothing to hide in.
+//! noted. A block that went back is poisoned, and not used again while the memory exists, so that a late access has
+//! nothing to hide in. The host gets all blocks back when the last handle goes, which the machine and its drivers have.
 
-use std::alloc::{Layout, alloc_zeroed};
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::collections::BTreeMap;
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -31,17 +32,31 @@ struct Block {
     live: bool,
 }
 
+fn layout(len: usize, align: usize) -> Layout {
+    Layout::from_size_align(len.max(1), align.max(8)).unwrap()
+}
+
+impl Drop for Blocks {
+    fn drop(&mut self) {
+        for (start, block) in &self.by_start {
+            let at = ptr::with_exposed_provenance_mut(*start as usize);
+            // SAFETY: allocated with this layout and not freed before. Nobody is left who could ask for it to be
+            // accessed: the machine is gone, and all drivers that it had.
+            unsafe { dealloc(at, layout(block.len, block.align)) };
+        }
+    }
+}
+
 impl Ram {
     fn blocks(&self) -> MutexGuard<'_, Blocks> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Zeroed memory. The host never gets it back, so that its address stays its own.
+    /// Zeroed memory, whose address stays its own while there is a handle.
     pub(crate) fn alloc(&self, len: usize, align: usize) -> DmaMemory {
-        let layout = Layout::from_size_align(len.max(1), align.max(8)).unwrap();
         // SAFETY: the size is not 0.
-        let ptr = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap();
-        let start = ptr.addr().get() as u64;
+        let ptr = NonNull::new(unsafe { alloc_zeroed(layout(len, align)) }).unwrap();
+        let start = ptr.as_ptr().expose_provenance() as u64;
         self.blocks().by_start.insert(start, Block { len, align, live: true });
         DmaMemory { phys: PhysAddr::new(start), ptr, len }
     }
