@@ -1,7 +1,9 @@
 //! Operations, as data: small numbers, which stand for whatever there is when the operation's turn comes.
+//!
+//! An operation is made of one word, so that many are made fast, and shrinks with it: the first byte says what it is,
+//! the others are its parts, and a word of 0 is [`Op::Nothing`].
 
-use proptest::prelude::{Just, Strategy, any};
-use proptest::prop_oneof;
+use virtio_iommu_model::{Execute, Inject, Release};
 
 /// One operation. `slot` and `endpoint` are one of four, `view` and `which` count through what there is, `pages` and
 /// `place` are in granules.
@@ -9,7 +11,9 @@ use proptest::prop_oneof;
 pub(super) enum Op {
     /// What other operations shrink to.
     Nothing,
-    Create,
+    Create {
+        identity: bool,
+    },
     Drop {
         slot: u8,
     },
@@ -24,6 +28,10 @@ pub(super) enum Op {
         endpoint: u8,
         slot: u8,
     },
+    /// The endpoint goes away, and the driver is told. It comes back with the next driver.
+    Unplug {
+        endpoint: u8,
+    },
     Map {
         slot: u8,
         pages: u8,
@@ -37,6 +45,11 @@ pub(super) enum Op {
         pages: u8,
         phys: u8,
         prot: u8,
+    },
+    MapIdentity {
+        slot: u8,
+        place: Place,
+        pages: u8,
     },
     Unmap {
         slot: u8,
@@ -58,6 +71,7 @@ pub(super) enum Op {
     Close {
         view: u8,
     },
+    /// A view is dropped and not closed.
     Forget {
         view: u8,
     },
@@ -67,7 +81,13 @@ pub(super) enum Op {
         used: u8,
         direction: u8,
     },
-    UnmapList {
+    Adopt {
+        view: u8,
+        pages: u8,
+        direction: u8,
+    },
+    /// Ends a [`Op::Scatter`] or [`Op::Adopt`].
+    UnmapOne {
         which: u8,
     },
     Alloc {
@@ -80,11 +100,34 @@ pub(super) enum Op {
     Share {
         view: u8,
         len: u16,
+        direction: u8,
+    },
+    Unshare {
+        which: u8,
+    },
+    Bypass {
+        open: bool,
     },
     Poll,
     Reclaim,
     Restart {
         orderly: bool,
+        as_found: bool,
+    },
+    /// The device will do something else than it should with the next request but so many.
+    Misbehave {
+        after: u8,
+        what: Inject,
+    },
+    /// The next request is answered while the driver waits, but not at once.
+    Delay {
+        polls: u8,
+    },
+    /// Late answers.
+    Release(Release),
+    /// All late answers, and what a kernel does then: it finds out where its endpoints are, and reclaims.
+    Settle {
+        attach: bool,
     },
 }
 
@@ -109,52 +152,106 @@ pub(super) struct Segment {
     pub(super) len: u8,
 }
 
-fn place() -> impl Strategy<Value = Place> {
-    prop_oneof![
-        10 => (0..20u8).prop_map(Place::Low),
-        3 => (4..12u8).prop_map(Place::Msi),
-        2 => (0..6u8).prop_map(Place::High),
-        1 => (0..20u8).prop_map(Place::Odd),
-    ]
+fn place(byte: u8) -> Place {
+    let part = byte / 16;
+    match byte % 16 {
+        0..=9 => Place::Low(part + byte % 5),
+        10..=12 => Place::Msi(4 + part % 8),
+        13..=14 => Place::High(part % 6),
+        _ => Place::Odd(part),
+    }
 }
 
-fn segment() -> impl Strategy<Value = Segment> {
-    (0..8u8, 0..16u8, 1..40u8).prop_map(|(phys, start, len)| Segment { phys, start, len })
+fn segment(byte: u8) -> Segment {
+    Segment { phys: byte % 8, start: byte / 8 % 4 * 5, len: 1 + byte / 32 * 5 }
 }
 
-/// Any operation, those that make things more often than those that end them.
-pub(super) fn op() -> impl Strategy<Value = Op> {
-    let (slot, endpoint, n) = (0..4u8, 0..4u8, any::<u8>());
-    let (pages, phys) = (1..5u8, 0..16u8);
-    // READ, WRITE and MMIO, and now and then none of them.
-    let prot = prop_oneof![12 => 1..4u8, 2 => 5..8u8, 1 => Just(0), 1 => Just(4)];
-    let op = prop_oneof![
-        6 => Just(Op::Create),
-        2 => slot.clone().prop_map(|slot| Op::Drop { slot }),
-        8 => (endpoint.clone(), slot.clone()).prop_map(|(endpoint, slot)| Op::Attach { endpoint, slot }),
-        3 => endpoint.clone().prop_map(|endpoint| Op::Detach { endpoint }),
-        3 => (endpoint.clone(), slot.clone()).prop_map(|(endpoint, slot)| Op::Move { endpoint, slot }),
-        12 => (slot.clone(), pages.clone(), phys.clone(), prot.clone(), any::<bool>())
-            .prop_map(|(slot, pages, phys, prot, low)| Op::Map { slot, pages, phys, prot, low }),
-        14 => (slot.clone(), place(), pages.clone(), phys, prot)
-            .prop_map(|(slot, place, pages, phys, prot)| Op::MapAt { slot, place, pages, phys, prot }),
-        12 => (slot.clone(), n, 0..4u8)
-            .prop_map(|(slot, which, neighbours)| Op::Unmap { slot, which, neighbours }),
-        2 => (slot.clone(), n, 0..3u8, 0..6u8)
-            .prop_map(|(slot, which, skip, pages)| Op::UnmapOther { slot, which, skip, pages }),
-        4 => (endpoint, slot, 0..3u8, any::<bool>())
-            .prop_map(|(endpoint, slot, bounce, low)| Op::Open { endpoint, slot, bounce, low }),
-        2 => n.prop_map(|view| Op::Close { view }),
-        1 => n.prop_map(|view| Op::Forget { view }),
-        5 => (n, [segment(), segment(), segment(), segment()], 1..5u8, 0..3u8)
-            .prop_map(|(view, segments, used, direction)| Op::Scatter { view, segments, used, direction }),
-        4 => n.prop_map(|which| Op::UnmapList { which }),
-        5 => (n, pages).prop_map(|(view, pages)| Op::Alloc { view, pages }),
-        4 => n.prop_map(|which| Op::Free { which }),
-        2 => (n, 1..5000u16).prop_map(|(view, len)| Op::Share { view, len }),
-        2 => Just(Op::Poll),
-        2 => Just(Op::Reclaim),
-        1 => any::<bool>().prop_map(|orderly| Op::Restart { orderly }),
-    ];
-    prop_oneof![1 => Just(Op::Nothing), 99 => op]
+/// READ, WRITE and MMIO, and now and then none of them.
+fn prot(byte: u8) -> u8 {
+    match byte % 16 {
+        0 => 0,
+        1 => 4,
+        2..=4 => 5 + byte / 16 % 3,
+        _ => 1 + byte / 16 % 3,
+    }
+}
+
+/// Misbehaviour that a driver cannot do better than survive. An answer that lies, such as OK for what was not done, is
+/// none of it: nobody can tell.
+fn misbehaviour(byte: u8) -> Inject {
+    let which = usize::from(byte / 16);
+    match byte % 16 {
+        0 | 1 => Inject::Hold(Execute::Now),
+        2..=4 => Inject::Hold(Execute::AtRelease),
+        5 => Inject::Drop(if which.is_multiple_of(2) { Execute::Now } else { Execute::AtRelease }),
+        // UNSUPP, INVAL, RANGE, FAULT and NOMEM are clear; IOERR, DEVERR and what nobody defined are not.
+        6..=8 => Inject::Refuse([2, 4, 5, 7, 8, 1, 3, 0x77][which % 8]),
+        9 | 10 => Inject::Status([1, 3, 0x77][which % 3]),
+        11 => Inject::UsedLen(which as u32 % 4),
+        12 => Inject::Unwritten,
+        13 => Inject::Defer,
+        _ => Inject::TailReserved([1, 2, 3]),
+    }
+}
+
+fn release(byte: u8) -> Release {
+    match byte % 4 {
+        0 => Release::Oldest,
+        1 => Release::Newest,
+        2 => Release::Nth(usize::from(byte / 4 % 4)),
+        _ => Release::AllReversed,
+    }
+}
+
+impl Op {
+    /// Makes an operation of a word, those that make things more often than those that end them.
+    pub(super) fn decode(word: u64) -> Self {
+        let [what, a, b, c, d, e, f, g] = word.to_be_bytes();
+        let (endpoint, slot, pages) = (a % 4, b % 4, 1 + c % 4);
+        match what {
+            0..=2 => Op::Nothing,
+            3..=16 => Op::Create { identity: a.is_multiple_of(8) },
+            17..=20 => Op::Drop { slot },
+            21..=40 => Op::Attach { endpoint, slot },
+            41..=47 => Op::Detach { endpoint },
+            48..=54 => Op::Move { endpoint, slot },
+            55 => Op::Unplug { endpoint },
+            56..=81 => Op::Map { slot, pages, phys: d % 16, prot: prot(e), low: f.is_multiple_of(2) },
+            82..=108 => Op::MapAt { slot, place: place(f), pages, phys: d % 16, prot: prot(e) },
+            109..=112 => Op::MapIdentity { slot, place: place(f), pages: c % 8 },
+            113..=138 => Op::Unmap { slot, which: c, neighbours: d % 4 },
+            139..=142 => Op::UnmapOther { slot, which: c, skip: d % 3, pages: e % 6 },
+            143..=152 => Op::Open { endpoint, slot, bounce: c % 3, low: d.is_multiple_of(2) },
+            153..=156 => Op::Close { view: a },
+            157..=158 => Op::Forget { view: a },
+            159..=168 => {
+                let segments = [segment(d), segment(e), segment(f), segment(g)];
+                Op::Scatter { view: a, segments, used: 1 + b % 4, direction: c % 3 }
+            }
+            169..=178 => Op::Adopt { view: a, pages, direction: b % 3 },
+            179..=192 => Op::UnmapOne { which: a },
+            193..=200 => Op::Alloc { view: a, pages },
+            201..=207 => Op::Free { which: a },
+            208..=213 => Op::Share { view: a, len: 1 + u16::from_be_bytes([b, c]) % 9000, direction: d % 3 },
+            214..=217 => Op::Unshare { which: a },
+            218..=221 => Op::Bypass { open: a.is_multiple_of(2) },
+            222..=226 => Op::Poll,
+            227..=231 => Op::Reclaim,
+            232..=233 => Op::Restart { orderly: a.is_multiple_of(2), as_found: b.is_multiple_of(2) },
+            234..=243 => Op::Misbehave { after: a % 4, what: misbehaviour(b) },
+            244..=245 => Op::Delay { polls: 1 + a % 8 },
+            246..=248 => Op::Release(release(a)),
+            _ => Op::Settle { attach: a.is_multiple_of(2) },
+        }
+    }
+
+    /// Whether it makes the device misbehave in a way that the driver has to notice.
+    pub(super) fn is_trouble(&self) -> bool {
+        matches!(self, Op::Misbehave { what, .. } if !is_harmless(*what))
+    }
+}
+
+/// Misbehaviour that changes nothing for a driver that does as it should.
+pub(super) fn is_harmless(what: Inject) -> bool {
+    matches!(what, Inject::Pass | Inject::Defer | Inject::TailReserved(_))
 }

@@ -1,23 +1,43 @@
 //! What should be, in plain maps: who is in which domain, and what is mapped there for whom.
 //!
 //! ```text
-//!   endpoint --- place ---> domain --- maps ---> first: (last, phys, flags, on_device, owner)
+//!   endpoint --- place ---> domain --- maps ---> first: (last, phys, flags, claimed, owner)
 //! ```
-//! A domain is *dead* while it has no endpoint: its mappings are recorded by the driver, not on the device.
+//! A domain without endpoints is not there for the device. Once nothing bypasses, the driver knows that its mappings
+//! went with it, and does not *claim* them any more: they are recorded, and are mapped again for the next endpoint.
+//!
+//! After the device misbehaved some things are not known, until the device answered all and the kernel settled things:
+//! - a domain is *in doubt*: the device has some of the mappings on record, and none besides;
+//! - an endpoint is *unsure*: in its place, or nowhere;
+//! - a mapping is *leaving*: nobody uses it, and one day the driver lets it go, not before the device did.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use virtio_iommu_model::{AccessKind, Config, Endpoint, FaultStyle};
 
+use super::known;
+
 /// Who may unmap a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
     Raw,
-    List,
+    /// Who has the handle, of a list or of lent memory.
+    Handle,
     Coherent,
     Bounce,
     /// Nobody but `reclaim`.
-    Quarantine,
+    Leaving,
+}
+
+/// Whose the mapped memory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Memory {
+    /// Nobody's: it is not even there.
+    Nowhere,
+    /// The platform's, which gets it back.
+    Platform,
+    /// The test's, which gets it back.
+    Lent,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,15 +45,17 @@ pub(super) struct Mapped {
     pub(super) last: u64,
     pub(super) phys: u64,
     pub(super) flags: u32,
-    pub(super) on_device: bool,
+    /// Whether the driver takes the device to have it.
+    pub(super) claimed: bool,
+    /// Whether the device does not have it, and the driver cannot find that out.
+    pub(super) is_lost: bool,
     pub(super) owner: Owner,
-    /// Whether the driver keeps the memory, and gives it back in time.
-    pub(super) held: bool,
+    pub(super) memory: Memory,
 }
 
-impl Owner {
-    pub(super) fn is_held(self) -> bool {
-        matches!(self, Self::Coherent | Self::Bounce)
+impl Mapped {
+    pub(super) fn is_leaving(&self) -> bool {
+        self.owner == Owner::Leaving
     }
 }
 
@@ -41,16 +63,21 @@ impl Owner {
 pub(super) struct Space {
     /// The number, as the driver says.
     pub(super) id: u32,
+    /// Endpoints reach all of memory by its own addresses.
+    pub(super) identity: bool,
     pub(super) endpoints: BTreeSet<usize>,
     pub(super) maps: BTreeMap<u64, Mapped>,
     /// What endpoints that are or were there reserve, in whole granules.
     pub(super) holes: Vec<(u64, u64)>,
     /// Addresses that are kept to fault.
     pub(super) faulting: Vec<(u64, u64)>,
-    /// Whether more addresses are out of use than the test can know.
+    /// Whether more addresses may be out of use than the test can know.
     pub(super) leaky: bool,
     /// Handles: the test's own, and one for each view.
     pub(super) handles: usize,
+    pub(super) in_doubt: bool,
+    /// The driver has mappings on record that the device lost ([`known`]).
+    pub(super) stale: bool,
     pub(super) gone: bool,
 }
 
@@ -60,19 +87,11 @@ pub(super) enum Expected {
     Memory(u64),
     Doorbell,
     Refused,
-    /// One of two, by the order of a tree that nobody can see (QEMU's page-edge bug between neighbours).
-    Either([Option<u64>; 2]),
+    /// One of these, `None` for a refusal: in doubt, or by the order of a tree that nobody can see (QEMU's page-edge
+    /// bug between neighbours).
+    OneOf([Option<u64>; 4]),
     /// Not said: the doorbell of an endpoint without a domain.
     Unsaid,
-}
-
-pub(super) struct Reference {
-    pub(super) config: Config,
-    pub(super) granule: u64,
-    pub(super) usable: (u64, u64),
-    pub(super) endpoints: Vec<Endpoint>,
-    pub(super) spaces: Vec<Space>,
-    pub(super) place: Vec<Option<usize>>,
 }
 
 /// How a prediction went: whether anything changes is up to the caller.
@@ -82,8 +101,12 @@ fn overlap((first, last): (u64, u64), other: (u64, u64)) -> bool {
     first <= other.1 && other.0 <= last
 }
 
+fn fits(first: u64, last: u64, len: u64) -> bool {
+    last.checked_sub(first).is_some_and(|span| span >= len - 1)
+}
+
 impl Space {
-    /// Everything that is not free.
+    /// Everything that is not free, but holes.
     fn taken(&self) -> impl Iterator<Item = (u64, u64)> {
         let maps = self.maps.iter().map(|(first, map)| (*first, map.last));
         maps.chain(self.faulting.iter().copied())
@@ -95,11 +118,10 @@ impl Space {
 
     /// Whether `len` bytes are free from `granule` up to `limit`.
     pub(super) fn has_room(&self, len: u64, usable: (u64, u64), granule: u64, limit: u64) -> bool {
-        let lowest = usable.0.max(granule);
         let limit = usable.1.min(limit);
         let mut taken: Vec<_> = self.taken().chain(self.holes.iter().copied()).collect();
         taken.sort_unstable();
-        let mut at = lowest;
+        let mut at = usable.0.max(granule);
         for (first, last) in taken {
             if first > at && fits(at, (first - 1).min(limit), len) {
                 return true;
@@ -114,25 +136,49 @@ impl Space {
         (iova <= map.last).then_some((*first, map))
     }
 
-    /// Whether unmapping the range succeeds.
-    pub(super) fn predict_unmap(&self, first: u64, last: u64) -> Predicted {
-        let live = |map: &Mapped| map.owner != Owner::Quarantine;
-        let start = self.maps.get(&first).filter(|map| live(map)).ok_or("NotMapped")?;
-        let (mut end, mut all_live) = (start.last, true);
+    /// Whether unmapping the range finds whole mappings that somebody uses.
+    pub(super) fn predict_whole(&self, first: u64, last: u64) -> Predicted {
+        let start = self.maps.get(&first).filter(|map| !map.is_leaving()).ok_or("NotMapped")?;
+        let (mut end, mut all_used) = (start.last, true);
         while end < last {
             let next = end.checked_add(1).and_then(|next| self.maps.get(&next)).ok_or("NotWhole")?;
-            all_live &= live(next);
+            all_used &= !next.is_leaving();
             end = next.last;
         }
         if end != last {
             return Err("NotWhole");
         }
-        if all_live { Ok(()) } else { Err("NotMapped") }
+        if all_used { Ok(()) } else { Err("NotMapped") }
+    }
+
+    /// Whether unmapping whole mappings succeeds: not where the device lost what the driver claims.
+    pub(super) fn predict_unmap(&self, first: u64, last: u64) -> Predicted {
+        let claimed = self.maps.range(first..=last).any(|(_, map)| map.claimed);
+        let lost = self.maps.range(first..=last).any(|(_, map)| map.is_lost);
+        if lost || (claimed && self.endpoints.is_empty()) { Err("Request") } else { Ok(()) }
+    }
+
+    fn has_claims(&self) -> bool {
+        self.maps.values().any(|map| map.claimed)
     }
 }
 
-fn fits(first: u64, last: u64, len: u64) -> bool {
-    last.checked_sub(first).is_some_and(|span| span >= len - 1)
+pub(super) struct Reference {
+    pub(super) config: Config,
+    pub(super) granule: u64,
+    pub(super) usable: (u64, u64),
+    pub(super) endpoints: Vec<Endpoint>,
+    pub(super) spaces: Vec<Space>,
+    pub(super) place: Vec<Option<usize>>,
+    pub(super) unsure: Vec<bool>,
+    /// Endpoints that were unplugged.
+    pub(super) unplugged: Vec<bool>,
+    /// Whether the driver knows that endpoints without a domain reach nothing.
+    pub(super) closed: bool,
+    /// Whether they reach everything.
+    pub(super) bypass: bool,
+    /// Numbers that the driver does not use any more, since the device refused a first mapping.
+    pub(super) retired: usize,
 }
 
 impl Reference {
@@ -145,6 +191,20 @@ impl Reference {
         cut.filter(|(first, last)| first <= last).collect()
     }
 
+    /// Takes what an endpoint reserves out of a domain for good. False where something is there.
+    pub(super) fn reserve(&mut self, endpoint: usize, to: usize) -> bool {
+        for region in self.regions(endpoint) {
+            let space = &mut self.spaces[to];
+            if space.taken().any(|taken| overlap(taken, region)) {
+                return false;
+            }
+            if !space.holes.contains(&region) {
+                space.holes.push(region);
+            }
+        }
+        true
+    }
+
     /// Whether attaching succeeds. What the endpoint reserves is taken out of the domain even if it does not.
     pub(super) fn predict_attach(&mut self, endpoint: usize, to: usize) -> Predicted {
         let deserted = match self.place[endpoint] {
@@ -153,79 +213,146 @@ impl Reference {
             Some(at) if self.spaces[at].handles == 0 && self.spaces[at].maps.is_empty() => Some(at),
             Some(_) => return Err("Busy"),
         };
-        for region in self.regions(endpoint) {
-            let space = &mut self.spaces[to];
-            if space.taken().any(|taken| overlap(taken, region)) {
-                return Err("ReservedInUse");
-            }
-            space.holes.push(region);
+        if self.spaces[to].endpoints.is_empty() && self.spaces[to].has_claims() {
+            return Err("DeadDomain");
         }
-        let alone = deserted.is_none_or(|at| self.spaces[at].endpoints.len() == 1);
-        let empty = self.spaces[to].endpoints.is_empty() && self.spaces[to].maps.is_empty();
-        let fits = deserted.is_none() || (alone && empty);
-        if fits { Ok(()) } else { Err("Parked") }
+        if !self.reserve(endpoint, to) {
+            return Err("ReservedInUse");
+        }
+        let alone =
+            deserted.is_none_or(|at| self.spaces[at].endpoints.len() == 1 && !self.spaces[at].identity);
+        let space = &self.spaces[to];
+        let empty = space.endpoints.is_empty() && space.maps.is_empty() && !space.identity;
+        if deserted.is_some() && !(alone && empty) {
+            return Err("Parked");
+        }
+        if self.unplugged[endpoint] { Err("Request") } else { Ok(()) }
     }
 
     /// Takes note that an endpoint is in a domain now. What the domain had before it died is mapped again.
     pub(super) fn join(&mut self, endpoint: usize, to: usize) {
-        if self.place[endpoint] == Some(to) {
-            return;
+        match self.place[endpoint].filter(|from| *from != to) {
+            // It did not leave: its new domain took the place of the old one, and its number.
+            Some(from) if !self.unsure[endpoint] => {
+                let ids = (self.spaces[to].id, self.spaces[from].id);
+                (self.spaces[from].id, self.spaces[to].id) = ids;
+                self.leave(endpoint);
+            }
+            Some(_) => self.leave(endpoint),
+            None => {}
         }
-        self.leave(endpoint);
+        let was_unsure = std::mem::take(&mut self.unsure[endpoint]);
+        if !was_unsure {
+            self.note_stale(to);
+        }
         self.place[endpoint] = Some(to);
         let space = &mut self.spaces[to];
         space.endpoints.insert(endpoint);
-        for map in space.maps.values_mut().filter(|map| map.owner != Owner::Quarantine) {
-            map.on_device = true;
+        for map in space.maps.values_mut().filter(|map| !map.is_leaving()) {
+            map.claimed = true;
         }
+    }
+
+    /// Takes note that an endpoint may be in a domain, or nowhere.
+    pub(super) fn doubt(&mut self, endpoint: usize, at: usize) {
+        self.spaces[at].in_doubt = true;
+        self.leave(endpoint);
+        (self.place[endpoint], self.unsure[endpoint]) = (Some(at), true);
+        self.spaces[at].endpoints.insert(endpoint);
     }
 
     /// Takes note that an endpoint is in no domain now.
     pub(super) fn leave(&mut self, endpoint: usize) {
+        self.unsure[endpoint] = false;
         let Some(from) = self.place[endpoint].take() else { return };
-        let space = &mut self.spaces[from];
-        space.endpoints.remove(&endpoint);
-        if space.endpoints.is_empty() {
-            space.maps.retain(|_, map| map.owner != Owner::Quarantine);
-            for map in space.maps.values_mut() {
-                map.on_device = false;
-            }
-        }
+        self.spaces[from].endpoints.remove(&endpoint);
+        self.note_stale(from);
         self.settle(from);
     }
 
-    /// A domain that nobody holds and that has no endpoint is no more.
-    pub(super) fn settle(&mut self, at: usize) {
+    /// Takes note of mappings that may be lost with a domain that has no endpoint but unsure ones.
+    pub(super) fn note_stale(&mut self, at: usize) {
         let space = &mut self.spaces[at];
-        if space.handles == 0 && space.endpoints.is_empty() {
-            space.maps.clear();
-            space.gone = true;
+        let none_is_sure = space.endpoints.iter().all(|endpoint| self.unsure[*endpoint]);
+        let lost = none_is_sure && !space.endpoints.is_empty() && !space.maps.is_empty();
+        space.stale |= lost && known::MAPPINGS_GET_LOST_BESIDE_UNKNOWN_ENDPOINTS;
+    }
+
+    /// Takes note that a domain is no more, of which that was not known.
+    pub(super) fn forget(&mut self, at: usize) {
+        for endpoint in std::mem::take(&mut self.spaces[at].endpoints) {
+            (self.place[endpoint], self.unsure[endpoint]) = (None, false);
         }
+        let space = &mut self.spaces[at];
+        space.maps.clear();
+        (space.gone, space.in_doubt) = (true, false);
+    }
+
+    /// Draws the consequences of a domain losing its last endpoint, its last handle, or what might bypass it.
+    pub(super) fn settle(&mut self, at: usize) {
+        let (closed, space) = (self.closed, &mut self.spaces[at]);
+        if !space.endpoints.is_empty() || space.in_doubt {
+            return;
+        }
+        if closed {
+            space.maps.retain(|_, map| !map.is_leaving() && space.handles > 0);
+            space.maps.values_mut().for_each(|map| map.claimed = false);
+        }
+        space.gone |= space.handles == 0 && space.maps.is_empty();
     }
 
     /// What an access of an endpoint should do.
     pub(super) fn expected(&self, endpoint: usize, iova: u64, kind: AccessKind) -> Expected {
         let quirks = &self.config.quirks;
+        let nowhere = if self.bypass { Expected::Memory(iova) } else { Expected::Refused };
+        if self.unplugged[endpoint] {
+            return nowhere;
+        }
         let mut regions = self.endpoints[endpoint].reserved.iter();
         let region = regions.find(|region| (region.first..=region.last).contains(&iova));
         let Some(place) = self.place[endpoint] else {
-            let doorbell = region.is_some_and(|region| region.is_msi()) && quirks.faults == FaultStyle::Qemu;
-            return if doorbell { Expected::Unsaid } else { Expected::Refused };
+            let doorbell = region.is_some_and(|region| region.is_msi()) && kind == AccessKind::Write;
+            return match doorbell {
+                true if self.bypass => Expected::Doorbell,
+                true if quirks.faults == FaultStyle::Qemu => Expected::Unsaid,
+                _ => nowhere,
+            };
         };
+        let space = &self.spaces[place];
+        let unsure = self.unsure[endpoint];
         if let Some(region) = region {
             let doorbell = region.is_msi() && kind == AccessKind::Write;
-            return if doorbell { Expected::Doorbell } else { Expected::Refused };
+            return match doorbell {
+                _ if unsure => Expected::Unsaid,
+                true => Expected::Doorbell,
+                false if space.identity => Expected::Memory(iova),
+                false => Expected::Refused,
+            };
+        }
+        let other = Some(iova).filter(|_| unsure && self.bypass);
+        if space.identity {
+            return if unsure {
+                Expected::OneOf([None, Some(iova), None, None])
+            } else {
+                Expected::Memory(iova)
+            };
         }
         let through = |byte: u64| {
-            let (first, map) = self.spaces[place].mapping_at(byte).filter(|(_, map)| map.on_device)?;
+            let (first, map) = space.mapping_at(byte).filter(|(_, map)| map.claimed || space.in_doubt)?;
             let needed = if kind == AccessKind::Read { 1 } else { 2 };
             let permitted = quirks.permissions_ignored || map.flags & needed != 0;
             Some((first, permitted.then(|| iova.wrapping_sub(first).wrapping_add(map.phys))))
         };
         let here = through(iova);
         let above = iova.checked_add(1).filter(|_| quirks.granule_translation).and_then(through);
+        let to = |found: Option<(u64, Option<u64>)>| found.and_then(|(_, to)| to);
+        if unsure || space.in_doubt {
+            return Expected::OneOf([None, other, to(here), to(above)]);
+        }
         match (here, above) {
-            (Some(here), Some(above)) if here.0 != above.0 => Expected::Either([here.1, above.1]),
+            (Some(here), Some(above)) if here.0 != above.0 => {
+                Expected::OneOf([here.1, above.1, here.1, above.1])
+            }
             (Some((_, to)), _) | (None, Some((_, to))) => to.map_or(Expected::Refused, Expected::Memory),
             (None, None) => Expected::Refused,
         }
