@@ -67,8 +67,27 @@ pub(crate) fn run_tier(tier: Tier, arguments: &TestArguments) -> Result<()> {
 fn host(arguments: &TestArguments) -> Result<()> {
     progress::heading("host tests");
     let mut tests = command::cargo(&["test", "--workspace"]);
-    tests.env("QEMU_TESTS_TIER", "host");
+    // Here, without optimization, few sequences do.
+    tests.env("QEMU_TESTS_TIER", "host").env_remove("SEQUENCES");
     tests.args(arguments.filter.as_slice());
+    command::run(&mut tests)?;
+    if arguments.filter.as_ref().is_none_or(|filter| filter.starts_with("sequences")) {
+        sequences()?;
+    }
+    Ok(())
+}
+
+/// How many run for each device, unless the environment says otherwise.
+const SEQUENCES_OF_EACH: &str = "10000";
+
+/// The random sequences once more, many of them, and fast. They say themselves how many there were for each device.
+fn sequences() -> Result<()> {
+    progress::heading("random sequences");
+    let mut tests = command::cargo(&["test", "--profile", "sequences", "--package", "virtio-iommu"]);
+    tests.args(["--test", "driver", "sequences::"]);
+    if std::env::var_os("SEQUENCES").is_none() {
+        tests.env("SEQUENCES", SEQUENCES_OF_EACH);
+    }
     command::run(&mut tests)
 }
 

@@ -7,6 +7,12 @@
 //! device's state, and what endpoints reach at both edges of every mapping and one byte beyond. Every other sequence
 //! has a device that misbehaves, and that is asked for what it owes in the end.
 //!
+//! To see that they notice, the driver was broken, one thing at a time, and had to fail: addresses free before the UNMAP
+//! is confirmed, mappings of a dead domain not mapped again, or still taken for mapped; a lost UNMAP, ATTACH or DETACH
+//! taken for done; quarantine that ends with the deadline, or is reclaimed while an answer is owed; memory given back after
+//! an outcome that is not known; a short answer taken for success; reserved regions, mapping boundaries, the open bypass
+//! or used domain numbers ignored; a failed list not rolled back; pages of an earlier buffer not zeroed.
+//!
 //! `SEQUENCES=n` runs so many sequences for each device instead of a few, `SEED=n` repeats a run or begins another. A
 //! sequence that fails is made as short as possible and kept in `proptest-regressions/sequences.txt`, from where all
 //! devices run it first; what was found is written out in `regressions`.

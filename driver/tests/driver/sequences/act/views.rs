@@ -8,6 +8,7 @@ use virtio_iommu::{
 use virtio_iommu_model::AccessKind;
 
 use super::super::check::same;
+use super::super::known;
 use super::super::op::Segment;
 use super::super::reference::{Expected, Memory, Owner};
 use super::super::world::{Failed, OpenView, Shared, View, World};
@@ -112,7 +113,12 @@ impl World {
             bounce.map_or(Ok(()), |first| space.predict_unmap(first, space.maps[&first].last))
         };
         let before = predict(self);
-        self.detached(endpoint, closed)?;
+        let moved = self.reference.place[endpoint] != Some(space);
+        if moved && !known::CLOSING_A_VIEW_DETACHES_FROM_ANY_DOMAIN {
+            judge(&closed, Ok(()))?;
+        } else {
+            self.detached(endpoint, closed)?;
+        }
         let gone = if unmapped_first { before } else { predict(self) }.is_ok();
         let mut touched = vec![faulting];
         if let Some(first) = bounce {
