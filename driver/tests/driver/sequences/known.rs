@@ -18,7 +18,7 @@ pub(super) const IDENTITY_DOMAINS_ARE_TAKEN_OVER: bool = true;
 
 /// A mapping that could not be mapped again with its domain, and of which the device did not say so, goes into quarantine,
 /// and from there back to its memory's owner, although whoever made it still uses it. The driver starts again then.
-pub(super) const FAILED_REPLAYS_TAKE_MAPPINGS_AWAY: bool = true;
+pub(super) const FAILED_REPLAYS_TAKE_MAPPINGS_AWAY: bool = false;
 
 /// Closing a view detaches its endpoint from whatever domain it is in by now. To be: from its own, or not at all.
-pub(super) const CLOSING_A_VIEW_DETACHES_FROM_ANY_DOMAIN: bool = true;
+pub(super) const CLOSING_A_VIEW_DETACHES_FROM_ANY_DOMAIN: bool = false;

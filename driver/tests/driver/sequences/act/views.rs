@@ -26,7 +26,7 @@ impl World {
         let Some(to) = self.place_for(endpoint, slot) else { return Ok(None) };
         let (granule, limit) = (self.reference.granule, self.limit(low));
         let bounce_bytes = (bounce * granule) as usize;
-        let options = EndpointOptions { limit: Iova::new(limit), bounce_bytes };
+        let options = EndpointOptions { limit: Iova::new(limit), bounce_bytes, ..Default::default() };
         let (was_at, was_sure) = (self.reference.place[endpoint], !self.reference.unsure[endpoint]);
         let opened = self.viommu().open(self.id(endpoint), self.domain(slot), options);
         if let Err(OpenError::Attach(_)) = opened {
