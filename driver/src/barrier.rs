@@ -6,6 +6,9 @@
 /// riscv. On x86 stores of both kinds stay in order and only the compiler has to be told.
 #[inline(always)]
 pub(crate) fn memory_before_doorbell() {
+    // There is no device memory in the model: the doorbell is a relaxed store.
+    #[cfg(loom)]
+    loom::sync::atomic::fence(core::sync::atomic::Ordering::Release);
     #[cfg(target_arch = "aarch64")]
     // SAFETY: a barrier has no effect but ordering.
     unsafe {

@@ -80,10 +80,12 @@ mod prot;
 mod queue;
 mod recover;
 mod ring;
+#[cfg_attr(loom, path = "shared_memory/tracked.rs")]
 mod shared_memory;
 mod shutdown;
 mod start;
 mod suspend;
+mod sync;
 #[cfg(test)]
 mod test_memory;
 pub mod topology;

@@ -6,8 +6,8 @@
 
 use crate::addr::PhysAddr;
 use crate::shared_memory::SharedMemory;
+use crate::sync::{Ordering, fence};
 use crate::transport::QueueAddresses;
-use core::sync::atomic::{Ordering, fence};
 
 /// The descriptor continues with the next one.
 pub(crate) const DESC_NEXT: u16 = 1;
@@ -98,6 +98,8 @@ impl Ring {
     ) -> Self {
         debug_assert!(size.is_power_of_two());
         let layout = Layout::new(size);
+        #[cfg(loom)]
+        let memory = memory.with_ring(size, layout.avail, layout.used, layout.len);
         let mut ring =
             Self { memory, layout, size, suppression, interrupts, avail_idx: 0, published: 0, used_idx: 0 };
         ring.write_wish();
@@ -254,6 +256,8 @@ fn crossed(event: u16, old: u16, new: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
 
+#[cfg(all(test, loom))]
+pub(crate) mod loom;
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,8 +5,8 @@
 
 use crate::addr::PhysAddr;
 use crate::platform::DmaMemory;
+use crate::sync::{AtomicU16, Ordering};
 use core::ptr;
-use core::sync::atomic::{AtomicU16, Ordering};
 
 /// A region that the driver owns and the device reaches.
 ///

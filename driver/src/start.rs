@@ -20,6 +20,7 @@ use crate::platform::{DmaMemory, Platform};
 use crate::queue::{EventQueue, RequestQueue};
 use crate::ring::{ALIGN, Ring, Suppression};
 use crate::shared_memory::SharedMemory;
+use crate::sync::{AtomicBool, AtomicUsize, Ordering};
 use crate::transport::{DeviceStatus, QueueAddresses, Transport, TransportError};
 use crate::viommu::Viommu;
 use crate::wire::config::offset;
@@ -27,7 +28,6 @@ use crate::wire::feature::Features;
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::ops::Deref;
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The most bytes of properties that the driver takes: `probe_size` is the device's word.
 const MAX_PROBE_SIZE: u32 = 64 * 1024;

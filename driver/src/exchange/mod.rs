@@ -5,6 +5,8 @@
 //! more in quarantine.
 
 mod attach;
+#[cfg(all(test, loom))]
+mod loom;
 mod map;
 mod unmap;
 mod wait;
@@ -23,10 +25,10 @@ use crate::lock::Mutex;
 use crate::options::Options;
 use crate::platform::Platform;
 use crate::queue::{Batch, EventQueue, RequestQueue};
+use crate::sync::{AtomicBool, AtomicUsize, Ordering};
 use crate::transport::Transport;
 use crate::wire::request::Request;
 use alloc::boxed::Box;
-use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// The queues' numbers.
 pub(crate) const REQUEST_QUEUE: u16 = 0;
