@@ -547,3 +547,59 @@ fn who_sees_the_doorbell_sees_the_request() {
         assert!(world.doorbell.register.as_ref().unwrap().load(Ordering::Relaxed), "not rung at all");
     });
 }
+
+/// Whoever waits when the device asks for a reset, or the driver ends, is woken: for an answer, and for a slot.
+///
+/// Failed as long as who fell asleep after that was not woken: the end comes between his look and his sleep.
+#[test]
+fn the_end_wakes_all() {
+    for why in [RequestError::NeedsReset, RequestError::ShutDown] {
+        explore("end", 3, move || {
+            let (world, _device) = world(Suppression::Flags, 1);
+            let viommu = world.viommu.clone();
+            let other = thread::spawn(move || viommu.shared.end(why));
+            assert!(run(request(world.shared())).is_err());
+            other.join().unwrap();
+        });
+        explore("end without a slot", 3, move || {
+            let (world, _device) = world(Suppression::Flags, 1);
+            let _ = submit(world.shared());
+            let viommu = world.viommu.clone();
+            let other = thread::spawn(move || viommu.shared.end(why));
+            assert_eq!(run(request(world.shared())), Err(why));
+            other.join().unwrap();
+        });
+    }
+}
+
+/// Whoever waits when the device breaks the ring is woken, too.
+///
+/// Failed as long as the poll that found it woke nobody; fails without the wish for interrupts in `sleep_for_slot`.
+#[test]
+fn a_broken_ring_wakes_all() {
+    let broken = RequestError::RingBroken { used_index: 0x4000, expected_at_most: 1 };
+    explore_both("broken ring", 3, move |suppression| {
+        let (world, mut device) = world(suppression, 1);
+        let viommu = world.viommu.clone();
+        let other = thread::spawn(move || {
+            if device.show_used(0x4000) {
+                interrupt(&viommu);
+            }
+        });
+        assert!(run(request(world.shared())).is_err());
+        other.join().unwrap();
+        assert_eq!(world.shared().state.lock().dead, Some(broken));
+    });
+    explore_both("broken ring without a slot", 3, move |suppression| {
+        let (world, mut device) = world(suppression, 1);
+        let _ = submit(world.shared());
+        let viommu = world.viommu.clone();
+        let other = thread::spawn(move || {
+            if device.show_used(0x4000) {
+                interrupt(&viommu);
+            }
+        });
+        assert_eq!(run(request(world.shared())), Err(broken));
+        other.join().unwrap();
+    });
+}
