@@ -8,8 +8,8 @@ use qemu_tests::machine::Arch;
 
 use crate::setup::SetupArguments;
 use crate::setup::toolchain::{self, Toolchain};
-use crate::test::{TestArguments, Tier, run_tier};
-use crate::{command, conformance, fuzz, kernel, progress, qtest};
+use crate::test::{self, TestArguments, Tier, run_tier};
+use crate::{command, conformance, fuzz, kernel, loom, progress, qtest};
 
 /// How a step ended.
 enum End {
@@ -55,7 +55,8 @@ pub(crate) fn ci(arguments: &SetupArguments) -> Result<ExitCode> {
     });
     steps.step("each feature of the driver alone", features);
     let tests = TestArguments { setup: arguments.clone(), ..TestArguments::default() };
-    steps.step("host tests", || run_tier(Tier::Host, &tests).map(|()| End::Passed));
+    steps.step("host tests", || test::host(&tests).map(|()| End::Passed));
+    steps.step("tests in every interleaving", || loom::test(None).map(|()| End::Passed));
     steps.step("conformance table", || conformance::check().map(|()| End::Passed));
     steps.step("fuzz targets", || fuzz::smoke().map(|()| End::Passed));
     steps.step("qtest lints and tests", || {

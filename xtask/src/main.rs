@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `run` | builds the kernel, boots one scenario, shows it, judges it |
 //! | `test` | the tests, tier by tier |
+//! | `loom` | the driver's tests in every interleaving |
 //! | `qtest` | the tier that has a package of its own |
 //! | `fuzz` | the driver's fuzz targets, built and run |
 //! | `ci` | everything that must pass before a change is merged |
@@ -19,6 +20,7 @@ mod command;
 mod conformance;
 mod fuzz;
 mod kernel;
+mod loom;
 mod paths;
 mod progress;
 mod qtest;

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use qemu_tests::machine::Arch;
 
 use crate::setup::SetupArguments;
-use crate::{command, kernel, progress, qtest, setup};
+use crate::{command, kernel, loom, progress, qtest, setup};
 
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Default)]
@@ -56,7 +56,10 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<ExitCode> {
 pub(crate) fn run_tier(tier: Tier, arguments: &TestArguments) -> Result<()> {
     let started = Instant::now();
     match tier {
-        Tier::Host => host(arguments)?,
+        Tier::Host => {
+            host(arguments)?;
+            interleavings(arguments)?;
+        }
         Tier::Qtest => qtest::test(arguments)?,
         Tier::Machine => machine(arguments)?,
     }
@@ -64,7 +67,12 @@ pub(crate) fn run_tier(tier: Tier, arguments: &TestArguments) -> Result<()> {
     Ok(())
 }
 
-fn host(arguments: &TestArguments) -> Result<()> {
+/// The part of the host tier that is built as usual.
+///
+/// # Errors
+///
+/// When a test fails.
+pub(crate) fn host(arguments: &TestArguments) -> Result<()> {
     progress::heading("host tests");
     let mut tests = command::cargo(&["test", "--workspace"]);
     // Here, without optimization, few sequences do.
@@ -89,6 +97,15 @@ fn sequences() -> Result<()> {
         tests.env("SEQUENCES", SEQUENCES_OF_EACH);
     }
     command::run(&mut tests)
+}
+
+/// The part of the host tier that has a build of its own. With a filter only where that names it, since building it
+/// takes longer than most that is filtered for.
+fn interleavings(arguments: &TestArguments) -> Result<()> {
+    match arguments.filter.as_deref() {
+        Some(filter) if !filter.contains("loom") => Ok(()),
+        filter => loom::test(filter),
+    }
 }
 
 fn machine(arguments: &TestArguments) -> Result<()> {
