@@ -257,7 +257,8 @@ impl World {
     fn map_page(&self) {
         let (mut state, phys) = (self.shared().state.lock(), PhysAddr::new(Page::PHYS));
         let (key, engine) = (self.domain.key(), &mut state.engine);
-        let (_, op) = engine.begin_map(key, at(), phys, Prot::READ, &mut held()).unwrap();
+        let list = engine.begin_list();
+        let (_, op) = engine.begin_map(key, (list, at()), phys, Prot::READ, &mut held()).unwrap();
         engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
     }
 
@@ -294,7 +295,7 @@ fn submit(shared: &Shared<Kernel>) -> Batch {
 
 /// The same as an operation: waits for a slot, and for the answer.
 async fn request(shared: &Shared<Kernel>) -> Outcome {
-    let batch = shared.with_slot(false, |state| shared.submit_one(state, &nothing(), Op::None)).await?;
+    let batch = shared.with_slot(Need::Slot, |state| shared.submit_one(state, &nothing(), Op::None)).await?;
     shared.finish(batch).await
 }
 

@@ -214,8 +214,9 @@ impl<P: Platform> InFlight<'_, P> {
                     return Poll::Ready(());
                 }
                 // A queue that is being reset has no doorbell.
-                let paused = { shared.state.lock().paused };
-                shared.doorbell.fetch_or(!paused, Ordering::Release);
+                if !{ shared.state.lock().paused } {
+                    shared.doorbell.store(true, Ordering::Release);
+                }
                 shared.ring();
             }
             if !is_asleep(waker) || self.sleep(waker) {

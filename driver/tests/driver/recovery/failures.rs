@@ -12,9 +12,10 @@ use super::{Bench, bench};
 use crate::support::{EP, Machine, PAGE, RW};
 
 type Sabotage = fn(&Machine, &Hooks);
+type Failure = (&'static str, Sabotage, fn(&RecoverError) -> bool, Sabotage);
 
 /// What goes wrong, whether it is what the driver says, and how it is mended.
-const FAILURES: [(&str, Sabotage, fn(&RecoverError) -> bool, Sabotage); 11] = [
+const FAILURES: [Failure; 11] = [
     (
         "a reset that does not end",
         |machine, _| machine.device().inject.slow_reset = u32::MAX,

@@ -125,7 +125,8 @@ fn an_endpoint_that_comes_back_is_probed() {
 fn a_view_that_was_not_made_leaves_no_trace() {
     let (_machine, viommu, domain) = Machine::attached(Config::default());
     let limit = Iova::new(3 * PAGE - 1);
-    let options = |pages: u64| EndpointOptions { limit, bounce_bytes: (pages * PAGE) as usize, ..Default::default() };
+    let options =
+        |pages: u64| EndpointOptions { limit, bounce_bytes: (pages * PAGE) as usize, ..Default::default() };
     assert!(viommu.open(EP, &domain, options(2)).is_err());
     assert!(viommu.open(EP, &domain, options(1)).is_ok());
 }

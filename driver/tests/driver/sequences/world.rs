@@ -207,12 +207,12 @@ impl World {
         (reference.closed, reference.bypass, reference.retired) = (has_bypass, false, 0);
         same("granule", viommu.granule(), reference.granule)?;
         reference.spaces.clear();
-        for endpoint in 0..IDS.len() {
+        for (endpoint, id) in IDS.into_iter().enumerate() {
             // Where it cannot be detached, it is in an empty domain that nobody holds.
             (reference.place[endpoint], reference.unsure[endpoint]) =
                 ((!can_detach).then_some(endpoint), false);
             if !can_detach {
-                let id = self.machine.device().domain_of(IDS[endpoint]).ok_or("not parked")?;
+                let id = self.machine.device().domain_of(id).ok_or("not parked")?;
                 let endpoints = [endpoint].into();
                 reference.spaces.push(Space { id, endpoints, ..Space::default() });
             }
