@@ -308,6 +308,7 @@ impl World {
                 continue;
             };
             let (first, end) = (found.range.start().get(), found.range.last().get());
+            self.make_room(at, (first, end))?;
             let free = self.reference.spaces[at].is_free((first, end));
             same(
                 "what failed is in the addresses that it was for",
@@ -376,6 +377,19 @@ impl World {
         Ok(())
     }
 
+    /// Takes note of what the driver let go of in the course of an operation, when a late answer came: its addresses are
+    /// in use again.
+    pub(super) fn make_room(&mut self, at: usize, (first, last): (u64, u64)) -> Result<(), Failed> {
+        let space = &self.reference.spaces[at];
+        if !space.in_doubt || self.trouble.late == 0 {
+            return Ok(());
+        }
+        let meets = |start: u64, map: &Mapped| map.is_leaving() && start <= last && first <= map.last;
+        let gone: Vec<u64> =
+            space.maps.iter().filter(|(start, map)| meets(**start, map)).map(|(start, _)| *start).collect();
+        gone.into_iter().try_for_each(|start| self.unmapped(at, start, start).map(|_| ()))
+    }
+
     /// Takes note that a handle of a domain went.
     pub(super) fn released(&mut self, at: usize) {
         self.reference.spaces[at].handles -= 1;
@@ -385,10 +399,11 @@ impl World {
     }
 
     /// A new mapping's address has to be free, aligned, and where it may be.
-    pub(super) fn check_placed(&self, at: usize, iova: Iova, len: u64, limit: u64) -> Result<(), Failed> {
-        let reference = &self.reference;
+    pub(super) fn check_placed(&mut self, at: usize, iova: Iova, len: u64, limit: u64) -> Result<(), Failed> {
         let first = iova.get();
         let last = first.checked_add(len - 1).ok_or("a mapping that wraps")?;
+        self.make_room(at, (first, last))?;
+        let reference = &self.reference;
         let good = first.is_multiple_of(reference.granule)
             && first >= reference.usable.0.max(reference.granule)
             && last <= reference.usable.1.min(limit)

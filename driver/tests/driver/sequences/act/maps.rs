@@ -86,6 +86,7 @@ impl World {
         match mapped {
             Ok(()) => {
                 let range = (first, first + (len - 1));
+                self.make_room(at, range)?;
                 same("free addresses", self.reference.spaces[at].is_free(range), true)?;
                 self.mapped(at, (first, len), phys, prot.into(), (Owner::Raw, Memory::Nowhere));
                 Ok(Some(vec![range]))
@@ -112,6 +113,9 @@ impl World {
         let mut touched = Vec::new();
         for (first, last) in stretches {
             let len = last - first + 1;
+            if mapped.is_ok() {
+                self.make_room(at, (first, last))?;
+            }
             predicted = self.tolerate(at, &mapped, NO_ROOM, self.predict_at(at, first, len, 1));
             if predicted.is_err() || (mapped.is_err() && !self.is_new(at, first, last, &mapped)) {
                 break;
