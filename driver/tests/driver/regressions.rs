@@ -373,3 +373,25 @@ fn attaching_once_more_maps_what_a_late_answer_left_unmapped() {
     let ((), requests, _) = machine.traffic(|| viommu.attach(EP, &domain).unwrap());
     assert_eq!(requests, 0, "all is there");
 }
+
+/// Fails when a mapping that may not have been mapped again counts as nobody's: its memory then goes back, with the
+/// domain's end or by reclaiming, while its owner still writes to it.
+#[test]
+fn a_replay_of_unknown_outcome_leaves_the_memory_with_its_owner() {
+    for inject in [Inject::UsedLen(0), Inject::Status(0x80), Inject::Hold(Execute::Now)] {
+        let (machine, viommu, domain) = Machine::attached(Config::default());
+        let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
+        let memory = endpoint.alloc_coherent(PAGE as usize).unwrap();
+        let phys = domain.translate(memory.iova()).unwrap().phys;
+        viommu.detach(EP).unwrap();
+        machine.inject([Inject::Pass, inject]);
+        assert!(matches!(viommu.attach(EP, &domain), Err(AttachError::Replay { .. })), "{inject:?}");
+        machine.release(Release::All);
+        viommu.poll();
+        viommu.reclaim();
+        assert!(machine.is_live(phys), "{inject:?}: its owner has it");
+        // The domain is dead: where an answer came after its end, the device knows of nothing to unmap.
+        let _ = endpoint.free_coherent(memory);
+        assert!(!machine.is_live(phys), "{inject:?}");
+    }
+}
