@@ -1,5 +1,6 @@
 //! What an answer, or its absence, does to the records.
 
+use super::domain::DomainRecord;
 use super::mapping::{Mapping, MappingState};
 use super::{Attachment, DomainKey, Engine, Op};
 use crate::addr::IovaRange;
@@ -15,7 +16,7 @@ impl Engine {
         let Completion { op, outcome, abandoned } = *completion;
         match op {
             Op::None | Op::Probe => {}
-            Op::Attach { endpoint, domain } => self.settle_attach(endpoint, domain, outcome),
+            Op::Attach { endpoint, domain } => self.settle_attach(endpoint, domain, outcome, abandoned),
             Op::Detach { endpoint, domain } => self.settle_detach(endpoint, domain, outcome),
             Op::Readmit { endpoint, domain } => self.settle_readmission(endpoint, domain, outcome),
             Op::Map { domain, range } => self.settle_map(domain, range, outcome, abandoned),
@@ -47,11 +48,17 @@ impl Engine {
         }
     }
 
-    fn settle_attach(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome) {
+    fn settle_attach(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome, abandoned: bool) {
+        let deserted =
+            |domain: &DomainRecord| domain.attached == 0 && domain.mappings.iter().any(Mapping::is_in_doubt);
         match outcome {
             Ok(()) => {
                 self.confirmed.attaches += 1;
-                self.mark_attached(id, key);
+                // Where all others left meanwhile, the domain may have died and be a new one, without its mappings.
+                match abandoned && self.domain(key).is_some_and(deserted) {
+                    true => self.mark_unknown(id, key, false),
+                    false => self.mark_attached(id, key),
+                }
             }
             Err(error) if error.outcome_unknown() => self.mark_unknown(id, key, false),
             Err(_) => self.mark_detached(id, key),
@@ -60,7 +67,7 @@ impl Engine {
 
     fn settle_readmission(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome) {
         match outcome {
-            Ok(()) => self.settle_attach(id, key, outcome),
+            Ok(()) => self.settle_attach(id, key, outcome, false),
             Err(RequestError::Refused(Status::NoEnt)) => self.mark_detached(id, key),
             Err(_) => self.mark_unknown(id, key, false),
         }

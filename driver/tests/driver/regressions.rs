@@ -395,3 +395,21 @@ fn a_replay_of_unknown_outcome_leaves_the_memory_with_its_owner() {
         assert!(!machine.is_live(phys), "{inject:?}");
     }
 }
+
+/// Fails when an ATTACH that was carried out late, after all others had left the domain, counts as if the domain had
+/// lived on with its mappings.
+#[test]
+fn a_late_attach_does_not_bring_mappings_back() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    machine.inject([Inject::Hold(Execute::AtRelease)]);
+    assert!(viommu.attach(EP2, &domain).is_err());
+    // SAFETY: the test's own memory, which is never reused.
+    let iova = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) }.unwrap();
+    viommu.detach(EP).unwrap();
+    machine.release(Release::All);
+    viommu.poll();
+    assert_eq!(viommu.attach(EP2, &domain), Err(AttachError::Busy(EP2)), "it has to leave first");
+    viommu.detach(EP2).unwrap();
+    viommu.attach(EP2, &domain).unwrap();
+    assert!(machine.reaches(EP2, iova.get()));
+}
