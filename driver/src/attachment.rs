@@ -36,8 +36,8 @@ impl<P: Platform> Viommu<P> {
     async fn attach_known(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<Sent, AttachError> {
         let needed = self.shared.state.lock().engine.needs_introduction(endpoint)?;
         if needed {
-            let reserved = self.probe(endpoint, Need::Probe).await?;
-            self.shared.state.lock().engine.introduce(endpoint, &reserved);
+            let mut reserved = self.probe(endpoint, Need::Probe).await?;
+            self.shared.state.lock().engine.introduce(endpoint, &mut reserved);
         }
         let fresh = { !self.shared.state.lock().engine.group_is_in(endpoint, domain.key()) };
         let mut sent = Sent::Nothing;
@@ -154,6 +154,19 @@ impl<P: Platform> Viommu<P> {
         let detached = self.detach_group(endpoint).await;
         self.collect();
         detached
+    }
+
+    /// The endpoint was unplugged: detaches it, and probes whatever comes back under its number before that is attached.
+    ///
+    /// # Errors
+    /// [`DetachError::Request`]: it then counts as attached.
+    pub fn forget(&self, endpoint: EndpointId) -> Result<(), DetachError> {
+        match self.detach(endpoint) {
+            Ok(()) | Err(DetachError::NotAttached(_)) => {}
+            Err(error) => return Err(error),
+        }
+        self.shared.state.lock().engine.mark_stale(endpoint);
+        Ok(())
     }
 
     /// Detaches an endpoint and all of its group. The first error; the others are tried.

@@ -55,7 +55,7 @@ impl<P: Platform> Staged<P> {
         if !needed {
             return Ok(Introduction::Known);
         }
-        let reserved = match shared.block_on(self.0.probe(endpoint, Need::Probe)) {
+        let mut reserved = match shared.block_on(self.0.probe(endpoint, Need::Probe)) {
             Ok(reserved) => reserved,
             Err(AttachError::Request { error: RequestError::Refused(Status::NoEnt), .. }) => {
                 return Ok(Introduction::Unknown);
@@ -63,7 +63,7 @@ impl<P: Platform> Staged<P> {
             Err(AttachError::Request { error, .. }) => return Err(failed(error)),
             Err(_) => return Ok(Introduction::Refused(Status::NoMem)),
         };
-        shared.state.lock().engine.introduce(endpoint, &reserved);
+        shared.state.lock().engine.introduce(endpoint, &mut reserved);
         let introduction = self.sweep(endpoint);
         if introduction == Ok(Introduction::Unknown) {
             // Two statements, so that the record is dropped without the lock.

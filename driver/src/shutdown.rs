@@ -158,12 +158,15 @@ impl<P: Platform> Viommu<P> {
             Err(RecoverError::ShutDown) => return result,
             Err(_) => return Err(ShutdownError::Recovering),
         };
-        let found = shared.bypass_found.filter(|_| leave == Leave::AsFound);
-        if let Some(found) = found {
-            if found != 0 {
+        let bypass = match leave {
+            Leave::AsFound => shared.bypass_found,
+            Leave::Blocked => shared.bypass_found.and(Some(0)),
+        };
+        if let Some(bypass) = bypass {
+            if bypass != 0 {
                 self.expect_bypass();
             }
-            if let Err(error) = self.write_bypass(found) {
+            if let Err(error) = self.write_bypass(bypass) {
                 result = result.and(Err(ShutdownError::Bypass(error)));
             }
         }

@@ -34,21 +34,33 @@ impl Engine {
         if self.own_endpoint == Some(id) {
             return Err(AttachError::OwnEndpoint(id));
         }
-        let known = self.endpoint(id).is_some();
-        if !known && self.endpoints.len() >= self.limits.endpoints {
-            return Err(AttachError::TooManyEndpoints { limit: self.limits.endpoints });
+        match self.endpoint(id) {
+            Some(endpoint) => Ok(endpoint.is_stale),
+            None if self.endpoints.len() < self.limits.endpoints => Ok(true),
+            None => Err(AttachError::TooManyEndpoints { limit: self.limits.endpoints }),
         }
-        Ok(!known)
     }
 
-    /// Adds an endpoint's record, after its PROBE. Does nothing where there is one already. The list is lent, so
-    /// that it is not freed under the lock.
-    pub(crate) fn introduce(&mut self, id: EndpointId, reserved: &Arc<[ReservedRegion]>) {
-        let at = self.endpoints.binary_search_by_key(&id, |record| record.id);
-        if let Err(at) = at
-            && self.endpoints.len() < self.limits.endpoints
-        {
-            self.endpoints.insert(at, EndpointRecord::new(id, Arc::clone(reserved)));
+    /// Adds an endpoint's record, after its PROBE, or renews it where that was due. The list is lent, and the old one
+    /// comes back in it, so that none is freed under the lock.
+    pub(crate) fn introduce(&mut self, id: EndpointId, reserved: &mut Arc<[ReservedRegion]>) {
+        match self.endpoints.binary_search_by_key(&id, |record| record.id) {
+            Ok(at) if self.endpoints[at].is_stale => {
+                let endpoint = &mut self.endpoints[at];
+                endpoint.is_stale = false;
+                core::mem::swap(&mut endpoint.reserved, reserved);
+            }
+            Err(at) if self.endpoints.len() < self.limits.endpoints => {
+                self.endpoints.insert(at, EndpointRecord::new(id, Arc::clone(reserved)));
+            }
+            _ => {}
+        }
+    }
+
+    /// Before it is used again an endpoint has to be probed again: it may be another.
+    pub(crate) fn mark_stale(&mut self, id: EndpointId) {
+        if let Some(endpoint) = self.endpoint_mut(id) {
+            endpoint.is_stale = true;
         }
     }
 
@@ -126,7 +138,9 @@ impl Engine {
             domain.possible == 0 && domain.kind == translated && domain.mappings.is_empty()
         };
         let empty = self.domain(key).is_some_and(fits);
-        let alone = self.domain(parked).is_some_and(|domain| domain.possible == 1);
+        // What it is in has to be empty too: an identity domain never is.
+        let alone =
+            self.domain(parked).is_some_and(|domain| domain.possible == 1 && domain.kind == translated);
         if !(empty && alone) {
             return Err(AttachError::Parked(id));
         }

@@ -40,6 +40,8 @@ pub(crate) struct EndpointRecord {
     pub rejoin: Option<DomainKey>,
     /// The endpoints that it cannot be isolated from: all that name the same one.
     pub group: Option<EndpointId>,
+    /// The device did not know it any more: before it is used again it has to be probed again.
+    pub is_stale: bool,
     /// Whether the embedder wants it attached, and not only another one of its group.
     pub wanted: bool,
     /// What the embedder knows it by.
@@ -63,6 +65,7 @@ impl EndpointRecord {
             reserved,
             rejoin: None,
             group: None,
+            is_stale: false,
             wanted: false,
             tag: None,
             faults: 0,

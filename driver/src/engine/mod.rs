@@ -301,7 +301,11 @@ impl Engine {
     /// What is in quarantine: mappings, and their bytes.
     pub(crate) fn quarantined(&self) -> (usize, u64) {
         let records = self.domains.iter().flatten().flat_map(|domain| domain.mappings.iter());
-        let stuck = records.filter(|record| record.is_stuck());
+        // One that somebody counts on, and can unmap, is not.
+        let stuck = records.filter(|record| match record.state {
+            MappingState::Quarantined { .. } => !record.owned,
+            state => state == MappingState::Stranded,
+        });
         stuck.fold((0, 0), |(count, bytes), record| {
             (count + 1, bytes + record.range.len_bytes().unwrap_or(u64::MAX))
         })

@@ -3,7 +3,7 @@
 //! A reset by itself proves nothing: on several devices domains survive it (I3). A domain's mappings are gone for
 //! certain when each of its endpoints was attached, with success, to a number that has none.
 
-use super::mapping::MappingState;
+use super::mapping::{Mapping, MappingState};
 use super::{Attachment, DomainKey, EndpointRecord, Engine, Op};
 use crate::error::AttachError;
 use crate::id::{DomainId, EndpointId};
@@ -123,6 +123,12 @@ impl Engine {
     /// Whether an endpoint is attached for certain, so that the domain exists for the device.
     pub(crate) fn has_endpoint(&self, key: DomainKey) -> bool {
         self.domain(key).is_some_and(|domain| domain.attached > 0)
+    }
+
+    /// Whether an endpoint may be in what the device knows by a number that the domain had before.
+    pub(super) fn is_stranded(&self, key: DomainKey) -> bool {
+        let stranded = |record: &Mapping| record.state == MappingState::Stranded;
+        self.domain(key).is_some_and(|domain| domain.mappings.iter().any(stranded))
     }
 
     /// Ends a revival. True if every endpoint was readmitted: what the domain had before is gone then, and its live

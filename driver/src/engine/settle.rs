@@ -79,15 +79,24 @@ impl Engine {
                 self.confirmed.detaches += 1;
                 self.mark_detached(id, key);
             }
-            // The device does not know it any more: it was unplugged.
-            Err(RequestError::Refused(Status::NoEnt)) => self.mark_detached(id, key),
+            // The device does not know it any more: it was unplugged, and what comes back may be another.
+            Err(RequestError::Refused(Status::NoEnt)) => {
+                self.mark_detached(id, key);
+                self.mark_stale(id);
+            }
             Err(error) if error.outcome_unknown() => self.mark_unknown(id, key, false),
-            // The device said no: the endpoint is where it was, as far as that was known.
-            Err(_) => {
+            // The device said no: the endpoint is where it was, as far as that was known. Where it was not, the device
+            // may say now that it is not in the domain of that number.
+            Err(error) => {
                 let attachment = self.endpoint(id).map(|endpoint| endpoint.attachment);
-                match attachment {
-                    Some(Attachment::Detaching { was_attached: true, .. }) => self.mark_attached(id, key),
-                    _ => self.mark_unknown(id, key, false),
+                let Some(Attachment::Detaching { was_attached, .. }) = attachment else {
+                    return self.mark_unknown(id, key, false);
+                };
+                let elsewhere = error == RequestError::Refused(Status::Inval);
+                match was_attached {
+                    true => self.mark_attached(id, key),
+                    false if elsewhere && !self.is_stranded(key) => self.mark_detached(id, key),
+                    false => self.mark_unknown(id, key, false),
                 }
             }
         }

@@ -26,7 +26,7 @@ fn engine() -> Engine {
     let geometry = Geometry { granule: 0x1000, usable, domain_ids: (5, 8), mmio_flag: true };
     let mut engine = Engine::new(geometry, Limits { endpoints: 4, domains: 3 }, None);
     for endpoint in [EP, EP2] {
-        engine.introduce(endpoint, &Arc::from([]));
+        engine.introduce(endpoint, &mut Arc::from([]));
     }
     engine.close_bypass();
     engine

@@ -80,6 +80,8 @@ impl<P: Platform> Shared<P> {
         match self.finish(begun.await.map_err(failed)??).await {
             // Unplugged: it is in no domain any more.
             Ok(()) | Err(RequestError::Refused(Status::NoEnt)) => Ok(()),
+            // Nor one that turned out not to be where it may have been.
+            Err(_) if self.is_detached(endpoint) => Ok(()),
             Err(error) => Err(failed(error)),
         }
     }

@@ -138,6 +138,13 @@ impl<P: Platform> Shared<P> {
         record.is_some_and(|record| record.attachment == Attachment::Attached(key))
     }
 
+    /// Whether the endpoint is in no domain for certain.
+    pub(crate) fn is_detached(&self, endpoint: EndpointId) -> bool {
+        let state = self.state.lock();
+        let record = state.engine.endpoint(endpoint);
+        record.is_some_and(|record| record.attachment == Attachment::Detached)
+    }
+
     /// Gives memory back that no device reaches any more. Called without the lock.
     pub(crate) fn release(&self, held: HeldMemory) {
         let (memory, release) = held.into_parts();

@@ -285,9 +285,13 @@ fn an_attach_of_unknown_outcome_is_not_taken_for_a_success() {
     machine.inject([Inject::Refuse(0x80)]);
     assert!(viommu.attach(EP, &domain).is_err());
     assert_eq!(viommu.attach(EP, &domain), Err(AttachError::Busy(EP)));
-    let error = RequestError::Refused(Status::Inval);
+    // A refusal that says nothing about it, and INVAL: it is not in that domain.
+    machine.inject([Inject::Refuse(8)]);
+    let error = RequestError::Refused(Status::NoMem);
     assert_eq!(viommu.detach(EP), Err(DetachError::Request { endpoint: EP, error }));
     assert_eq!(viommu.attach(EP, &domain), Err(AttachError::Busy(EP)), "it is in no domain");
+    viommu.detach(EP).unwrap();
+    viommu.attach(EP, &domain).unwrap();
 
     // Carried out, and answered the same way: detaching it puts that right.
     machine.inject([Inject::Status(0x80)]);

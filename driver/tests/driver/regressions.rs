@@ -173,7 +173,8 @@ fn an_endpoint_of_unknown_state_is_not_attached_by_a_refusal() {
     let domain = viommu.create_domain(DomainOptions::default()).unwrap();
     machine.inject([Inject::UsedLen(0)]);
     assert!(viommu.attach(EP, &domain).is_err());
-    machine.inject([Inject::Refuse(4)]);
+    // NOMEM: not INVAL, which says that it is not there.
+    machine.inject([Inject::Refuse(8)]);
     assert!(viommu.detach(EP).is_err());
     assert_eq!(viommu.attach(EP, &domain), Err(AttachError::Busy(EP)));
 }

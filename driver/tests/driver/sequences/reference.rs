@@ -207,6 +207,10 @@ impl Reference {
 
     /// Whether attaching succeeds. What the endpoint reserves is taken out of the domain even if it does not.
     pub(super) fn predict_attach(&mut self, endpoint: usize, to: usize) -> Predicted {
+        // It is probed again first, and the device does not know it.
+        if self.unplugged[endpoint] {
+            return Err("Request");
+        }
         let deserted = match self.place[endpoint] {
             None => None,
             Some(at) if at == to => return Ok(()),
@@ -226,7 +230,7 @@ impl Reference {
         if deserted.is_some() && !(alone && empty) {
             return Err("Parked");
         }
-        if self.unplugged[endpoint] { Err("Request") } else { Ok(()) }
+        Ok(())
     }
 
     /// Takes note that an endpoint is in a domain now. What the domain had before it died is mapped again.

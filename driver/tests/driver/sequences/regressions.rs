@@ -28,7 +28,6 @@ fn a_domain_with_mappings_takes_no_endpoint_over() {
 
 /// The domain that takes the endpoint over has the number of an identity domain then.
 #[test]
-#[ignore = "the endpoint reaches all of memory, and the driver takes it for isolated"]
 fn an_identity_domain_is_not_taken_over() {
     let (machine, viommu) = Machine::live(Config::default());
     let identity = DomainOptions { kind: DomainKind::Identity, ..DomainOptions::default() };
@@ -41,7 +40,6 @@ fn an_identity_domain_is_not_taken_over() {
 }
 
 #[test]
-#[ignore = "the bypass stays open"]
 fn an_end_that_leaves_endpoints_blocked_closes_the_bypass() {
     let (machine, viommu) = Machine::live(Config::default());
     // SAFETY: the endpoints do nothing.
@@ -53,7 +51,6 @@ fn an_end_that_leaves_endpoints_blocked_closes_the_bypass() {
 
 /// The device carried the DETACH out, and says so to the next one: INVAL, since the endpoint is not in that domain.
 #[test]
-#[ignore = "the endpoint is out of use for ever"]
 fn an_endpoint_whose_detach_said_nothing_can_be_used_again() {
     let (machine, viommu, domain) = Machine::attached(Config::default());
     machine.inject([Inject::Status(0x77)]);
@@ -64,7 +61,6 @@ fn an_endpoint_whose_detach_said_nothing_can_be_used_again() {
 
 /// The mapping went with the first endpoint, whose DETACH was carried out and not answered.
 #[test]
-#[ignore = "the mapping counts as there, and the endpoint does not reach it"]
 fn mappings_are_not_lost_beside_an_unknown_endpoint() {
     let (machine, viommu, domain) = Machine::attached(Config::default());
     let memory = machine.memory(PAGE);
@@ -78,7 +74,6 @@ fn mappings_are_not_lost_beside_an_unknown_endpoint() {
 
 /// The answer to the ATTACH comes late, and says that the endpoint is there.
 #[test]
-#[ignore = "nobody maps again what the domain had"]
 fn a_late_attach_has_its_mappings() {
     let (machine, viommu, domain) = Machine::attached(Config::default());
     let memory = machine.memory(PAGE);
@@ -95,7 +90,6 @@ fn a_late_attach_has_its_mappings() {
 
 /// The domain gets its endpoint back, and the device does not say whether it mapped the memory again.
 #[test]
-#[ignore = "the memory goes back to the platform, and its user has it too"]
 fn memory_stays_with_its_user_when_it_is_not_mapped_again() {
     let (machine, viommu, domain) = Machine::attached(Config::default());
     let view = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
@@ -109,7 +103,6 @@ fn memory_stays_with_its_user_when_it_is_not_mapped_again() {
 
 /// An endpoint that was unplugged, and is another one when it comes back: it has to be probed again (D-07).
 #[test]
-#[ignore = "it is attached with the reserved regions of the one before"]
 fn an_endpoint_that_comes_back_is_probed() {
     let (machine, viommu, domain) = Machine::attached(Config::default());
     machine.device().remove_endpoint(EP.get());
@@ -121,7 +114,6 @@ fn an_endpoint_that_comes_back_is_probed() {
 
 /// No room for the bounce pages; what was taken before is free again.
 #[test]
-#[ignore = "each failure costs a granule of addresses"]
 fn a_view_that_was_not_made_leaves_no_trace() {
     let (_machine, viommu, domain) = Machine::attached(Config::default());
     let limit = Iova::new(3 * PAGE - 1);

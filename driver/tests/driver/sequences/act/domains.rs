@@ -68,19 +68,8 @@ impl World {
         !self.reference.unsure[endpoint] && at.is_none_or(|at| !self.reference.spaces[at].in_doubt)
     }
 
-    /// The domain in a slot, for an endpoint. What a device makes of one that it does not know is not of interest where
-    /// it takes it.
-    pub(super) fn place_for(&self, endpoint: usize, slot: u8) -> Option<usize> {
-        let unknown =
-            self.reference.unplugged[endpoint] && self.reference.config.quirks.attach_unknown_endpoint;
-        let spaces = &self.reference.spaces;
-        let left = |at: usize| spaces[at].identity && spaces[at].handles == 0;
-        let left = known::IDENTITY_DOMAINS_ARE_TAKEN_OVER && self.reference.place[endpoint].is_some_and(left);
-        self.at(slot).filter(|_| !unknown && !left)
-    }
-
     pub(super) fn attach(&mut self, endpoint: usize, slot: u8) -> Done {
-        let Some(to) = self.place_for(endpoint, slot) else { return Ok(None) };
+        let Some(to) = self.at(slot) else { return Ok(None) };
         let attached = self.viommu().attach(self.id(endpoint), self.domain(slot));
         let touched = Some(self.some_of(Some(to)));
         self.attached(endpoint, to, &attached, "")?;
@@ -163,7 +152,7 @@ impl World {
     }
 
     pub(super) fn move_endpoint(&mut self, endpoint: usize, slot: u8) -> Done {
-        let Some(to) = self.place_for(endpoint, slot) else { return Ok(None) };
+        let Some(to) = self.at(slot) else { return Ok(None) };
         let mut touched = self.some_of(self.reference.place[endpoint]);
         touched.extend(self.some_of(Some(to)));
         let moved = self.viommu().move_endpoint(self.id(endpoint), self.domain(slot));
@@ -194,6 +183,10 @@ impl World {
         let id = self.id(endpoint);
         self.machine.device().remove_endpoint(id.get());
         self.reference.unplugged[endpoint] = true;
-        self.detach(endpoint)
+        let touched = self.some_of(self.reference.place[endpoint]);
+        let forgotten = self.viommu().forget(id);
+        judge(&forgotten, Ok(()))?;
+        self.reference.leave(endpoint);
+        Ok(Some(touched))
     }
 }

@@ -23,7 +23,7 @@ fn direction(which: u8) -> Direction {
 
 impl World {
     pub(super) fn open(&mut self, endpoint: usize, slot: u8, bounce: u64, low: bool) -> Done {
-        let Some(to) = self.place_for(endpoint, slot) else { return Ok(None) };
+        let Some(to) = self.at(slot) else { return Ok(None) };
         let (granule, limit) = (self.reference.granule, self.limit(low));
         let bounce_bytes = (bounce * granule) as usize;
         let options = EndpointOptions { limit: Iova::new(limit), bounce_bytes, ..Default::default() };
@@ -79,8 +79,6 @@ impl World {
             };
             judge(&result, predicted)?;
         }
-        // The granule that faults is not given back.
-        self.reference.spaces[to].leaky |= !self.reference.spaces[to].identity;
         self.not_mapped(to, error, Memory::Platform)
     }
 
@@ -104,7 +102,6 @@ impl World {
         let Some(which) = pick(self.views.len(), view) else { return Ok(None) };
         let OpenView { endpoint, space, bounce, faulting, view, .. } = self.views.swap_remove(which);
         let closed = view.close();
-        let freed = closed.is_ok();
         let sure = self.is_sure(space);
         // Where the bypass is open the pages are unmapped before the endpoint is detached, else after.
         let unmapped_first = !self.reference.closed;
@@ -128,9 +125,7 @@ impl World {
                 false => self.leaving(space, first, last),
             });
         }
-        if freed {
-            self.reference.spaces[space].faulting.retain(|range| *range != faulting);
-        }
+        self.reference.spaces[space].faulting.retain(|range| *range != faulting);
         self.released(space);
         Ok(Some(touched))
     }
