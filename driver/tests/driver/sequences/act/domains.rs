@@ -112,7 +112,12 @@ impl World {
                 self.poll()?;
             }
             Err(_) if sure => {}
-            Err(_) => self.reference.spaces[to].leaky = true,
+            // It may have been there for a moment, or not.
+            Err(_) => {
+                let space = &mut self.reference.spaces[to];
+                space.leaky = true;
+                space.in_doubt |= space.endpoints.is_empty();
+            }
         }
         Ok(())
     }

@@ -70,11 +70,12 @@ impl World {
     ) -> Result<(), Failed> {
         let granule = self.reference.granule;
         if self.is_sure(to) && self.is_known(endpoint) {
-            let room = self.predict_room(to, granule, limit);
             let result: Result<(), MapError> = Err(error);
             // Of bounce pages it is not known whether there is room beside the granule that faults.
-            let predicted = match room.and_then(|()| self.predict_parts(to, 1)) {
-                Ok(()) if bounce || self.reference.spaces[to].leaky => Err("IovaExhausted"),
+            let exhausted = matches!(error, MapError::IovaExhausted { .. });
+            let predicted = match self.predict_room(to, granule, limit) {
+                Ok(()) if exhausted && (bounce || self.reference.spaces[to].leaky) => Err("IovaExhausted"),
+                Ok(()) if bounce => self.predict_parts(to, 1),
                 predicted => predicted,
             };
             judge(&result, predicted)?;
