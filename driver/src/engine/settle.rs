@@ -252,7 +252,7 @@ impl Engine {
     /// their owners unmap them, or they are replayed; what else was in quarantine is free.
     pub(super) fn revoke(&mut self, index: usize) {
         let Some(domain) = self.domains[index].as_mut() else { return };
-        let orphaned = domain.orphaned;
+        let deserted = domain.orphaned && domain.possible == 0;
         let (iova, stats) = (&mut domain.iova, &mut domain.stats);
         let mut released = 0;
         domain.mappings.retain_all(|record| {
@@ -263,8 +263,8 @@ impl Engine {
                 record.state = MappingState::Live;
             }
             record.on_device &= !matches!(record.state, MappingState::Live | MappingState::Apart);
-            // Nobody is left who could unmap what is live in a domain without a handle.
-            let unowned = orphaned && record.state == MappingState::Live;
+            // Nobody is left who could unmap what is live in a domain without a handle, or use it.
+            let unowned = deserted && record.state == MappingState::Live;
             if !(quarantined && !record.owned || unowned) {
                 return true;
             }

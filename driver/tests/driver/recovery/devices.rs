@@ -224,6 +224,26 @@ fn i12_a_number_that_is_not_fresh_is_left_again() {
     bench.assert_works();
 }
 
+/// Fails when a domain that nobody holds, but that an endpoint uses, comes back without its mappings.
+#[test]
+fn a_domain_without_a_handle_comes_back_as_it_was() {
+    for config in devices() {
+        let (machine, viommu, domain) = Machine::attached(config);
+        // SAFETY: nobody but the test uses the memory.
+        unsafe { domain.map_at(AT, machine.memory(PAGE).phys, PAGE, RW) }.unwrap();
+        drop(domain);
+        for _ in 0..2 {
+            machine.device().fail();
+            // SAFETY: endpoints of a test do DMA only when it says so.
+            assert_eq!(unsafe { viommu.recover() }.unwrap().endpoints, 1);
+            assert!(machine.reaches(EP, AT.get()));
+        }
+        viommu.detach(EP).unwrap();
+        assert!(!machine.reaches(EP, AT.get()));
+        assert_eq!(viommu.stats().quarantined_mappings, 0);
+    }
+}
+
 /// Fails when what a recovery made is not taken down like the rest.
 #[test]
 fn after_a_recovery_the_driver_ends_as_ever() {
