@@ -465,3 +465,24 @@ fn reclaiming_a_replay_in_doubt_leaves_it_to_its_owner() {
     assert_eq!(engine.begin_unmap(key, at), Ok(UnmapPlan::Nothing));
     assert_eq!(engine.state(key, at), Some(MappingState::Released));
 }
+
+/// Fails when it stays noted that an endpoint has to join its domain that turned out, late, to be unplugged.
+#[test]
+fn an_endpoint_that_is_gone_joins_no_renumbered_domain() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    engine.attach(EP2, key);
+    let revival = engine.begin_revival(key).unwrap();
+    let (_, op) = engine.begin_readmission(EP, key).unwrap();
+    engine.answer(op, Ok(()));
+    let (_, op) = engine.begin_readmission(EP2, key).unwrap();
+    engine.lose(op);
+    assert!(!engine.end_revival(key, revival));
+    engine.answer_late(op, Err(RequestError::Refused(Status::NoEnt)));
+    assert!(engine.begin_renumber(key));
+    let (_, op) = engine.begin_detach(EP).unwrap();
+    engine.answer(op, Ok(()));
+    engine.renumber(key).unwrap();
+    assert_eq!((engine.next_to_rejoin(key), engine.next_to_rejoin(key)), (Some(EP), None));
+}

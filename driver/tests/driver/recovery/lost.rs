@@ -3,8 +3,8 @@
 use std::ptr::NonNull;
 
 use virtio_iommu::{
-    AttachError, DetachError, Direction, DmaDevice, EndpointId, EndpointOptions, Iova, MapError,
-    RequestError, UnmapError,
+    AttachError, DetachError, Direction, DmaDevice, DomainOptions, EndpointId, EndpointOptions, Iova,
+    MapError, RequestError, UnmapError,
 };
 use virtio_iommu_model::{Config, Endpoint, Execute, Inject, Release, ReservedRegion};
 
@@ -244,4 +244,33 @@ fn an_endpoint_that_was_lost_and_detached_stays_out() {
     assert_eq!((recovered.endpoints, recovered.detached, recovered.lost.len()), (1, 1, 0));
     assert_eq!(bench.machine.device().domain_of(EP2.get()), None);
     assert!(bench.machine.reaches(EP, bench.live_at()) && bench.machine.is_lent_back(bench.stuck));
+}
+
+/// The number of a domain that may be left on the device. Fails when it is taken for free.
+#[test]
+fn i02_the_number_that_a_lost_endpoint_may_be_in_is_not_used_again() {
+    let config = Config { domain_range: 1..=4, ..Config::qemu_10() };
+    let bench = bench(config);
+    let old = bench.domain.id();
+    bench.fail();
+    bench.machine.inject([Inject::Pass, Inject::Pass, Inject::Pass, Inject::Refuse(3)]);
+    assert_eq!(bench.recover().unwrap().lost.len(), 1);
+    assert_eq!(bench.machine.device().domain_of(EP2.get()), Some(old.get()));
+    let others: Vec<_> =
+        std::iter::from_fn(|| bench.viommu.create_domain(DomainOptions::default()).ok()).collect();
+    assert_eq!(others.len(), 2);
+    assert!(others.iter().all(|domain| domain.id() != old));
+}
+
+/// Fails when a recovery that went well leaves it noted where its endpoints were: one that may have left since, and was
+/// told to, came back with the next.
+#[test]
+fn an_endpoint_that_may_have_left_after_a_recovery_is_not_brought_back() {
+    let bench = bench(Config::qemu_10());
+    assert_eq!(bench.recover().unwrap().endpoints, 2);
+    bench.machine.inject([Inject::Drop(Execute::AtRelease)]);
+    bench.viommu.detach(EP2).unwrap_err();
+    let recovered = bench.recover().unwrap();
+    assert_eq!((recovered.endpoints, recovered.detached, recovered.lost.len()), (1, 1, 0));
+    assert_eq!(bench.machine.device().domain_of(EP2.get()), None);
 }
