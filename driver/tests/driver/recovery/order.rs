@@ -159,6 +159,7 @@ fn all_others_wait_for_the_end_of_a_recovery() {
     }
 }
 
+/// The same for a queue's own reset, which leaves the domain as it is.
 #[test]
 fn all_others_wait_for_the_end_of_a_queue_reset() {
     for first in [1, 2] {

@@ -221,6 +221,7 @@ fn a_queue_reset_that_does_not_end_leaves_the_driver_dead() {
     bench.assert_works();
 }
 
+/// Fails when the driver goes on without a queue, or counts it as reset again.
 #[test]
 fn a_queue_that_cannot_be_enabled_again_leaves_the_driver_dead() {
     let (mut bench, hooks) = hooked::bench(Config::default());
