@@ -255,7 +255,9 @@ impl<P: Platform> Viommu<P> {
         // Bounded: each round goes on to a later one.
         while let Some((key, range)) = { self.shared.state.lock().engine.reclaimable(done) } {
             let reclaimed = self.shared.block_on(exchange::reclaim(&self.shared, key, range));
-            freed += usize::from(reclaimed.is_ok());
+            // One that somebody counts on is his still, to be mapped again.
+            let kept = { self.shared.state.lock().engine.is_owned(key, range) };
+            freed += usize::from(reclaimed.is_ok() && !kept);
             done = Some((key, range));
         }
         self.collect();

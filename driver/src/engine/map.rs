@@ -247,6 +247,12 @@ impl Engine {
         });
     }
 
+    /// Whether somebody counts on the mapping of exactly this range.
+    pub(crate) fn is_owned(&self, key: DomainKey, range: IovaRange) -> bool {
+        let record = self.domain(key).and_then(|domain| domain.mappings.get(range.start()));
+        record.is_some_and(|record| record.owned && record.range == range)
+    }
+
     /// Whether unmapping takes no request, since the domain died.
     pub(crate) fn is_gone(&mut self, key: DomainKey, range: IovaRange) -> bool {
         let records = self.domain_mut(key).and_then(|domain| domain.mappings.whole(range));

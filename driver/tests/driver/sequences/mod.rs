@@ -19,7 +19,6 @@
 
 mod act;
 mod check;
-mod known;
 mod op;
 mod reference;
 mod regressions;

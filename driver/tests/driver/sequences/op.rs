@@ -185,7 +185,8 @@ fn misbehaviour(byte: u8) -> Inject {
         2..=4 => Inject::Hold(Execute::AtRelease),
         5 => Inject::Drop(if which.is_multiple_of(2) { Execute::Now } else { Execute::AtRelease }),
         // UNSUPP, INVAL, RANGE, FAULT and NOMEM are clear; IOERR, DEVERR and what nobody defined are not.
-        6..=8 => Inject::Refuse([2, 4, 5, 7, 8, 1, 3, 0x77][which % 8]),
+        // Not INVAL and NOENT: a DETACH that is answered so says where the endpoint is not, and devices do not lie here.
+        6..=8 => Inject::Refuse([2, 5, 7, 8, 1, 3, 0x77][which % 7]),
         9 | 10 => Inject::Status([1, 3, 0x77][which % 3]),
         11 => Inject::UsedLen(which as u32 % 4),
         12 => Inject::Unwritten,

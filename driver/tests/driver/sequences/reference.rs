@@ -15,8 +15,6 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use virtio_iommu_model::{AccessKind, Config, Endpoint, FaultStyle};
 
-use super::known;
-
 /// Who may unmap a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Owner {
@@ -76,8 +74,6 @@ pub(super) struct Space {
     /// Handles: the test's own, and one for each view.
     pub(super) handles: usize,
     pub(super) in_doubt: bool,
-    /// The driver has mappings on record that the device lost ([`known`]).
-    pub(super) stale: bool,
     pub(super) gone: bool,
 }
 
@@ -245,10 +241,7 @@ impl Reference {
             Some(_) => self.leave(endpoint),
             None => {}
         }
-        let was_unsure = std::mem::take(&mut self.unsure[endpoint]);
-        if !was_unsure {
-            self.note_stale(to);
-        }
+        self.unsure[endpoint] = false;
         self.place[endpoint] = Some(to);
         let space = &mut self.spaces[to];
         space.endpoints.insert(endpoint);
@@ -270,16 +263,7 @@ impl Reference {
         self.unsure[endpoint] = false;
         let Some(from) = self.place[endpoint].take() else { return };
         self.spaces[from].endpoints.remove(&endpoint);
-        self.note_stale(from);
         self.settle(from);
-    }
-
-    /// Takes note of mappings that may be lost with a domain that has no endpoint but unsure ones.
-    pub(super) fn note_stale(&mut self, at: usize) {
-        let space = &mut self.spaces[at];
-        let none_is_sure = space.endpoints.iter().all(|endpoint| self.unsure[*endpoint]);
-        let lost = none_is_sure && !space.endpoints.is_empty() && !space.maps.is_empty();
-        space.stale |= lost && known::MAPPINGS_GET_LOST_BESIDE_UNKNOWN_ENDPOINTS;
     }
 
     /// Takes note that a domain is no more, of which that was not known.

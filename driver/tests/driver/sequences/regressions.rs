@@ -1,7 +1,4 @@
 //! What random sequences found, as short as it gets, written out so that it does not depend on how sequences are made.
-//!
-//! A case that is ignored is a defect of the driver that is not mended yet. Sequences let it pass meanwhile, as
-//! [`known`](super::known) says.
 
 use virtio_iommu::{
     AttachError, DmaDevice, DomainKind, DomainOptions, EndpointOptions, Iova, Leave, PhysAddr,

@@ -12,7 +12,6 @@ use virtio_iommu_model::{
 };
 
 use super::check::same;
-use super::known;
 use super::op::is_harmless;
 use super::reference::{Mapped, Memory, Owner, Reference, Space};
 use crate::support::{Machine, TestPlatform};
@@ -77,8 +76,6 @@ pub(super) struct World {
     pub(super) before: Counters,
     /// Blocks of memory that the driver had when it was up.
     pub(super) blocks: usize,
-    /// The driver cannot go on as it should ([`known`]).
-    pub(super) gives_up: bool,
     /// The bypass as this life of the driver found it.
     pub(super) found: bool,
 }
@@ -131,7 +128,6 @@ impl World {
             trouble: Trouble { delay, ..Trouble::default() },
             before: Counters::default(),
             blocks: 0,
-            gives_up: false,
             found: false,
         };
         world.start()?;
@@ -236,8 +232,7 @@ impl World {
                 same("shutdown", shut.is_ok(), !stuck)?;
             }
             if !hit && !stuck {
-                let left_open = known::SHUTDOWN_LEAVES_THE_BYPASS_OPEN && !as_found && self.reference.bypass;
-                let expected = (as_found && self.found) || left_open;
+                let expected = as_found && self.found;
                 for endpoint in &self.reference.endpoints {
                     let bypasses = self.machine.device().bypasses(endpoint.id);
                     same("an endpoint reaches everything after the shutdown", bypasses, expected)?;

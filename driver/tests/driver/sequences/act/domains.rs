@@ -5,7 +5,6 @@ use std::fmt::Debug;
 use virtio_iommu::{DetachError, DomainKind, DomainOptions, MoveError};
 
 use super::super::check::same;
-use super::super::known;
 use super::super::reference::{Predicted, Space};
 use super::super::world::{Failed, MAPPINGS, World};
 use super::{Done, NOTHING, judge, judge_in};
@@ -84,6 +83,11 @@ impl World {
         result: &Result<T, E>,
         around: &str,
     ) -> Result<(), Failed> {
+        let owed = self.machine.device().held() as u64 + self.trouble.lost;
+        if owed > 0 && result.as_ref().is_err_and(|error| format!("{error:?}").contains("NoSlot")) {
+            // It has to be probed again, and the device still has an earlier PROBE.
+            return Ok(());
+        }
         let sure = self.is_known(endpoint) & self.is_sure(to);
         let mut predicted = Ok(());
         if sure {
@@ -94,20 +98,18 @@ impl World {
                 self.reference.spaces[to].holes = holes;
             }
             judge_in(result, around, predicted)?;
-        } else if result.is_ok() || self.was_hit() {
+        } else if result.is_ok() {
+            // One that failed may have come as far as that, or not further than its PROBE.
             self.reference.reserve(endpoint, to);
         }
-        let replayed = known::FAILED_REPLAYS_TAKE_MAPPINGS_AWAY && self.was_hit();
-        self.gives_up |= replayed && format!("{result:?}").contains("Replay {");
         match result {
             Ok(_) => self.reference.join(endpoint, to),
             Err(_) if self.was_hit() => {
                 self.reference.spaces[to].leaky = true;
                 self.reference.doubt(endpoint, to);
-                self.reference.note_stale(to);
             }
             // As it was. A domain without endpoints had one for a moment.
-            Err(_) if predicted == Err("Request") => {
+            Err(_) if predicted == Err("Request") && !self.reference.unplugged[endpoint] => {
                 self.reference.settle(to);
                 self.poll()?;
             }

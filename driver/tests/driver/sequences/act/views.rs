@@ -8,7 +8,6 @@ use virtio_iommu::{
 use virtio_iommu_model::AccessKind;
 
 use super::super::check::same;
-use super::super::known;
 use super::super::op::Segment;
 use super::super::reference::{Expected, Memory, Owner};
 use super::super::world::{Failed, OpenView, Shared, View, World};
@@ -112,7 +111,7 @@ impl World {
         };
         let before = predict(self);
         let moved = self.reference.place[endpoint] != Some(space);
-        if moved && !known::CLOSING_A_VIEW_DETACHES_FROM_ANY_DOMAIN {
+        if moved {
             judge(&closed, Ok(()))?;
         } else {
             self.detached(endpoint, closed)?;
