@@ -393,7 +393,7 @@ impl<W: World> Session<W> {
         }
         let (at, id) = Self::endpoint(endpoint);
         let bounce_bytes = usize::from(bounce % 3) * self.granule.min(MAX_GRANULE) as usize;
-        let options = EndpointOptions { limit: self.limit(low), bounce_bytes };
+        let options = EndpointOptions { limit: self.limit(low), bounce_bytes, ..EndpointOptions::default() };
         match self.viommu.open(id, &domain, options) {
             Ok(view) => {
                 self.places[at] = Place::In(key);
