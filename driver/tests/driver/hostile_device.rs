@@ -49,8 +49,9 @@ fn d09_i04_success_takes_the_length_and_the_status() {
     map(9).unwrap();
 }
 
+/// Fails, by a panic or a slot that is free twice, when `RequestQueue::slot_of` takes any id for a request in flight.
 #[test]
-fn used_entries_that_name_nobody() {
+fn i08_used_entries_that_name_nobody() {
     for id in [1, 3, 254, 256, 257, 0x1_0000, u32::MAX] {
         let (machine, viommu, domain) = Machine::attached(Config::default());
         let memory = machine.memory(PAGE);
@@ -70,7 +71,7 @@ fn used_entries_that_name_nobody() {
 
 /// Fails when `Ring::pop` does not compare with what was published.
 #[test]
-fn a_used_index_that_jumps_breaks_the_ring_and_ends_all_waits() {
+fn i08_a_used_index_that_jumps_breaks_the_ring_and_ends_all_waits() {
     for inject in [Inject::Twice, Inject::UsedJump(1), Inject::UsedJump(300), Inject::UsedJump(0x8000)] {
         let (machine, viommu, domain) = Machine::attached(Config::default());
         let memory = machine.memory(PAGE);
@@ -95,8 +96,9 @@ fn a_used_index_that_jumps_breaks_the_ring_and_ends_all_waits() {
     }
 }
 
+/// Fails, by a panic, when `EventQueue::next` does not compare the used id with the queue's size.
 #[test]
-fn events_of_any_length_and_content() {
+fn i08_events_of_any_length_and_content() {
     let machine = Machine::new(Config::default());
     let viommu = machine.bring_up();
     let mut rng = Rng::new(0x00e7_e275);
@@ -118,8 +120,9 @@ fn events_of_any_length_and_content() {
     assert_eq!(counts.delivered + counts.malformed + lost, sent + 1);
 }
 
+/// Fails, by a panic, when `Properties::next` trusts a length.
 #[test]
-fn properties_of_any_content() {
+fn i08_properties_of_any_content() {
     let mut rng = Rng::new(0x0009_0be5);
     for probe_size in [0, 1, 3, 4, 23, 24, 512] {
         for _ in 0..60 {

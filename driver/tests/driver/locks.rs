@@ -15,7 +15,7 @@ use crate::support::{
 
 /// Fails when `begin_map` or `begin_unmap` allocates, or a batch does.
 #[test]
-fn mapping_and_unmapping_use_no_heap() {
+fn i11_mapping_and_unmapping_use_no_heap() {
     let (machine, viommu, domain) = Machine::attached(Config::default());
     let endpoint =
         viommu.open(EP, &domain, EndpointOptions { bounce_bytes: 4096, ..Default::default() }).unwrap();
