@@ -227,7 +227,7 @@ fn world_with(suppression: Suppression, slots: u16, register: Option<AtomicBool>
     let domain = viommu.create_domain(DomainOptions { mappings: 2, ..DomainOptions::default() }).unwrap();
     let mut state = viommu.shared.state.lock();
     let (engine, endpoint) = (&mut state.engine, EndpointId::new(8));
-    engine.introduce(endpoint, &Arc::from([]));
+    engine.introduce(endpoint, &mut Arc::from([]));
     let AttachPlan::Send(_, op) = engine.begin_attach(endpoint, domain.key()).unwrap() else {
         panic!("nothing was sent")
     };
