@@ -91,3 +91,36 @@ impl EventQueue {
         Some(fault.map_or(Event::Malformed, Event::Fault))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_memory::TestMemory;
+
+    const SIZE: u16 = 4;
+
+    /// I8: fails, by a panic, when `next` does not compare the used id with the queue's size, and by a buffer that is
+    /// posted twice when it posts one for such an id.
+    #[test]
+    fn i08_a_buffer_that_was_never_posted_is_passed_over() {
+        let memory = TestMemory::leak(EventQueue::memory_len(SIZE));
+        // SAFETY: leaked, so valid for ever, and no one else uses it.
+        let shared = unsafe { SharedMemory::new(memory) };
+        let mut events = EventQueue::new(shared, SIZE, Suppression::Flags);
+        let _ = events.publish();
+        let used = (events.ring.addresses().device_area.get() - memory.phys.get()) as usize;
+        for (index, id) in [u32::from(SIZE), 0x1_0000, u32::MAX, 2].into_iter().enumerate() {
+            let memory = events.ring.memory_mut();
+            memory.write_bytes(used + 4 + 8 * index, &id.to_le_bytes());
+            memory.write_bytes(used + 8 + 8 * index, &(RECORD_LEN as u32).to_le_bytes());
+            memory.store_release_u16(used + 2, index as u16 + 1);
+            // Only the last one is a buffer, whose record is all zeros.
+            let is_fault = matches!(events.next(), Some(Event::Fault(_)));
+            assert_eq!(is_fault, id == 2, "{id:#x}");
+        }
+        assert!(events.next().is_none() && !events.is_broken());
+        assert!(events.publish(), "one buffer is posted again");
+        let avail = (events.ring.addresses().driver_area.get() - memory.phys.get()) as usize;
+        assert_eq!(events.ring.memory().read_u16(avail + 2), SIZE + 1);
+    }
+}

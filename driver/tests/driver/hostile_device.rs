@@ -96,7 +96,7 @@ fn i08_a_used_index_that_jumps_breaks_the_ring_and_ends_all_waits() {
     }
 }
 
-/// Fails, by a panic, when `EventQueue::next` does not compare the used id with the queue's size.
+/// Fails when `EventQueue::next` takes a record that is too short, or counts one twice.
 #[test]
 fn i08_events_of_any_length_and_content() {
     let machine = Machine::new(Config::default());
