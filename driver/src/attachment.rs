@@ -11,7 +11,8 @@ use crate::viommu::Viommu;
 use core::fmt;
 
 impl<P: Platform> Viommu<P> {
-    /// Attaches an endpoint to a domain. [`open`](Self::open) does, and gives the view that a device driver wants.
+    /// Attaches an endpoint to a domain (virtio 1.4, IOMMU device, ATTACH request). [`open`](Self::open) does, and
+    /// gives the view that a device driver wants.
     ///
     /// An endpoint that the driver does not know yet is probed first. Attaching it again to its own domain sends
     /// nothing. What the domain had mapped before it lost its last endpoint is mapped again. Its reserved regions stay
@@ -77,8 +78,9 @@ impl<P: Platform> Viommu<P> {
     }
 
     /// Makes a group of endpoints whose accesses the device cannot tell apart, such as all that share the number of
-    /// a PCIe-to-PCI bridge: they are in one domain, or in none (D-13). Attaching one attaches all, that number
-    /// included; they are detached when the last one is that was asked for.
+    /// a PCIe-to-PCI bridge: they are in one domain, or in none (virtio 1.4, IOMMU device, driver requirements of
+    /// ATTACH). Attaching one attaches all, that number included; they are detached when the last one is that was
+    /// asked for.
     ///
     /// # Errors
     /// [`GroupError`]: each has to be known, in no domain and in no group.
@@ -124,9 +126,9 @@ impl<P: Platform> Viommu<P> {
         opened.map_err(OpenError::Dma)
     }
 
-    /// Detaches an endpoint from its domain. One that the device does not know any more, since it was unplugged,
-    /// is detached, and a suspended one is it already. One of a [`group`](Self::group) stays as long as another one of
-    /// it is asked for.
+    /// Detaches an endpoint from its domain (virtio 1.4, IOMMU device, DETACH request). One that the device does
+    /// not know any more, since it was unplugged, is detached, and a suspended one is it already. One of a
+    /// [`group`](Self::group) stays as long as another one of it is asked for.
     ///
     /// If it was the last one and the bypass is known to be closed, the domain is dead: what was in quarantine is
     /// free, and live mappings stay recorded. Unmapping them takes no request then, and attaching an endpoint
@@ -138,8 +140,8 @@ impl<P: Platform> Viommu<P> {
         self.shared.block_on(self.detach_async(endpoint))
     }
 
-    /// [`detach`](Self::detach) as a future. Dropped before its end it leaves the endpoint in a state that is unknown until
-    /// the device answers, if the request was sent.
+    /// [`detach`](Self::detach) as a future. Dropped before its end it leaves the endpoint in a state that is
+    /// unknown until the device answers, if the request was sent.
     ///
     /// # Errors
     /// As for [`detach`](Self::detach).
@@ -156,7 +158,8 @@ impl<P: Platform> Viommu<P> {
         detached
     }
 
-    /// The endpoint was unplugged: detaches it, and probes whatever comes back under its number before that is attached.
+    /// The endpoint was unplugged: detaches it, and probes whatever comes back under its number before that is
+    /// attached.
     ///
     /// # Errors
     /// [`DetachError::Request`]: it then counts as attached.
@@ -184,9 +187,9 @@ impl<P: Platform> Viommu<P> {
         result
     }
 
-    /// Moves an endpoint, and all of its [`group`](Self::group), to another domain: detaches it, and attaches it there. In between it reaches nothing, if
-    /// the bypass is closed. Its old domain keeps its mappings for its other endpoints, and for when it gets one
-    /// again.
+    /// Moves an endpoint, and all of its [`group`](Self::group), to another domain: detaches it, and attaches it
+    /// there. In between it reaches nothing, if the bypass is closed. Its old domain keeps its mappings for its
+    /// other endpoints, and for when it gets one again.
     ///
     /// # Errors
     /// [`MoveError`], which says whether the endpoint is where it was, or nowhere.
@@ -194,8 +197,8 @@ impl<P: Platform> Viommu<P> {
         self.shared.block_on(self.move_endpoint_async(endpoint, to))
     }
 
-    /// [`move_endpoint`](Self::move_endpoint) as a future. Dropped before its end it leaves the endpoint in either domain,
-    /// or in none.
+    /// [`move_endpoint`](Self::move_endpoint) as a future. Dropped before its end it leaves the endpoint in either
+    /// domain, or in none.
     ///
     /// # Errors
     /// As for [`move_endpoint`](Self::move_endpoint).

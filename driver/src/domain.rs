@@ -105,7 +105,8 @@ impl<P: Platform> Domain<P> {
         drop(old);
     }
 
-    /// Maps `len` bytes from `phys` at an address of the driver's choice up to `limit`.
+    /// Maps `len` bytes from `phys` at an address of the driver's choice up to `limit` (virtio 1.4, IOMMU device, MAP
+    /// request).
     ///
     /// `phys` and `len` are multiples of the granule. Waits for the answer; allocates nothing.
     ///
@@ -149,7 +150,8 @@ impl<P: Platform> Domain<P> {
         Ok(range.start())
     }
 
-    /// Maps `len` bytes from `phys` at `iova`. All three are multiples of the granule.
+    /// Maps `len` bytes from `phys` at `iova` (virtio 1.4, IOMMU device, MAP request). All three are multiples of
+    /// the granule.
     ///
     /// Waits for the answer; allocates nothing.
     ///
@@ -163,7 +165,8 @@ impl<P: Platform> Domain<P> {
         self.0.shared.block_on(unsafe { self.map_at_async(iova, phys, len, prot) })
     }
 
-    /// [`map_at`](Self::map_at) as a future. Dropped before its end it leaves the mapping, if it was sent, in quarantine.
+    /// [`map_at`](Self::map_at) as a future. Dropped before its end it leaves the mapping, if it was sent, in
+    /// quarantine.
     ///
     /// # Errors
     /// As for [`map_at`](Self::map_at).
@@ -215,8 +218,9 @@ impl<P: Platform> Domain<P> {
         Ok(())
     }
 
-    /// Unmaps `len` bytes at `iova`: one mapping, or several whole ones that touch each other, by one request.
-    /// When this returns `Ok`, no endpoint reaches the memory through them any more.
+    /// Unmaps `len` bytes at `iova`: one mapping, or several whole ones that touch each other, by one request
+    /// (virtio 1.4, IOMMU device, UNMAP request). When this returns `Ok`, no endpoint reaches the memory through
+    /// them any more.
     ///
     /// Waits for the answer; allocates nothing.
     ///

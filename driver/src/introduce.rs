@@ -36,8 +36,8 @@ pub enum Introduction {
 }
 
 impl<P: Platform> Staged<P> {
-    /// Makes the endpoint known: reads its reserved regions, and takes it out of any domain that an earlier
-    /// life of the device left it in. Its bus mastering must be off.
+    /// Makes the endpoint known: reads its reserved regions (virtio 1.4, IOMMU device, PROBE request), and takes it
+    /// out of any domain that an earlier life of the device left it in. Its bus mastering must be off.
     ///
     /// Sends PROBE, ATTACH and DETACH and waits for them. Allocates.
     ///

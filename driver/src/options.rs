@@ -69,7 +69,8 @@ impl Default for FaultLimit {
 pub enum DomainKind {
     /// Endpoints reach what is mapped.
     Translated,
-    /// Endpoints reach all of memory by its physical addresses: no protection at all. Needs BYPASS_CONFIG; where
+    /// Endpoints reach all of memory by its physical addresses: no protection at all (virtio 1.4, IOMMU device, the
+    /// bypass flag of ATTACH). Needs BYPASS_CONFIG; where
     /// that is missing, [`Domain::map_identity`](crate::Domain::map_identity) does for the ranges that it is
     /// given.
     Identity,

@@ -32,8 +32,8 @@ pub struct Recovered {
     pub endpoints: usize,
     /// Endpoints that are in no domain any more, since it was not known before whether they were.
     pub detached: usize,
-    /// Endpoints that did not come back, and why. Their bus mastering must stay off. What their domains had mapped stays
-    /// in quarantine, unless a later recovery brings them back.
+    /// Endpoints that did not come back, and why. Their bus mastering must stay off. What their domains had mapped
+    /// stays in quarantine, unless a later recovery brings them back.
     pub lost: Vec<(EndpointId, AttachError)>,
 }
 
@@ -112,9 +112,9 @@ impl<P: Platform> Drop for Pause<'_, P> {
 }
 
 impl<P: Platform> Viommu<P> {
-    /// Resets the request queue, and the event queue if it is broken, where the device keeps requests that it does not
-    /// answer. Domains, attachments and mappings stay. What was in flight is of unknown outcome, and in quarantine;
-    /// [`reclaim`](Self::reclaim) tries to unmap it.
+    /// Resets the request queue (virtio 1.4, virtqueue reset), and the event queue if it is broken, where the
+    /// device keeps requests that it does not answer. Domains, attachments and mappings stay. What was in flight is
+    /// of unknown outcome, and in quarantine; [`reclaim`](Self::reclaim) tries to unmap it.
     ///
     /// Waits for the reset; other operations wait meanwhile. Needs [`Features::RING_RESET`].
     ///
@@ -197,9 +197,10 @@ impl<P: Platform> Viommu<P> {
         }
     }
 
-    /// Resets the device and brings it back as it was: the same features, bypass and domains, every endpoint in its
-    /// domain, every live mapping at its address. What was in quarantine goes back to its owners, as far as all
-    /// endpoints of its domain came back. What was in flight ends in [`RequestError::Reset`].
+    /// Resets the device (virtio 1.4, device initialization) and brings it back as it was: the same features,
+    /// bypass and domains, every endpoint in its domain, every live mapping at its address. What was in quarantine
+    /// goes back to its owners, as far as all endpoints of its domain came back. What was in flight ends in
+    /// [`RequestError::Reset`].
     ///
     /// For a device that asks for a reset ([`RequestError::NeedsReset`]), broke its ring, or does not answer. Waits;
     /// other operations wait meanwhile. Allocates. Futures that are not polled keep their slots: one has to be free.

@@ -50,8 +50,8 @@ impl fmt::Display for ShutdownError {
 impl core::error::Error for ShutdownError {}
 
 impl<P: Platform> Viommu<P> {
-    /// Reads the bypass: 1 when endpoints that are not attached reach all of memory, else 0. The other bits of the
-    /// field are ignored.
+    /// Reads the bypass (virtio 1.4, IOMMU device, `bypass` of the configuration): 1 when endpoints that are not
+    /// attached reach all of memory, else 0. The other bits of the field are ignored.
     ///
     /// # Errors
     /// [`BypassError`].

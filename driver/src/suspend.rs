@@ -6,8 +6,8 @@ use crate::platform::Platform;
 use crate::viommu::Viommu;
 
 impl<P: Platform> Viommu<P> {
-    /// Detaches an endpoint until [`resume`](Self::resume), and lets nobody attach it meanwhile. It reaches nothing then,
-    /// if the bypass is closed. Its domain keeps its mappings, and [`Platform::quiesce`] is called first.
+    /// Detaches an endpoint until [`resume`](Self::resume), and lets nobody attach it meanwhile. It reaches nothing
+    /// then, if the bypass is closed. Its domain keeps its mappings, and [`Platform::quiesce`] is called first.
     /// [`poll`](Self::poll) does this by itself to endpoints that fault more often than
     /// [`Options::suspend_after`](crate::Options::suspend_after) says.
     ///

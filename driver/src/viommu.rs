@@ -140,7 +140,8 @@ impl<P: Platform> Viommu<P> {
         }
     }
 
-    /// The reserved regions of an endpoint that is known, as its PROBE gave them.
+    /// The reserved regions of an endpoint that is known, as its PROBE gave them (virtio 1.4, IOMMU device, RESV_MEM
+    /// property).
     pub fn reserved_regions(&self, endpoint: EndpointId) -> Option<Arc<[ReservedRegion]>> {
         let state = self.shared.state.lock();
         state.engine.endpoint(endpoint).map(|record| Arc::clone(&record.reserved))
@@ -169,7 +170,8 @@ impl<P: Platform> Viommu<P> {
     /// deadline passed. Gives back memory whose quarantine ended.
     ///
     /// A kernel calls it after [`Interrupt::Wake`], and, for the deadlines of futures, from time to time: without a
-    /// clock each call counts as one of their [`Options::max_polls`]. Bounded by the sizes of the queues. Returns how many fault records it took in.
+    /// clock each call counts as one of their [`Options::max_polls`]. Bounded by the sizes of the queues. Returns
+    /// how many fault records it took in.
     pub fn poll(&self) -> u64 {
         // Before the queues are looked at: an interrupt after this wakes again.
         self.shared.interrupted.swap(false, Ordering::AcqRel);
@@ -212,7 +214,8 @@ impl<P: Platform> Viommu<P> {
         records
     }
 
-    /// The oldest fault that was not fetched yet. Call [`poll`](Self::poll) before.
+    /// The oldest fault that was not fetched yet (virtio 1.4, IOMMU device, fault reporting). Call
+    /// [`poll`](Self::poll) before.
     pub fn next_fault(&self) -> Option<Fault> {
         let clock = self.shared.platform.now_ns().is_some();
         let mut state = self.shared.state.lock();

@@ -114,8 +114,8 @@ impl<P: Platform> Endpoint<P> {
     }
 }
 
-/// The operations of [`DmaDevice`] as futures. One that is dropped before its end leaves what it sent in quarantine, and
-/// gives memory back that it did not send.
+/// The operations of [`DmaDevice`] as futures. One that is dropped before its end leaves what it sent in
+/// quarantine, and gives memory back that it did not send.
 impl<P: Platform> Endpoint<P> {
     /// [`DmaDevice::alloc_coherent`] as a future.
     ///

@@ -33,8 +33,8 @@ pub(crate) enum MappingState {
     Unmapping,
     /// UNMAP for this and others was answered RANGE: whoever sent it unmaps each by itself.
     Apart,
-    /// The device may still reach the memory, and nobody uses the mapping, or its owner cannot. `in_flight` while the device owes an
-    /// answer about it.
+    /// The device may still reach the memory, and nobody uses the mapping, or its owner cannot. `in_flight` while
+    /// the device owes an answer about it.
     Quarantined { in_flight: bool },
     /// The device was reset, and an endpoint may still reach the memory by a number that the domain does not have any
     /// more: no UNMAP can be sent for it.
@@ -46,8 +46,8 @@ pub(crate) enum MappingState {
     Returned,
 }
 
-/// Names a list of mappings that are made together, and rolled back together: what lies at their addresses by then may be
-/// another's.
+/// Names a list of mappings that are made together, and rolled back together: what lies at their addresses by then
+/// may be another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListId(pub(super) u64);
 

@@ -1,8 +1,9 @@
 //! Futures, the lock and interrupts, in every interleaving. Run by `cargo xtask test`.
 //!
-//! Everything from [`Viommu::start`] down is the driver's own; kernel and registers are stubs, the device is the one of
-//! the ring's tests. The clock stands still, so that no deadline helps: whoever is not woken sleeps for ever, which loom
-//! calls a deadlock. The lock is loom's. `Arc`s are not tracked, and a waker may be called once too often.
+//! Everything from [`Viommu::start`] down is the driver's own; kernel and registers are stubs, the device is the
+//! one of the ring's tests. The clock stands still, so that no deadline helps: whoever is not woken sleeps for
+//! ever, which loom calls a deadlock. The lock is loom's. `Arc`s are not tracked, and a waker may be called once
+//! too often.
 
 use super::*;
 use crate::addr::{Iova, IovaRange, PhysAddr};
@@ -343,8 +344,8 @@ fn poll_once<T>(future: Pin<&mut impl Future<Output = T>>) -> Poll<T> {
 
 /// Whoever sleeps is woken when his answer is there, and the page goes back after it, once.
 ///
-/// Fails without the second look in `InFlight::sleep`, without its wish for interrupts, without the wake in `Viommu::poll`,
-/// and, as a race for the page, with a relaxed load in `Ring::used_index`.
+/// Fails without the second look in `InFlight::sleep`, without its wish for interrupts, without the wake in
+/// `Viommu::poll`, and, as a race for the page, with a relaxed load in `Ring::used_index`.
 #[test]
 fn an_answer_wakes_who_waits_for_it() {
     explore_both("answer", 3, |suppression| {
@@ -395,8 +396,8 @@ fn an_interrupt_during_a_poll_is_not_lost() {
 
 /// Two waiters, each of whom may drain the other's answer.
 ///
-/// Fails with nobody woken in `InFlight::look`, and where the last look of the one takes the wish for interrupts from the
-/// other, who sleeps (`rest_if_nobody_sleeps` without its question).
+/// Fails with nobody woken in `InFlight::look`, and where the last look of the one takes the wish for interrupts
+/// from the other, who sleeps (`rest_if_nobody_sleeps` without its question).
 #[test]
 fn a_waiter_who_drains_the_others_answer_wakes_him() {
     explore_both("two waiters", 2, |suppression| {
@@ -429,7 +430,8 @@ fn a_slot_that_comes_free_wakes_who_waits_for_it() {
     });
 }
 
-/// Who is dropped with the slot's request in flight, or asleep at the head of those who wait, leaves the slot to the next.
+/// Who is dropped with the slot's request in flight, or asleep at the head of those who wait, leaves the slot to
+/// the next.
 ///
 /// Fails like the test before, with a slot that is free as soon as its request is given up, and with nobody woken where
 /// that is.
@@ -465,8 +467,8 @@ fn a_slot_goes_past_who_was_dropped() {
 
 /// An UNMAP that is dropped against its answer: the page goes back once, after the answer, by whoever is left.
 ///
-/// Fails, as a race for the page, with the mapping let go of in `Engine::lose`; and with a slot that is free as soon as its
-/// request is given up.
+/// Fails, as a race for the page, with the mapping let go of in `Engine::lose`; and with a slot that is free as
+/// soon as its request is given up.
 #[test]
 fn a_dropped_unmap_gives_the_page_back_once() {
     explore_both("dropped UNMAP", 3, |suppression| {
@@ -526,8 +528,8 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
 
 /// A doorbell that somebody else rings is rung for what it was due for.
 ///
-/// Fails without `memory_before_doorbell`, and with a relaxed swap in `Shared::ring`. The release in `State::publish` can be
-/// left out: the fence in `Ring::publish` comes before it.
+/// Fails without `memory_before_doorbell`, and with a relaxed swap in `Shared::ring`. The release in
+/// `State::publish` can be left out: the fence in `Ring::publish` comes before it.
 #[test]
 fn who_sees_the_doorbell_sees_the_request() {
     explore_both("doorbell of another", 3, |suppression| {

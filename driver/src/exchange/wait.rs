@@ -130,7 +130,8 @@ pub(crate) enum Wake {
 }
 
 impl State {
-    /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free. All, when it turned out broken.
+    /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free. All, when it turned out
+    /// broken.
     pub(crate) fn wake_due(&mut self) -> Wake {
         if self.dead.is_none() && self.requests.broken().is_some() {
             self.dead = self.requests.broken();

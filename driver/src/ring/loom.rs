@@ -251,10 +251,11 @@ fn send(queue: &mut RequestQueue, endpoint: u32) -> (Batch, bool) {
     (batch, queue.publish())
 }
 
-/// What the device can see is complete: entry, descriptors, request; and what the driver takes is, too: entry and answer.
+/// What the device can see is complete: entry, descriptors, request; and what the driver takes is, too: entry and
+/// answer.
 ///
-/// Fails with a relaxed store in `publish`, with a relaxed load in `used_index`, with the index stored before the entry, and
-/// with the entry published before the request is written.
+/// Fails with a relaxed store in `publish`, with a relaxed load in `used_index`, with the index stored before the
+/// entry, and with the entry published before the request is written.
 #[test]
 fn what_an_index_covers_is_complete() {
     explore_both("complete", 3, |suppression| {
@@ -312,9 +313,9 @@ fn no_doorbell_is_lost() {
 
 /// An owner who asks for interrupts, looks again, and sleeps, gets one for what he did not see.
 ///
-/// Fails without the second look in `pop`, or its fence, and where `pop` does not move the wish on; with flags, without the
-/// fences in both `pop` and `set_interrupts`. That in `set_interrupts` alone can be left out: a look that finds nothing has
-/// its own.
+/// Fails without the second look in `pop`, or its fence, and where `pop` does not move the wish on; with flags,
+/// without the fences in both `pop` and `set_interrupts`. That in `set_interrupts` alone can be left out: a look
+/// that finds nothing has its own.
 #[test]
 fn no_interrupt_is_lost() {
     explore_both("interrupt", 3, |suppression| {
@@ -347,8 +348,8 @@ fn no_interrupt_is_lost() {
     });
 }
 
-/// One slot for two requests, one after the other, with both sides asleep in between: the driver wants interrupts only while
-/// it sleeps.
+/// One slot for two requests, one after the other, with both sides asleep in between: the driver wants interrupts
+/// only while it sleeps.
 ///
 /// Fails like the tests before.
 #[test]

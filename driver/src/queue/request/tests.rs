@@ -335,7 +335,8 @@ fn slots_are_neither_lost_nor_doubled() {
     }
 }
 
-/// Fails when a slot that the device forgot is not free, counts on, or when its answer of before is taken for a new one.
+/// Fails when a slot that the device forgot is not free, counts on, or when its answer of before is taken for a new
+/// one.
 #[test]
 fn a_queue_that_the_device_forgot_begins_anew() {
     let mut bench = bench();
