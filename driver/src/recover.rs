@@ -337,16 +337,7 @@ impl<P: Platform> Viommu<P> {
             });
         }
         for endpoint in uncertain {
-            let begun = shared.with_slot(Need::RecoverySlot, |state| {
-                let begun = state.engine.begin_detach(endpoint).ok();
-                begun.map(|(request, op)| shared.submit_one(state, &request, op))
-            });
-            let left = match shared.block_on(begun) {
-                Ok(Some(batch)) => shared.block_on(shared.finish(batch)),
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            };
-            match left {
+            match self.request(|engine| engine.begin_detach(endpoint).ok()) {
                 Ok(()) | Err(RequestError::Refused(Status::NoEnt)) => recovered.detached += 1,
                 Err(error) => recovered.lost.push((endpoint, failed(endpoint)(error))),
             }

@@ -238,13 +238,7 @@ impl Engine {
 
     /// The same for what is to be unmapped apart.
     pub(super) fn disown_apart(&mut self, key: DomainKey, range: IovaRange) {
-        let Some(domain) = self.domain_mut(key) else { return };
-        domain.mappings.retain_in(range, |record| {
-            if record.state == MappingState::Apart {
-                record.state = MappingState::Quarantined { in_flight: false };
-            }
-            true
-        });
+        self.disown_those(key, range, |record| record.state == MappingState::Apart);
     }
 
     /// Whether somebody counts on the mapping of exactly this range.
