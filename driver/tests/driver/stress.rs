@@ -380,9 +380,23 @@ fn disturb(world: &World, seed: u64) {
     }
 }
 
+/// Ends all waits when it is dropped, so that a test whose device is not served any more ends too.
+struct LastAct<'a>(&'a World);
+
+impl Drop for LastAct<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.machine.device().fail();
+            self.0.viommu.on_interrupt();
+            self.0.viommu.poll();
+        }
+    }
+}
+
 /// The device's late answers and faults, the handler of its interrupts and what that wakes, and the watch. Never blocks.
 fn serve(world: &World, seed: u64, done: &AtomicBool) {
     let World { machine, viommu, .. } = world;
+    let _last_act = LastAct(world);
     let mut rng = Rng::new(seed);
     let (mut turns, mut faults) = (0, 0);
     let mut all_late = false;
@@ -419,13 +433,7 @@ fn serve(world: &World, seed: u64, done: &AtomicBool) {
         if now != last {
             (last, since) = (now, Instant::now());
         }
-        if since.elapsed() > STANDSTILL {
-            // Ends all waits, so that the test ends too.
-            machine.device().fail();
-            viommu.on_interrupt();
-            viommu.poll();
-            panic!("standstill after {now} steps");
-        }
+        assert!(since.elapsed() < STANDSTILL, "standstill after {now} steps");
         thread::yield_now();
     }
     assert!(faults > 0);
@@ -443,6 +451,7 @@ fn storm(weather: Weather, seed: u64, run_time: Duration) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let (world, done) = (&world, &done);
+        // All whose requests the device has to answer, which it does until each of them is done.
         let mut workers = Vec::new();
         for number in 0..BLOCKING_THREADS {
             let run = move || {
@@ -463,12 +472,12 @@ fn storm(weather: Weather, seed: u64, run_time: Duration) {
             };
             workers.push(scope.spawn(run));
         }
+        workers.push(scope.spawn(move || {
+            disturb(world, seed + 1000);
+            assert_eq!(take_broken(), Broken::NONE);
+        }));
         scope.spawn(move || {
             serve(world, seed + 2000, done);
-            assert_eq!(take_broken(), Broken::NONE);
-        });
-        scope.spawn(move || {
-            disturb(world, seed + 1000);
             assert_eq!(take_broken(), Broken::NONE);
         });
         let results: Vec<_> = workers.into_iter().map(thread::ScopedJoinHandle::join).collect();
