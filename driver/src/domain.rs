@@ -1,7 +1,7 @@
 //! Domains: address spaces that endpoints are attached to.
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
-use crate::engine::{DomainKey, DomainStats, Engine, Limits};
+use crate::engine::{DomainKey, DomainStats, Engine, Limits, Purpose};
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, Run, Shared};
 use crate::id::DomainId;
@@ -54,6 +54,8 @@ pub struct Translation {
     pub phys: PhysAddr,
     /// What it allows.
     pub prot: Prot,
+    /// What its maker calls it; empty where he did not say.
+    pub tag: &'static str,
 }
 
 impl<P: Platform> Domain<P> {
@@ -93,7 +95,8 @@ impl<P: Platform> Domain<P> {
         let key = self.0.key;
         self.with(|engine| {
             let record = engine.domain(key)?.mappings.containing(iova)?;
-            Some(Translation { range: record.range, phys: record.phys, prot: record.prot })
+            let Purpose { prot, tag } = record.purpose;
+            Some(Translation { range: record.range, phys: record.phys, prot, tag })
         })
     }
 
@@ -189,7 +192,8 @@ impl<P: Platform> Domain<P> {
 
     async fn map_run(&self, range: IovaRange, phys: PhysAddr, prot: Prot) -> Result<(), MapError> {
         let run = Run { phys, len: range.len_bytes().unwrap_or(0) };
-        exchange::map(&self.0.shared, self.0.key, range, core::iter::once(run), prot, &mut None).await
+        let purpose = Purpose { prot, tag: "" };
+        exchange::map(&self.0.shared, self.0.key, range, core::iter::once(run), purpose, &mut None).await
     }
 
     /// Maps `len` bytes from `start` at their own addresses, around what is reserved for the domain's endpoints: what

@@ -6,6 +6,7 @@ use super::scatter::{Runs, place, rounded, total_len};
 use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
+use crate::engine::Purpose;
 use crate::error::{DetachError, DmaError, MapError, UnmapError};
 use crate::exchange::{self, Run, Shared};
 use crate::id::EndpointId;
@@ -97,6 +98,10 @@ impl<P: Platform> Endpoint<P> {
         DmaMapping { domain: self.domain.key(), iova, len, range }
     }
 
+    fn purpose(&self, prot: Prot) -> Purpose {
+        Purpose { prot, tag: "" }
+    }
+
     async fn map_one(
         &self,
         run: Run,
@@ -105,7 +110,7 @@ impl<P: Platform> Endpoint<P> {
     ) -> Result<IovaRange, MapError> {
         let range = self.domain.allocate(run.len, self.limit, 1)?;
         let shared = self.domain.shared();
-        exchange::map(shared, self.domain.key(), range, iter::once(run), prot, held).await?;
+        exchange::map(shared, self.domain.key(), range, iter::once(run), self.purpose(prot), held).await?;
         Ok(range)
     }
 
@@ -210,7 +215,7 @@ impl<P: Platform> Endpoint<P> {
         let runs = Runs { segments, granule };
         let range = self.domain.allocate(len, self.limit, runs.clone().count())?;
         let (shared, key) = (self.domain.shared(), self.domain.key());
-        exchange::map(shared, key, range, runs, direction.prot(), &mut None).await?;
+        exchange::map(shared, key, range, runs, self.purpose(direction.prot()), &mut None).await?;
         place(segments, granule, range, iovas);
         Ok(self.mapping(range, range.start(), len as usize))
     }

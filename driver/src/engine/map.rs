@@ -1,6 +1,6 @@
 //! Mapping and unmapping.
 
-use super::mapping::{ListId, Mapping, MappingState};
+use super::mapping::{ListId, Mapping, MappingState, Purpose};
 use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
@@ -101,16 +101,17 @@ impl Engine {
         key: DomainKey,
         (list, range): (ListId, IovaRange),
         phys: PhysAddr,
-        prot: Prot,
+        purpose: Purpose,
         held: &mut Option<HeldMemory>,
     ) -> Result<(Request, Op), MapError> {
         let len = range.len_bytes().unwrap_or(0);
+        let prot = purpose.prot;
         self.check_map(key, range.start(), len, phys, prot)?;
         let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
         domain.mappings.insert(Mapping {
             range,
             phys,
-            prot,
+            purpose,
             list,
             state: MappingState::Mapping,
             on_device: true,
@@ -269,7 +270,7 @@ impl Engine {
         let start = domain.mappings.iter().find(next)?.range.start();
         let record = domain.mappings.get_mut(start)?;
         (record.state, record.on_device) = (MappingState::Replaying, true);
-        let (range, phys, prot) = (record.range, record.phys, record.prot);
+        let (range, phys, prot) = (record.range, record.phys, record.purpose.prot);
         let request = Request::Map { domain: domain.id, range, phys, prot };
         Some((request, Op::Replay { domain: key, range }, start))
     }

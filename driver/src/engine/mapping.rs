@@ -46,6 +46,14 @@ pub(crate) enum MappingState {
     Returned,
 }
 
+/// What a mapping allows, and what its maker calls it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Purpose {
+    pub prot: Prot,
+    /// For people who look for whoever forgot to unmap.
+    pub tag: &'static str,
+}
+
 /// Names a list of mappings that are made together, and rolled back together: what lies at their addresses by then
 /// may be another's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +62,7 @@ pub(crate) struct ListId(pub(super) u64);
 pub(crate) struct Mapping {
     pub range: IovaRange,
     pub phys: PhysAddr,
-    pub prot: Prot,
+    pub purpose: Purpose,
     /// What it was made with.
     pub list: ListId,
     pub state: MappingState,
@@ -207,7 +215,7 @@ mod tests {
             table.insert(Mapping {
                 range: *range,
                 phys: PhysAddr::new(0),
-                prot: Prot::READ,
+                purpose: Purpose { prot: Prot::READ, tag: "" },
                 list: ListId(0),
                 state: MappingState::Live,
                 on_device: true,

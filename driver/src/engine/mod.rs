@@ -21,7 +21,7 @@ pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Unmade, UnmapPlan};
-pub(crate) use mapping::{ListId, Mapping};
+pub(crate) use mapping::{ListId, Mapping, Purpose};
 pub(crate) use recover::Revival;
 
 use crate::addr::IovaRange;

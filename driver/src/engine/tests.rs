@@ -62,7 +62,9 @@ impl Engine {
     fn sent_map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) -> Op {
         self.take(key, range).unwrap();
         let mut held = held;
-        self.begin_map(key, (LIST, range), PhysAddr::new(0), Prot::READ, &mut held).unwrap().1
+        self.begin_map(key, (LIST, range), PhysAddr::new(0), Purpose { prot: Prot::READ, tag: "" }, &mut held)
+            .unwrap()
+            .1
     }
 
     fn map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) {

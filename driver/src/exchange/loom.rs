@@ -8,7 +8,7 @@
 use super::*;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::AttachPlan;
+use crate::engine::{AttachPlan, Purpose};
 use crate::exchange;
 use crate::id::DomainId;
 use crate::lock::RawLock;
@@ -33,6 +33,8 @@ use core::pin::{Pin, pin};
 use core::task::{Context, Poll, Waker};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU64};
+
+const READ: Purpose = Purpose { prot: Prot::READ, tag: "" };
 
 mod tests;
 
@@ -261,7 +263,7 @@ impl World {
         let (mut state, phys) = (self.shared().state.lock(), PhysAddr::new(Page::PHYS));
         let (key, engine) = (self.domain.key(), &mut state.engine);
         let list = engine.begin_list();
-        let (_, op) = engine.begin_map(key, (list, at()), phys, Prot::READ, &mut held()).unwrap();
+        let (_, op) = engine.begin_map(key, (list, at()), phys, READ, &mut held()).unwrap();
         engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
     }
 

@@ -4,10 +4,9 @@ use super::unmap::unmap;
 use super::{Need, Shared, State};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{DomainKey, Engine, ListId, Op, Unmade};
+use crate::engine::{DomainKey, Engine, ListId, Op, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
-use crate::prot::Prot;
 use crate::queue::Batch;
 use crate::wire::request::Status;
 
@@ -65,11 +64,11 @@ pub(crate) async fn map<P: Platform>(
     key: DomainKey,
     range: IovaRange,
     runs: impl Iterator<Item = Run> + Clone,
-    prot: Prot,
+    purpose: Purpose,
     held: &mut Option<HeldMemory>,
 ) -> Result<(), MapError> {
     let lent = held.is_some();
-    let mut result = map_once(shared, key, range, runs.clone(), prot, held).await;
+    let mut result = map_once(shared, key, range, runs.clone(), purpose, held).await;
     for _ in 0..MAX_RENUMBERINGS {
         let inval = RequestError::Refused(Status::Inval);
         let stale = matches!(result, Err(MapError::Request { error, .. }) if error == inval);
@@ -81,7 +80,7 @@ pub(crate) async fn map<P: Platform>(
         if !renumber(shared, key) || shared.state.lock().engine.take(key, range).is_err() {
             break;
         }
-        result = map_once(shared, key, range, runs.clone(), prot, held).await;
+        result = map_once(shared, key, range, runs.clone(), purpose, held).await;
     }
     result
 }
@@ -92,7 +91,7 @@ async fn map_once<P: Platform>(
     key: DomainKey,
     range: IovaRange,
     runs: impl Iterator<Item = Run> + Clone,
-    prot: Prot,
+    purpose: Purpose,
     held: &mut Option<HeldMemory>,
 ) -> Result<(), MapError> {
     let rest = Rest { list: None, runs, range: Some(range) };
@@ -101,7 +100,8 @@ async fn map_once<P: Platform>(
     let mut unknown = None;
     while result.is_ok() && list.rest.runs.clone().next().is_some() {
         let rest = &mut list.rest;
-        let sent = shared.with_slot(Need::Slot, |state| submit(shared, key, state, rest, prot, held)).await;
+        let sent =
+            shared.with_slot(Need::Slot, |state| submit(shared, key, state, rest, purpose, held)).await;
         let (batch, begun) = match sent {
             Ok(sent) => sent,
             Err(error) => {
@@ -135,7 +135,7 @@ fn submit<P: Platform>(
     key: DomainKey,
     state: &mut State,
     rest: &mut Rest<impl Iterator<Item = Run> + Clone>,
-    prot: Prot,
+    purpose: Purpose,
     held: &mut Option<HeldMemory>,
 ) -> (Batch, Result<(), MapError>) {
     let mut batch = Batch::default();
@@ -145,7 +145,7 @@ fn submit<P: Platform>(
         let (Some(run), Some(free)) = (rest.runs.clone().next(), rest.range) else { break };
         let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
         let request = part.ok_or(MapError::Empty).and_then(|part| {
-            let begun = state.engine.begin_map(key, (list, part), run.phys, prot, held);
+            let begun = state.engine.begin_map(key, (list, part), run.phys, purpose, held);
             begun.map(|(request, op)| (part, request, op))
         });
         match request {
