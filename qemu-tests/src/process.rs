@@ -176,6 +176,26 @@ pub fn capture(command: &mut Command, limit: Duration) -> Result<Output> {
     Ok(Output { status, stdout: stdout.into_bytes(), stderr: process.into_stderr().into_bytes() })
 }
 
+/// Runs `command`, which talks to the user itself, to its end.
+///
+/// # Errors
+///
+/// When it cannot be started or does not end within `limit`.
+pub fn run(command: &mut Command, limit: Option<Duration>) -> Result<ExitStatus> {
+    let mut child = group::spawn_talking(command)?;
+    let started = Instant::now();
+    loop {
+        if let Some(status) = group::reap(&mut child) {
+            return Ok(status);
+        }
+        if let Some(limit) = limit.filter(|limit| started.elapsed() > *limit) {
+            group::kill(&mut child);
+            bail!("{} {}", command.get_program().to_string_lossy(), Ended::Deadline(limit));
+        }
+        thread::sleep(TICK);
+    }
+}
+
 fn send_lines(stdout: impl Read, sender: &SyncSender<String>) {
     let mut reader = BufReader::new(stdout);
     let mut line = Vec::new();

@@ -22,14 +22,27 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
+/// How long one command may take, far more than any does on a slow machine: a test that hangs is to fail, not to take
+/// everything after it along.
+const LIMIT: Duration = Duration::from_secs(20 * 60);
+
 /// Runs a program that talks to the user itself.
 ///
 /// # Errors
 ///
-/// When it cannot be started or does not succeed.
+/// When it cannot be started, does not end within [`LIMIT`], or does not succeed.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
+    run_within(command, Some(LIMIT))
+}
+
+/// The same with a limit of its own, or none.
+///
+/// # Errors
+///
+/// As for [`run`].
+pub(crate) fn run_within(command: &mut Command, limit: Option<Duration>) -> Result<()> {
     let line = describe(command);
-    let status = command.status().with_context(|| format!("cannot start `{line}`"))?;
+    let status = process::run(command, limit).with_context(|| format!("`{line}`"))?;
     if !status.success() {
         bail!("`{line}` failed ({status}); its own messages are above");
     }

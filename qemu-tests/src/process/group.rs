@@ -36,8 +36,13 @@ pub fn end_children_on_interrupt() -> Result<()> {
 
 /// Starts a child that leads a group of its own, with empty input and both outputs piped.
 pub(super) fn spawn(command: &mut Command) -> Result<Child> {
+    spawn_talking(command.stdout(Stdio::piped()).stderr(Stdio::piped()))
+}
+
+/// The same with the outputs where the command has them.
+pub(super) fn spawn_talking(command: &mut Command) -> Result<Child> {
     let name = command.get_program().to_string_lossy().into_owned();
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    command.stdin(Stdio::null()).process_group(0);
     let mut groups = running();
     let child = command.spawn().with_context(|| format!("cannot start {name}"))?;
     groups.insert(group_of(&child));

@@ -28,6 +28,16 @@ fn lines_status_and_stderr_arrive() {
 }
 
 #[test]
+fn what_talks_to_the_user_itself_ends_in_time_too() {
+    let limit = Some(Duration::from_millis(300));
+    assert_eq!(super::run(&mut shell("exit 3"), None).unwrap().code(), Some(3));
+    let since = Instant::now();
+    let error = super::run(&mut shell("trap '' TERM; sleep 1000"), limit).unwrap_err();
+    assert!(since.elapsed() < Duration::from_secs(5));
+    assert_eq!(error.to_string(), "sh was killed at its deadline of 0.3 s");
+}
+
+#[test]
 fn a_child_that_ignores_sigterm_dies_at_its_deadline_with_its_own_children() {
     let since = Instant::now();
     let (ended, lines, _) = run("trap '' TERM; echo $$; sleep 1000 & while :; do sleep 1; done", 400);
