@@ -3,7 +3,7 @@
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::{DomainKey, DomainStats, Engine, Limits, Purpose};
 use crate::error::{MapError, UnmapError};
-use crate::exchange::{self, Run, Shared};
+use crate::exchange::{self, Place, Run, Shared};
 use crate::id::DomainId;
 use crate::platform::Platform;
 use crate::prot::Prot;
@@ -139,18 +139,8 @@ impl<P: Platform> Domain<P> {
         prot: Prot,
         limit: Iova,
     ) -> Result<Iova, MapError> {
-        let range = self.with(|engine| {
-            // Checked before anything is taken, at an address that is always good.
-            let start = engine.geometry.usable.start();
-            match engine.check_map(self.0.key, start, len, phys, prot) {
-                // A length that fits nowhere: the allocator has the better words.
-                Ok(_) | Err(MapError::OutsideInputRange { .. }) => {}
-                Err(error) => return Err(error),
-            }
-            engine.allocate(self.0.key, len, limit, 1)
-        })?;
-        self.map_run(range, phys, prot).await?;
-        Ok(range.start())
+        let place = Place::Anywhere { len, limit, parts: 1 };
+        self.map_run(place, Run { phys, len }, prot).await.map(IovaRange::start)
     }
 
     /// Maps `len` bytes from `phys` at `iova` (virtio 1.4, IOMMU device, MAP request). All three are multiples of
@@ -183,17 +173,13 @@ impl<P: Platform> Domain<P> {
         len: u64,
         prot: Prot,
     ) -> Result<(), MapError> {
-        let range = self.with(|engine| {
-            let range = engine.check_map(self.0.key, iova, len, phys, prot)?;
-            engine.take(self.0.key, range).map(|()| range)
-        })?;
-        self.map_run(range, phys, prot).await
+        let range = self.with(|engine| engine.check_map(self.0.key, iova, len, phys, prot))?;
+        self.map_run(Place::At(range), Run { phys, len }, prot).await.map(drop)
     }
 
-    async fn map_run(&self, range: IovaRange, phys: PhysAddr, prot: Prot) -> Result<(), MapError> {
-        let run = Run { phys, len: range.len_bytes().unwrap_or(0) };
+    async fn map_run(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
         let purpose = Purpose { prot, tag: "" };
-        exchange::map(&self.0.shared, self.0.key, range, core::iter::once(run), purpose, &mut None).await
+        exchange::map(&self.0.shared, self.0.key, place, core::iter::once(run), purpose, &mut None).await
     }
 
     /// Maps `len` bytes from `start` at their own addresses, around what is reserved for the domain's endpoints: what

@@ -436,7 +436,9 @@ pub enum MapError {
     UnknownFlags(u32),
     /// No permission at all: nothing could use the mapping.
     NoPermission,
-    /// The device refused the MAP request, or it was not sent.
+    /// No request was sent: there was no slot for it in time, or the device is out of order. Nothing changed.
+    NotSent(RequestError),
+    /// The device refused the MAP request, or not all of a list was sent.
     Request {
         /// What was to be mapped.
         range: IovaRange,
@@ -476,6 +478,7 @@ impl fmt::Display for MapError {
             Self::NoMmioFlag => f.write_str("the device does not offer the MMIO flag"),
             Self::UnknownFlags(bits) => write!(f, "permissions {bits:#x} have bits that do not exist"),
             Self::NoPermission => f.write_str("a mapping needs READ or WRITE"),
+            Self::NotSent(error) => write!(f, "no MAP was sent: {error}"),
             Self::Request { range, error } => write!(f, "MAP {range}: {error}"),
             Self::Quarantined { range, error } => {
                 write!(f, "MAP {range}: {error}; some of it may be mapped and is in quarantine")

@@ -8,7 +8,7 @@ use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
 use crate::engine::Purpose;
 use crate::error::{DetachError, DmaError, MapError, UnmapError};
-use crate::exchange::{self, Run, Shared};
+use crate::exchange::{self, Place, Run, Shared};
 use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
@@ -108,10 +108,9 @@ impl<P: Platform> Endpoint<P> {
         prot: Prot,
         held: &mut Option<HeldMemory>,
     ) -> Result<IovaRange, MapError> {
-        let range = self.domain.allocate(run.len, self.limit, 1)?;
-        let shared = self.domain.shared();
-        exchange::map(shared, self.domain.key(), range, iter::once(run), self.purpose(prot), held).await?;
-        Ok(range)
+        let place = Place::Anywhere { len: run.len, limit: self.limit, parts: 1 };
+        let (shared, key) = (self.domain.shared(), self.domain.key());
+        exchange::map(shared, key, place, iter::once(run), self.purpose(prot), held).await
     }
 
     fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
@@ -213,9 +212,10 @@ impl<P: Platform> Endpoint<P> {
         let granule = self.granule();
         let len = total_len(segments, granule)?;
         let runs = Runs { segments, granule };
-        let range = self.domain.allocate(len, self.limit, runs.clone().count())?;
+        let anywhere = Place::Anywhere { len, limit: self.limit, parts: runs.clone().count() };
         let (shared, key) = (self.domain.shared(), self.domain.key());
-        exchange::map(shared, key, range, runs, self.purpose(direction.prot()), &mut None).await?;
+        let purpose = self.purpose(direction.prot());
+        let range = exchange::map(shared, key, anywhere, runs, purpose, &mut None).await?;
         place(segments, granule, range, iovas);
         Ok(self.mapping(range, range.start(), len as usize))
     }

@@ -5,6 +5,7 @@ use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::error::{MapError, RequestError, UnmapError};
+use crate::exchange::Run;
 use crate::options::DomainKind;
 use crate::prot::Prot;
 use crate::wire::request::Request;
@@ -86,6 +87,16 @@ impl Engine {
     ) -> Result<IovaRange, MapError> {
         let domain = self.domain(key).ok_or(MapError::NoEndpoint)?;
         domain.check(&self.geometry, (start, len), phys, prot)
+    }
+
+    /// Checks all of a MAP but its addresses, before it has any.
+    pub(crate) fn check_run(&self, key: DomainKey, run: Run, prot: Prot) -> Result<(), MapError> {
+        let start = self.geometry.usable.start();
+        match self.check_map(key, start, run.len, run.phys, prot) {
+            // A length that fits nowhere: the allocator has the better words.
+            Ok(_) | Err(MapError::OutsideInputRange { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Names the mappings that are made next, so that they can be told from others.

@@ -237,7 +237,6 @@ fn world_with(suppression: Suppression, slots: u16, register: Option<AtomicBool>
         panic!("nothing was sent")
     };
     engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
-    engine.take(domain.key(), at()).unwrap();
     let device = Device::of(state.requests.ring());
     drop(state);
     (World { viommu, domain, page, doorbell }, device)
@@ -262,6 +261,7 @@ impl World {
     fn map_page(&self) {
         let (mut state, phys) = (self.shared().state.lock(), PhysAddr::new(Page::PHYS));
         let (key, engine) = (self.domain.key(), &mut state.engine);
+        engine.take(key, at()).unwrap();
         let list = engine.begin_list();
         let (_, op) = engine.begin_map(key, (list, at()), phys, READ, &mut held()).unwrap();
         engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });

@@ -2,7 +2,7 @@
 
 use super::unmap::unmap;
 use super::{Need, Shared, State};
-use crate::addr::{IovaRange, PhysAddr};
+use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::{DomainKey, Engine, ListId, Op, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
@@ -21,66 +21,132 @@ pub(crate) struct Run {
 /// for what it says.
 const MAX_RENUMBERINGS: usize = 8;
 
-/// What of a list is not begun yet: runs, and the addresses for them.
-struct Rest<I> {
-    /// What is begun goes by this name. There is none before anything is.
-    list: Option<ListId>,
-    runs: I,
-    range: Option<IovaRange>,
+/// Where a list goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place {
+    /// Where the driver likes: so many bytes, for so many mappings, up to this address.
+    Anywhere { len: u64, limit: Iova, parts: usize },
+    /// Here, in one mapping.
+    At(IovaRange),
 }
 
-/// A list that is being mapped, or rolled back. Where that ends early, what was mapped of it is in quarantine.
+/// A list that is being mapped, or rolled back. Where that ends early, what was mapped of it is in quarantine, and
+/// what was not begun is free.
 struct List<'a, P: Platform, I: Iterator<Item = Run> + Clone> {
     shared: &'a Shared<P>,
     key: DomainKey,
+    /// What is begun goes by this name. There is none before anything is.
+    name: Option<ListId>,
+    /// All of its addresses, once it has any.
+    whole: Option<IovaRange>,
     /// Where its records are. Once one is of unknown outcome, others' may be among them.
     owned: Option<IovaRange>,
-    rest: Rest<I>,
+    /// What is not begun yet: runs, and the addresses for them.
+    runs: I,
+    free: Option<IovaRange>,
 }
 
 impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
     fn drop(&mut self) {
-        if self.owned.is_none() && self.rest.range.is_none() {
-            return;
-        }
-        let parts = self.rest.runs.clone().count();
-        let mut state = self.shared.state.lock();
-        if let (Some(list), Some(owned)) = (self.rest.list, self.owned) {
-            state.engine.disown_list(self.key, owned, list);
-        }
-        if let Some(range) = self.rest.range {
-            state.engine.give_back(self.key, range, parts);
+        if self.owned.is_some() || self.free.is_some() {
+            self.end_early();
         }
     }
 }
 
-/// Maps runs into `range`, which was allocated for them or taken and which they fill. All or nothing: on an
-/// error no mapping is left, the range is free and `held` is back, except for what is in quarantine.
+impl<P: Platform, I: Iterator<Item = Run> + Clone> List<'_, P, I> {
+    #[cold]
+    fn end_early(&mut self) {
+        let parts = self.runs.clone().count();
+        let mut state = self.shared.state.lock();
+        if let (Some(name), Some(owned)) = (self.name, self.owned) {
+            state.engine.disown_list(self.key, owned, name);
+        }
+        if let Some(free) = self.free {
+            state.engine.give_back(self.key, free, parts);
+        }
+    }
+
+    /// Places the list, if it is not yet, and begins and submits runs while there are slots. Called under the lock.
+    fn submit(
+        &mut self,
+        state: &mut State,
+        place: Place,
+        purpose: Purpose,
+        held: &mut Option<HeldMemory>,
+    ) -> (Batch, Result<(), MapError>) {
+        let mut batch = Batch::default();
+        let name = match self.name {
+            Some(name) => name,
+            None => {
+                let range = match place {
+                    Place::Anywhere { len, limit, parts } => {
+                        let first = self.runs.clone().next().ok_or(MapError::Empty);
+                        let fit = first.and_then(|run| state.engine.check_run(self.key, run, purpose.prot));
+                        fit.and_then(|()| state.engine.allocate(self.key, len, limit, parts))
+                    }
+                    Place::At(range) => state.engine.take(self.key, range).map(|()| range),
+                };
+                let range = match range {
+                    Ok(range) => range,
+                    Err(error) => return (batch, Err(error)),
+                };
+                (self.whole, self.owned, self.free) = (Some(range), Some(range), Some(range));
+                *self.name.insert(state.engine.begin_list())
+            }
+        };
+        let mut begun = Ok(());
+        while state.requests.can_submit(false) {
+            let Some(free) = self.free else { break };
+            let mut runs = self.runs.clone();
+            let Some(run) = runs.next() else { break };
+            let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
+            let request = part.ok_or(MapError::Empty).and_then(|part| {
+                let begun = state.engine.begin_map(self.key, (name, part), run.phys, purpose, held);
+                begun.map(|(request, op)| (part, request, op))
+            });
+            match request {
+                Ok((part, request, op)) => {
+                    state.submit(&request, op, &mut batch);
+                    self.runs = runs;
+                    self.free = free.after(part);
+                }
+                Err(error) => {
+                    begun = Err(error);
+                    break;
+                }
+            }
+        }
+        state.publish(Some(self.key), &self.shared.doorbell);
+        (batch, begun)
+    }
+}
+
+/// Maps runs, which fill the place that they go to. All or nothing: on an error no mapping is left, their addresses are
+/// free and `held` is back, except for what is in quarantine.
 ///
 /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
 /// of an earlier life: it gets another (I12).
 pub(crate) async fn map<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
-    range: IovaRange,
+    place: Place,
     runs: impl Iterator<Item = Run> + Clone,
     purpose: Purpose,
     held: &mut Option<HeldMemory>,
-) -> Result<(), MapError> {
+) -> Result<IovaRange, MapError> {
     let lent = held.is_some();
-    let mut result = map_once(shared, key, range, runs.clone(), purpose, held).await;
+    let mut result = map_once(shared, key, place, runs.clone(), purpose, held).await;
     for _ in 0..MAX_RENUMBERINGS {
-        let inval = RequestError::Refused(Status::Inval);
-        let stale = matches!(result, Err(MapError::Request { error, .. }) if error == inval);
-        let first = stale && runs.clone().nth(1).is_none() && never_mapped(shared, key);
-        if !first || held.is_some() != lent {
+        let Err(MapError::Request { range, error: RequestError::Refused(Status::Inval) }) = result else {
             break;
-        }
+        };
+        let first = runs.clone().nth(1).is_none() && never_mapped(shared, key);
         // Seldom, and nothing that may be left half-way: it blocks.
-        if !renumber(shared, key) || shared.state.lock().engine.take(key, range).is_err() {
+        if !first || held.is_some() != lent || !renumber(shared, key) {
             break;
         }
-        result = map_once(shared, key, range, runs.clone(), purpose, held).await;
+        result = map_once(shared, key, Place::At(range), runs.clone(), purpose, held).await;
     }
     result
 }
@@ -89,23 +155,22 @@ pub(crate) async fn map<P: Platform>(
 async fn map_once<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
-    range: IovaRange,
+    place: Place,
     runs: impl Iterator<Item = Run> + Clone,
     purpose: Purpose,
     held: &mut Option<HeldMemory>,
-) -> Result<(), MapError> {
-    let rest = Rest { list: None, runs, range: Some(range) };
-    let mut list = List { shared, key, owned: Some(range), rest };
-    let mut result = Ok(());
+) -> Result<IovaRange, MapError> {
+    let mut list = List { shared, key, name: None, whole: None, owned: None, runs, free: None };
+    let mut result;
     let mut unknown = None;
-    while result.is_ok() && list.rest.runs.clone().next().is_some() {
-        let rest = &mut list.rest;
-        let sent =
-            shared.with_slot(Need::Slot, |state| submit(shared, key, state, rest, purpose, held)).await;
-        let (batch, begun) = match sent {
+    // Bounded by the runs: each round begins one, or ends in an error.
+    loop {
+        let submit = |state: &mut State| list.submit(state, place, purpose, held);
+        let (batch, begun) = match shared.with_slot(Need::Slot, submit).await {
             Ok(sent) => sent,
             Err(error) => {
-                result = Err(MapError::Request { range, error });
+                let request = |range| MapError::Request { range, error };
+                result = Err(list.whole.map_or(MapError::NotSent(error), request));
                 break;
             }
         };
@@ -117,7 +182,13 @@ async fn map_once<P: Platform>(
             }
         };
         shared.wait(batch, each).await;
+        if result.is_err() || list.free.is_none() {
+            break;
+        }
     }
+    let Some(range) = list.whole else {
+        return Err(result.err().unwrap_or(MapError::Empty));
+    };
     if result.is_err() {
         unknown = roll_back(&mut list, held).await.err().or(unknown);
     } else {
@@ -125,43 +196,8 @@ async fn map_once<P: Platform>(
     }
     match unknown {
         Some(error) => Err(MapError::Quarantined { range, error }),
-        None => result,
+        None => result.map(|()| range),
     }
-}
-
-/// Begins and submits runs while there are slots. Called under the lock.
-fn submit<P: Platform>(
-    shared: &Shared<P>,
-    key: DomainKey,
-    state: &mut State,
-    rest: &mut Rest<impl Iterator<Item = Run> + Clone>,
-    purpose: Purpose,
-    held: &mut Option<HeldMemory>,
-) -> (Batch, Result<(), MapError>) {
-    let mut batch = Batch::default();
-    let mut begun = Ok(());
-    let list = *rest.list.get_or_insert_with(|| state.engine.begin_list());
-    while state.requests.can_submit(false) {
-        let (Some(run), Some(free)) = (rest.runs.clone().next(), rest.range) else { break };
-        let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
-        let request = part.ok_or(MapError::Empty).and_then(|part| {
-            let begun = state.engine.begin_map(key, (list, part), run.phys, purpose, held);
-            begun.map(|(request, op)| (part, request, op))
-        });
-        match request {
-            Ok((part, request, op)) => {
-                state.submit(&request, op, &mut batch);
-                rest.runs.next();
-                rest.range = free.after(part);
-            }
-            Err(error) => {
-                begun = Err(error);
-                break;
-            }
-        }
-    }
-    state.publish(Some(key), &shared.doorbell);
-    (batch, begun)
 }
 
 /// Takes a failed list back, in the order of its addresses: what is behind is not the list's any more, and may be
@@ -173,8 +209,8 @@ async fn roll_back<P: Platform>(
     let (shared, key) = (list.shared, list.key);
     let mut result = Ok(());
     // Bounded: each round goes on behind a record.
-    while let (Some(id), Some(owned)) = (list.rest.list, list.owned) {
-        let unmade = { shared.state.lock().engine.next_unmade(key, (id, owned)) };
+    while let (Some(name), Some(owned)) = (list.name, list.owned) {
+        let unmade = { shared.state.lock().engine.next_unmade(key, (name, owned)) };
         let Some(unmade) = unmade else { break };
         match unmade {
             Unmade::Refused { range, memory } => {

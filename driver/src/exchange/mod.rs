@@ -11,7 +11,7 @@ mod map;
 mod unmap;
 mod wait;
 
-pub(crate) use map::{Run, map};
+pub(crate) use map::{Place, Run, map};
 pub(crate) use unmap::{reclaim, unmap};
 pub(crate) use wait::{Deadline, Need, Sleepers, Wake};
 

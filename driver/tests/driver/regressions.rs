@@ -245,7 +245,7 @@ fn a_broken_ring_is_an_error_at_once() {
     let map = || unsafe { domain.map(phys, PAGE, RW, ANYWHERE) };
     assert!(matches!(map(), Err(MapError::Quarantined { error: RequestError::RingBroken { .. }, .. })));
     let polls = machine.relaxed();
-    assert!(matches!(map(), Err(MapError::Request { error: RequestError::RingBroken { .. }, .. })));
+    assert!(matches!(map(), Err(MapError::NotSent(RequestError::RingBroken { .. }))));
     assert_eq!(machine.relaxed(), polls);
 }
 

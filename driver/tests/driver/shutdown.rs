@@ -65,7 +65,7 @@ fn endpoints_are_left_as_asked() {
         endpoint.free_coherent(memory).unwrap();
         // SAFETY: nothing is mapped.
         let map = unsafe { domain.map(machine.memory(PAGE).phys, PAGE, RW, ANYWHERE) };
-        assert_eq!(map, Err(MapError::NoEndpoint));
+        assert_eq!(map, Err(MapError::NotSent(RequestError::ShutDown)));
         drop(endpoint);
         drop(domain);
         drop(viommu);

@@ -298,7 +298,7 @@ fn when_all_slots_are_lost_calls_fail_until_the_answers_come() {
         assert!(is_timeout(&map(0x1000).unwrap_err()) && is_timeout(&map(0x2000).unwrap_err()));
 
         let (result, requests, _) = machine.traffic(|| map(0x3000));
-        assert!(matches!(result, Err(MapError::Request { error: RequestError::NoSlot, .. })));
+        assert!(matches!(result, Err(MapError::NotSent(RequestError::NoSlot))));
         assert_eq!(requests, 0);
         assert!(viommu.detach(EP).is_err());
         let unmapped = endpoint.unmap(kept_mapping).unwrap_err();

@@ -158,7 +158,7 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
         let (mut page, run) = (held(), Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 });
         let runs = core::iter::once(run);
         let mut mapping =
-            std::boxed::Box::pin(exchange::map(world.shared(), key, at(), runs, READ, &mut page));
+            std::boxed::Box::pin(exchange::map(world.shared(), key, Place::At(at()), runs, READ, &mut page));
         let mapped = poll_once(mapping.as_mut());
         drop(mapping);
         world.viommu.poll();
@@ -170,7 +170,7 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
         let mut unmapping = pin!(async {
             match mapped {
                 Poll::Ready(result) => {
-                    assert_eq!(result, Ok(()));
+                    assert_eq!(result, Ok(at()));
                     exchange::unmap(world.shared(), key, at()).await
                 }
                 Poll::Pending => exchange::reclaim(world.shared(), key, at()).await,

@@ -21,7 +21,7 @@ fn quarantined(result: Result<(), MapError>) -> RequestError {
 
 fn refused(result: Result<(), MapError>) -> RequestError {
     match result {
-        Err(MapError::Request { error, .. }) => error,
+        Err(MapError::NotSent(error) | MapError::Request { error, .. }) => error,
         other => panic!("{other:?}"),
     }
 }

@@ -94,10 +94,7 @@ fn assert_dead(bench: &Bench) {
         unsafe { bench.domain.map_at(at, bench.machine.memory(PAGE).phys, PAGE, RW) }
     });
     // Where the last recovery lost all endpoints, it is not worth asking the device.
-    let why = matches!(
-        mapped,
-        Err(MapError::Request { error: RequestError::NeedsReset, .. } | MapError::NoEndpoint)
-    );
+    let why = matches!(mapped, Err(MapError::NotSent(RequestError::NeedsReset) | MapError::NoEndpoint));
     assert!(why, "{mapped:?}");
     assert_eq!((requests, kicks), (0, 0));
     assert!(bench.viommu.detach(EP).is_err());

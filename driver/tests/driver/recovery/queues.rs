@@ -51,7 +51,7 @@ fn slots_come_back() {
             machine.inject([Inject::Hold(Execute::Now), Inject::Drop(Execute::AtRelease)]);
             assert!(map(1).is_err() && map(2).is_err());
             let full = map(3);
-            assert!(matches!(full, Err(MapError::Request { error: RequestError::NoSlot, .. })), "{round}");
+            assert!(matches!(full, Err(MapError::NotSent(RequestError::NoSlot))), "{round}");
             viommu.reset_queues().unwrap();
             assert_eq!(machine.release(Release::All), 0, "the device forgot them");
             viommu.poll();
@@ -215,7 +215,7 @@ fn a_queue_reset_that_does_not_end_leaves_the_driver_dead() {
     assert_eq!(bench.viommu.stats().abandoned_requests, 1, "it is the device's as before");
     // SAFETY: nobody but the test uses the memory.
     let mapped = unsafe { bench.domain.map_at(AT, bench.machine.memory(PAGE).phys, PAGE, RW) };
-    assert!(matches!(mapped, Err(MapError::Request { error: RequestError::NeedsReset, .. })), "{mapped:?}");
+    assert!(matches!(mapped, Err(MapError::NotSent(RequestError::NeedsReset))), "{mapped:?}");
     assert_eq!(bench.viommu.reset_queues(), Err(RecoverError::NeedsReset));
     assert_eq!(bench.recover().unwrap().endpoints, 2);
     bench.assert_works();
