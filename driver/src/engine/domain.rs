@@ -27,7 +27,7 @@ pub struct DomainStats {
 }
 
 pub(crate) struct DomainRecord {
-    pub generation: usize,
+    pub generation: u32,
     pub id: DomainId,
     pub kind: DomainKind,
     /// Endpoints whose ATTACH was confirmed.

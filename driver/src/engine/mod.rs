@@ -30,7 +30,7 @@ use crate::fault::FaultWindow;
 use crate::id::{DomainId, EndpointId};
 use crate::options::{DomainKind, Options};
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU32, Ordering};
 use domain::DomainRecord;
 use iova::IovaAllocator;
 use mapping::{MappingState, MappingTable};
@@ -39,12 +39,12 @@ use mapping::{MappingState, MappingTable};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DomainKey {
     index: u16,
-    generation: usize,
+    generation: u32,
 }
 
 /// Counts all domains that were ever created, over all IOMMUs, so that a handle of one is never taken for a handle
 /// of another.
-static GENERATIONS: AtomicUsize = AtomicUsize::new(0);
+static GENERATIONS: AtomicU32 = AtomicU32::new(0);
 
 /// What a request does to the records when its answer comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -251,15 +251,15 @@ impl RequestQueue {
     }
 
     fn finish(&mut self, index: u16, used_len: u32) -> Completion {
-        let tail_at = if self.probing == Some(index) {
-            self.areas.probe_writable + self.probe_size
+        let status = if self.probing == Some(index) {
+            let mut tail = [0; TAIL_LEN];
+            self.ring.memory().read_bytes(self.areas.probe_writable + self.probe_size, &mut tail);
+            tail[0]
         } else {
-            self.slot_at(index) + TAIL_AT
+            self.ring.memory().read_u32(self.slot_at(index) + TAIL_AT).to_le_bytes()[0]
         };
-        let mut tail = [0; TAIL_LEN];
-        self.ring.memory().read_bytes(tail_at, &mut tail);
         let slot = &mut self.slots[usize::from(index)];
-        let outcome = judge(used_len, slot.expected, tail[0]);
+        let outcome = judge(used_len, slot.expected, status);
         let completion = Completion { op: slot.op, outcome, abandoned: slot.state == SlotState::Abandoned };
         slot.state = SlotState::Done(outcome);
         self.due += u16::from(self.wakers[usize::from(index)].is_some());
@@ -273,11 +273,12 @@ impl RequestQueue {
     /// Takes the outcome of the batch's first request, if the device is done with it, and frees its slot.
     pub(crate) fn take(&mut self, batch: &mut Batch) -> Option<(Op, Outcome)> {
         let (head, _) = batch.ends?;
-        let slot = self.slots[usize::from(head)];
+        let slot = &self.slots[usize::from(head)];
         let SlotState::Done(outcome) = slot.state else { return None };
+        let op = slot.op;
         self.advance(batch);
         self.release(head);
-        Some((slot.op, outcome))
+        Some((op, outcome))
     }
 
     /// Gives up on the batch's first request, which is in flight: its slot stays with the device. Returns what it
@@ -404,8 +405,8 @@ impl RequestQueue {
             self.point_at_slot(index);
         }
         let free = self.free.replace(index);
-        self.slots[usize::from(index)] =
-            Slot { state: SlotState::Free, op: Op::None, expected: 0, next: free };
+        let slot = &mut self.slots[usize::from(index)];
+        (slot.state, slot.next) = (SlotState::Free, free);
     }
 
     /// Copies the properties that the last PROBE returned. Valid until the next one is submitted.
