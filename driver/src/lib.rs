@@ -61,6 +61,9 @@ extern crate std;
 mod addr;
 mod attachment;
 mod barrier;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 pub mod bridge;
 mod dma;
 mod domain;

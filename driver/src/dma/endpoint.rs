@@ -62,6 +62,12 @@ impl<P: Platform> Endpoint<P> {
         &self.domain
     }
 
+    /// The addresses that are never mapped.
+    #[cfg(feature = "bench")]
+    pub(crate) fn faulting(&self) -> IovaRange {
+        self.faulting
+    }
+
     /// Detaches the endpoint and frees its bounce pages. Its bus mastering must be off, and its driver's memory
     /// free. An endpoint that was moved to another domain meanwhile stays there.
     ///
