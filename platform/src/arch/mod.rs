@@ -9,6 +9,7 @@
 //! | `interrupts` | masking |
 //! | `console` | bytes out of the serial port |
 //! | `clock` | the monotonic clock |
+//! | `diagnostic` | a port that does nothing, whose writes a trace of the machine shows |
 //! | `power` | ending the machine |
 //! | `backtrace` | the return addresses on a stack |
 //!

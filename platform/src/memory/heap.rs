@@ -41,6 +41,10 @@ mod kernel {
         });
     }
 
+    pub(super) fn allocated_bytes() -> usize {
+        HEAP.lock().counters().allocated_bytes
+    }
+
     /// Gives a part of RAM to the heap.
     ///
     /// # Safety
@@ -57,6 +61,14 @@ mod kernel {
 
 #[cfg(target_os = "none")]
 pub use kernel::{extend, init_early};
+
+/// The bytes that are allocated: what was asked for, without what the heap adds. On a host nobody counts them.
+pub fn allocated_bytes() -> Option<usize> {
+    #[cfg(target_os = "none")]
+    return Some(kernel::allocated_bytes());
+    #[cfg(not(target_os = "none"))]
+    None
+}
 
 #[cfg(test)]
 mod tests {

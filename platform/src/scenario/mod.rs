@@ -5,11 +5,13 @@
 //! leak        frees memory that is still mapped                  } each ends FAIL at the one check
 //! early       frees memory before its UNMAP was answered         } that such a bug must fail
 //! lie         a transport that turns every failure into success  }
+//! bench       counts instructions, and says nothing about right or wrong
 //! panic, page-fault, overflow, write-code      end by an exception
 //! silent, half, babble                         guests that the harness must not believe
 //! ```
 
 mod attack;
+mod bench;
 mod default;
 mod defect;
 mod misbehave;
@@ -26,7 +28,19 @@ use crate::println;
 use crate::report::{Outcome, Report};
 
 /// The words that the kernel understands on its command line.
-const KNOWN: [&str; 6] = ["scenario", "seed", "disk.sha256", "hide", "viot", "log"];
+const KNOWN: [&str; 11] = [
+    "scenario",
+    "seed",
+    "disk.sha256",
+    "hide",
+    "viot",
+    "log",
+    "bench",
+    "operations",
+    "warm-up",
+    "live",
+    "only",
+];
 
 /// Runs the scenario that the command line names.
 pub fn run(info: &BootInfo) -> ! {
@@ -43,6 +57,7 @@ pub fn run(info: &BootInfo) -> ! {
         "leak" => defect::leak(info),
         "early" => defect::early(info),
         "lie" => defect::lie(info),
+        "bench" => bench::run(info),
         "panic" => misbehave::panic(),
         "page-fault" => misbehave::page_fault(),
         "overflow" => misbehave::stack_overflow(),
@@ -50,7 +65,7 @@ pub fn run(info: &BootInfo) -> ! {
         "half" => misbehave::half(),
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
-            "there is no scenario `{unknown}`; there are: default leak early lie panic page-fault overflow \
+            "there is no scenario `{unknown}`; there are: default leak early lie bench panic page-fault overflow \
              write-code silent half babble"
         )),
     }

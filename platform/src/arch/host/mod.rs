@@ -26,6 +26,11 @@ pub mod clock {
         u64::try_from(START.elapsed().as_nanos()).ok()
     }
 
+    /// Nanoseconds too.
+    pub fn ticks() -> u64 {
+        now_ns().unwrap_or(0)
+    }
+
     /// The clock's rate: nanoseconds.
     pub fn tick_hz() -> Option<u64> {
         Some(1_000_000_000)
@@ -40,6 +45,12 @@ pub mod console {
     pub fn write_bytes(bytes: &[u8]) {
         let _ = std::io::stdout().write_all(bytes);
     }
+}
+
+/// A port for nobody.
+pub mod diagnostic {
+    /// Does nothing.
+    pub fn write(_: u8) {}
 }
 
 /// Interrupts, which a process does not have.

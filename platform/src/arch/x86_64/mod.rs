@@ -8,6 +8,7 @@ pub mod boot;
 pub mod clock;
 pub mod console;
 mod cpuid;
+pub mod diagnostic;
 pub mod exceptions;
 pub mod image;
 pub mod interrupts;

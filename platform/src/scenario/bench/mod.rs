@@ -1,0 +1,81 @@
+//! What the driver's operations cost, in instructions, and in what the device is asked.
+//!
+//! ```text
+//! bench=time       instructions, by the time-stamp counter; exact only under QEMU's `-icount shift=0`
+//! bench=count      stretches are marked at port 0x80 for whoever reads QEMU's trace
+//! bench=profile    one operation is marked for a debugger
+//! operations=N  warm-up=N  live=N (the most live mappings)  only=ROW
+//! ```
+//! The kernel judges no figure. A check fails only where an operation does.
+
+mod meter;
+mod rows;
+
+use alloc::string::{String, ToString};
+use core::fmt::Display;
+
+use virtio_iommu::{DomainOptions, Options};
+
+use self::meter::Meter;
+use self::rows::{End, ROWS, Rig};
+use super::{give_up, setup};
+use crate::boot::BootInfo;
+use crate::devices::edu;
+use crate::devices::virtio::{ENTROPY, VENDOR};
+use crate::println;
+use crate::report::Report;
+
+pub(super) fn run(info: &BootInfo) -> ! {
+    let only = info.command_line.get("only");
+    let chosen = || ROWS.iter().filter(|row| only.is_none_or(|only| row.name == only));
+    let mut report = Report::start(chosen().count().max(1));
+    if chosen().next().is_none() {
+        give_up(report, "bench", format_args!("there is no row `{}`", only.unwrap_or_default()));
+    }
+    let mut rig = match rig(info) {
+        Ok(rig) => rig,
+        Err(error) => give_up(report, "bench", error),
+    };
+    let mut meter = match Meter::new(info, report) {
+        Ok(meter) => meter,
+        Err((failed, error)) => give_up(failed, "bench", error),
+    };
+    meter.report.value("overhead", meter.overhead(), "instructions");
+    for row in chosen() {
+        match (row.run)(&mut rig, &mut meter) {
+            Ok(End::Measured) => meter.report.check(row.name, true, "measured"),
+            Ok(End::NotMeasured(why)) => {
+                meter.report.check(row.name, true, format_args!("not measured: {why}"))
+            }
+            Err(error) => meter.report.check(row.name, false, error),
+        };
+    }
+    report = meter.report;
+    let stats = rig.iommu.viommu.stats();
+    report.value("attach", stats.attaches, "requests");
+    report.value("detach", stats.detaches, "requests");
+    report.value("map", stats.maps, "requests");
+    report.value("unmap", stats.unmaps + rig.raw_requests, "requests");
+    report.value("kicks", stats.kicks, "kicks");
+    println!();
+    report.end()
+}
+
+/// The IOMMU with one endpoint at work, `edu`, and one that is in no domain, the entropy source. Neither does any DMA.
+fn rig(info: &BootInfo) -> Result<Rig, String> {
+    let live = info.command_line.number("live").map_err(text)?.unwrap_or(1_000_000);
+    let (machine, iommu) = setup::bring_up(info, Options::default(), |transport| transport).map_err(text)?;
+    let find = |vendor, device, name: &str| {
+        let function = machine.pci.with_id(vendor, device).next();
+        function.ok_or_else(|| alloc::format!("the machine has no {name}"))
+    };
+    let opened = setup::open(&iommu, find(edu::VENDOR, edu::DEVICE, "edu device")?, 0).map_err(text)?;
+    let idle = iommu.endpoint(find(VENDOR, ENTROPY, "entropy source")?);
+    let idle = idle.ok_or_else(|| String::from("the IOMMU does not know the entropy source"))?;
+    let empty = iommu.viommu.create_domain(DomainOptions::default()).map_err(text)?;
+    Ok(Rig { iommu, opened, idle, empty, raw_requests: 0, live_limit: live, live: 0, heap_before: None })
+}
+
+fn text<E: Display>(error: E) -> String {
+    error.to_string()
+}

@@ -1,0 +1,236 @@
+//! The rows: each an operation, as a device driver calls it.
+
+use alloc::format;
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use virtio_iommu::bench::RawRequest;
+use virtio_iommu::{Direction, DmaDevice, Domain, EndpointId, Iova, PhysAddr, PhysSegment};
+
+use super::meter::Meter;
+use super::text;
+use crate::arch::clock;
+use crate::iommu::{Iommu, KernelPlatform};
+use crate::memory::dma::DmaPages;
+use crate::memory::frames::FRAME_BYTES;
+use crate::memory::heap;
+use crate::scenario::setup::Opened;
+
+/// What the rows work on.
+pub(super) struct Rig {
+    pub iommu: Iommu,
+    pub opened: Opened,
+    /// An endpoint in no domain.
+    pub idle: EndpointId,
+    /// A domain without endpoints.
+    pub empty: Domain<KernelPlatform>,
+    /// Requests that no record knows.
+    pub raw_requests: u64,
+    /// The most live mappings to measure with.
+    pub live_limit: u64,
+    /// Mappings that stay.
+    pub live: u64,
+    /// What was on the heap before the first of them.
+    pub heap_before: Option<u64>,
+}
+
+/// How a row ended.
+pub(super) enum End {
+    Measured,
+    /// Why there are no figures.
+    NotMeasured(&'static str),
+}
+
+/// A row, or several that are measured together.
+pub(super) struct Row {
+    pub name: &'static str,
+    pub run: fn(&mut Rig, &mut Meter) -> Result<End, String>,
+}
+
+/// Every row, in order. The last ones leave mappings behind.
+pub(super) const ROWS: [Row; 17] = [
+    Row { name: "raw_request", run: raw_request },
+    Row { name: "map_unmap_4k_strict", run: |rig, meter| map_unmap(rig, meter, "map_unmap_4k_strict", 1) },
+    Row { name: "map_unmap_64k_strict", run: |rig, meter| map_unmap(rig, meter, "map_unmap_64k_strict", 16) },
+    Row { name: "map_unmap_1m_strict", run: |rig, meter| map_unmap(rig, meter, "map_unmap_1m_strict", 256) },
+    Row { name: "map_unmap_4k_deferred", run: |_, _| Ok(End::NotMeasured("there is no deferred unmapping")) },
+    Row { name: "map_unmap_4k_pool", run: |_, _| Ok(End::NotMeasured("there is no pool")) },
+    Row { name: "split", run: split },
+    Row { name: "batch64", run: batch },
+    Row { name: "sg64_scattered", run: scattered },
+    Row { name: "sg64_contiguous", run: contiguous },
+    Row { name: "coherent_4k", run: coherent },
+    Row { name: "attach_detach", run: attach_detach },
+    Row { name: "blk_added", run: |_, _| Ok(End::NotMeasured("there is no block driver to compare with")) },
+    Row { name: "live_1", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1", 1) },
+    Row { name: "live_1k", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1k", 1_000) },
+    Row { name: "live_100k", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_100k", 100_000) },
+    Row { name: "live_1m", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1m", 1_000_000) },
+];
+
+const FRAME: usize = FRAME_BYTES as usize;
+/// Buffers of a batch, and pages of a scatter list.
+const BATCH: usize = 64;
+/// Ticks that making live mappings may take. Where it grows with their number, more of them cannot be had.
+const FILL_TICKS: u64 = 10_000_000_000;
+
+/// One request and its answer, without any record.
+fn raw_request(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let request = RawRequest::new(&rig.opened.endpoint);
+    let sent = &mut rig.raw_requests;
+    meter.measure(["raw_request"], 1, |laps| {
+        *sent += 1;
+        laps.time(0, || request.send()).map_err(text)
+    })?;
+    Ok(End::Measured)
+}
+
+/// Maps and unmaps one buffer of contiguous frames.
+fn map_unmap(rig: &Rig, meter: &mut Meter, name: &'static str, frames: usize) -> Result<End, String> {
+    let pages = DmaPages::allocate(frames).map_err(text)?;
+    let device: &dyn DmaDevice = &rig.opened.endpoint;
+    let (phys, len) = (PhysAddr::new(pages.phys()), pages.len_bytes());
+    let measured = meter.measure([name], 1, |laps| {
+        laps.time(0, || {
+            // SAFETY: the pages are ours, and leaked below if they may still be mapped.
+            let mapping = unsafe { device.map(phys, len, Direction::Both) }.map_err(text)?;
+            device.unmap(mapping).map_err(text)
+        })
+    });
+    keep_if_failed(measured, pages)
+}
+
+/// The same in two halves.
+fn split(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let pages = DmaPages::allocate(1).map_err(text)?;
+    let device: &dyn DmaDevice = &rig.opened.endpoint;
+    let phys = PhysAddr::new(pages.phys());
+    let measured = meter.measure(["map_4k_strict", "unmap_4k_strict"], 1, |laps| {
+        // SAFETY: the page is ours, and leaked below if it may still be mapped.
+        let mapping = laps.time(0, || unsafe { device.map(phys, FRAME, Direction::Both) }).map_err(text)?;
+        laps.time(1, || device.unmap(mapping)).map_err(text)
+    });
+    keep_if_failed(measured, pages)
+}
+
+/// Maps 64 buffers that have nothing to do with each other, then unmaps them.
+fn batch(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let pages = apart()?;
+    let device: &dyn DmaDevice = &rig.opened.endpoint;
+    let mut mappings = Vec::with_capacity(BATCH);
+    let measured = meter.measure(["batch64_map_each", "batch64_unmap_each"], BATCH as u64, |laps| {
+        laps.time(0, || {
+            pages.iter().try_for_each(|page| {
+                // SAFETY: the page is ours, and leaked below if it may still be mapped.
+                let mapping = unsafe { device.map(PhysAddr::new(page.phys()), FRAME, Direction::Both) };
+                mapping.map(|mapping| mappings.push(mapping))
+            })
+        })
+        .map_err(text)?;
+        laps.time(1, || mappings.drain(..).try_for_each(|mapping| device.unmap(mapping))).map_err(text)
+    });
+    keep_if_failed(measured, pages)
+}
+
+/// A list of 64 pages of which no two touch.
+fn scattered(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let pages = apart()?;
+    let segment = |page: &DmaPages| PhysSegment { phys: PhysAddr::new(page.phys()), len: FRAME };
+    let list: Vec<_> = pages.iter().map(segment).collect();
+    let measured = list_of(rig, meter, ["sg64_scattered_map", "sg64_scattered_unmap"], &list);
+    keep_if_failed(measured, pages)
+}
+
+/// A list of 64 pages that adjoin.
+fn contiguous(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let pages = DmaPages::allocate(BATCH).map_err(text)?;
+    let segment =
+        |index| PhysSegment { phys: PhysAddr::new(pages.phys() + FRAME_BYTES * index as u64), len: FRAME };
+    let list: Vec<_> = (0..BATCH).map(segment).collect();
+    let measured = list_of(rig, meter, ["sg64_contiguous_map", "sg64_contiguous_unmap"], &list);
+    keep_if_failed(measured, pages)
+}
+
+fn list_of(
+    rig: &Rig,
+    meter: &mut Meter,
+    names: [&'static str; 2],
+    list: &[PhysSegment],
+) -> Result<(), String> {
+    let device: &dyn DmaDevice = &rig.opened.endpoint;
+    let mut iovas = [Iova::new(0); BATCH];
+    meter.measure(names, 1, |laps| {
+        // SAFETY: the pages are the caller's, who leaks them if they may still be mapped.
+        let map = || unsafe { device.map_scatter(list, Direction::Both, &mut iovas) };
+        let mapping = laps.time(0, map).map_err(text)?;
+        laps.time(1, || device.unmap(mapping)).map_err(text)
+    })
+}
+
+/// Allocates and frees coherent memory, the kernel's own frame allocator and zeroing included.
+fn coherent(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let device: &dyn DmaDevice = &rig.opened.endpoint;
+    meter.measure(["coherent_4k"], 1, |laps| {
+        laps.time(0, || {
+            let memory = device.alloc_coherent(FRAME).map_err(text)?;
+            device.free_coherent(memory).map_err(text)
+        })
+    })?;
+    Ok(End::Measured)
+}
+
+/// Attaches an endpoint to an empty domain, and detaches it.
+fn attach_detach(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let (viommu, idle, empty) = (&rig.iommu.viommu, rig.idle, &rig.empty);
+    meter.measure(["attach_detach"], 1, |laps| {
+        laps.time(0, || {
+            viommu.attach(idle, empty).map_err(text)?;
+            viommu.detach(idle).map_err(text)
+        })
+    })?;
+    Ok(End::Measured)
+}
+
+/// Maps and unmaps one page beside `count` others.
+fn live(rig: &mut Rig, meter: &mut Meter, name: &'static str, count: u64) -> Result<End, String> {
+    if count > rig.live_limit {
+        return Ok(End::NotMeasured("the command line has a lower limit of live mappings"));
+    }
+    let before = *rig.heap_before.get_or_insert_with(heap_bytes);
+    rig.opened.domain.reserve(count as usize + 16);
+    // One page for all: what counts is the number of mappings.
+    let page = DmaPages::allocate(1).map_err(text)?;
+    let phys = PhysAddr::new(page.into_raw());
+    let device: &dyn DmaDevice = &rig.opened.endpoint;
+    let start = clock::ticks();
+    while rig.live < count {
+        // SAFETY: the page is ours, and never freed.
+        let mapping = unsafe { device.map(phys, FRAME, Direction::Both) }.map_err(text)?;
+        // It stays until the machine ends.
+        drop(mapping);
+        rig.live += 1;
+        if clock::ticks().wrapping_sub(start) > FILL_TICKS {
+            return Ok(End::NotMeasured("making so many mappings takes more than 10^10 instructions"));
+        }
+    }
+    meter.report.value(&format!("{name}.heap"), heap_bytes().saturating_sub(before), "bytes");
+    map_unmap(rig, meter, name, 1)
+}
+
+fn heap_bytes() -> u64 {
+    heap::allocated_bytes().unwrap_or(0) as u64
+}
+
+/// Pages of which no two touch. Of each pair of frames only the first is used.
+fn apart() -> Result<Vec<DmaPages>, String> {
+    (0..BATCH).map(|_| DmaPages::allocate(2)).collect::<Result<_, _>>().map_err(text)
+}
+
+/// Gives memory back, or keeps it for good where a device may still reach it.
+fn keep_if_failed<M>(measured: Result<(), String>, memory: M) -> Result<End, String> {
+    match measured {
+        Ok(()) => drop(memory),
+        Err(_) => core::mem::forget(memory),
+    }
+    measured.map(|()| End::Measured)
+}
