@@ -12,6 +12,7 @@ use crate::exchange::{Need, State};
 use crate::id::EndpointId;
 use crate::options::DomainOptions;
 use crate::platform::Platform;
+use crate::queue::Answer;
 use crate::start::Staged;
 use crate::viommu::Viommu;
 use crate::wire::feature::Features;
@@ -130,8 +131,8 @@ impl<P: Platform> Viommu<P> {
         let submit = |state: &mut State| self.shared.submit_one(state, &request, Op::Probe);
         let batch = self.shared.with_slot(need, submit).await.map_err(failed)?;
         let mut result = Ok(());
-        let each = |state: &mut State, _, outcome| {
-            result = outcome;
+        let each = |state: &mut State, answer: Answer| {
+            result = answer.map_err(|(_, error)| error);
             // Under the same lock that took the answer: the next PROBE cannot overwrite it.
             state.requests.copy_properties(&mut area);
         };

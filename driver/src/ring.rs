@@ -24,8 +24,8 @@ const USED_NO_NOTIFY: u16 = 1;
 /// Where the parts of a ring of `size` descriptors lie, from the start of its memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
-    avail: usize,
-    used: usize,
+    pub(crate) avail: usize,
+    pub(crate) used: usize,
     /// The bytes that the ring takes: what follows is free for the queue.
     pub len: usize,
 }
@@ -41,6 +41,9 @@ impl Layout {
         Self { avail, used, len }
     }
 }
+
+/// Bytes of a cell in the memory behind a ring: a cache line.
+pub(crate) const CELL_LEN: usize = 64;
 
 /// The alignment that a ring's memory needs.
 pub(crate) const ALIGN: usize = 64;
@@ -85,6 +88,8 @@ pub(crate) struct Ring {
     published: u16,
     /// Index of the next used entry to read.
     used_idx: u16,
+    /// What the device's index was when it was last looked at: entries before it are there.
+    seen: u16,
 }
 
 impl Ring {
@@ -98,10 +103,9 @@ impl Ring {
     ) -> Self {
         debug_assert!(size.is_power_of_two());
         let layout = Layout::new(size);
-        #[cfg(loom)]
-        let memory = memory.with_ring(size, layout.avail, layout.used, layout.len);
+        let memory = memory.with_ring(size, &layout);
         let mut ring =
-            Self { memory, layout, size, suppression, interrupts, avail_idx: 0, published: 0, used_idx: 0 };
+            Self { memory, layout, size, suppression, interrupts, avail_idx: 0, published: 0, used_idx: 0, seen: 0 };
         ring.write_wish();
         ring
     }
@@ -120,7 +124,7 @@ impl Ring {
 
     /// Empties the ring, as it was when it was made: the device forgot the queue.
     pub(crate) fn restart(&mut self) {
-        (self.avail_idx, self.published, self.used_idx) = (0, 0, 0);
+        (self.avail_idx, self.published, self.used_idx, self.seen) = (0, 0, 0, 0);
         let avail_end = self.layout.avail + 6 + 2 * usize::from(self.size);
         for at in (self.layout.avail..avail_end).step_by(2) {
             self.memory.write_u16(at, 0);
@@ -170,14 +174,9 @@ impl Ring {
         self.memory.write_bytes(DESC_LEN * usize::from(index), &bytes);
     }
 
-    pub(crate) fn set_descriptor_len(&mut self, index: u16, len: u32) {
-        self.memory.write_bytes(DESC_LEN * usize::from(index) + 8, &len.to_le_bytes());
-    }
-
     /// Adds a chain to the available ring. The device sees it after [`publish`](Self::publish).
     pub(crate) fn push(&mut self, head: u16) {
-        let entry = usize::from(self.avail_idx & (self.size - 1));
-        self.memory.write_u16(self.layout.avail + 4 + 2 * entry, head.to_le());
+        self.memory.set_avail_entry(self.avail_idx, head);
         self.avail_idx = self.avail_idx.wrapping_add(1);
     }
 
@@ -191,46 +190,45 @@ impl Ring {
         if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Unwanted {
             self.write_used_event();
         }
-        self.memory.store_release_u16(self.layout.avail + 2, self.avail_idx.to_le());
+        self.memory.publish_avail_index(self.avail_idx);
         // The device may go to sleep between our index and our look at its wish: both sides write, then look.
         fence(Ordering::SeqCst);
         match self.suppression {
-            Suppression::Flags => u16::from_le(self.memory.read_u16(self.layout.used)) & USED_NO_NOTIFY == 0,
-            Suppression::EventIndex => {
-                let wanted_after = u16::from_le(self.memory.read_u16(self.avail_event_offset()));
-                crossed(wanted_after, old, self.avail_idx)
-            }
+            Suppression::Flags => self.memory.used_flags() & USED_NO_NOTIFY == 0,
+            Suppression::EventIndex => crossed(self.memory.avail_event(), old, self.avail_idx),
         }
     }
 
     /// The next entry that the device is done with. Bounded by what is in flight.
+    #[inline]
     pub(crate) fn pop(&mut self) -> Result<Option<Used>, UsedIndexJumped> {
-        let mut seen = self.used_index();
+        if self.seen == self.used_idx && !self.look()? {
+            return Ok(None);
+        }
+        let (id, len) = self.memory.used_entry(self.used_idx);
+        self.used_idx = self.used_idx.wrapping_add(1);
+        if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
+            self.write_used_event();
+        }
+        Ok(Some(Used { id, len }))
+    }
+
+    /// Whether the device is done with more than was seen before.
+    #[inline]
+    fn look(&mut self) -> Result<bool, UsedIndexJumped> {
+        let mut seen = self.memory.used_index();
         if seen == self.used_idx && self.interrupts == Interrupts::Wanted {
             // The device may have looked at `used_event` before it was moved on: then no interrupt comes for what
             // it added since, and this is the last look.
             fence(Ordering::SeqCst);
-            seen = self.used_index();
+            seen = self.memory.used_index();
         }
         let ready = seen.wrapping_sub(self.used_idx);
-        if ready == 0 {
-            return Ok(None);
-        }
         if ready > self.published.wrapping_sub(self.used_idx) {
             return Err(UsedIndexJumped { seen, expected_at_most: self.published });
         }
-        let entry = usize::from(self.used_idx & (self.size - 1));
-        let offset = self.layout.used + 4 + USED_ELEM_LEN * entry;
-        self.used_idx = self.used_idx.wrapping_add(1);
-        let used = Used { id: self.memory.read_u32(offset), len: self.memory.read_u32(offset + 4) };
-        if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
-            self.write_used_event();
-        }
-        Ok(Some(used))
-    }
-
-    fn used_index(&self) -> u16 {
-        u16::from_le(self.memory.load_acquire_u16(self.layout.used + 2))
+        self.seen = seen;
+        Ok(ready > 0)
     }
 
     /// Says after which used entry the device is to interrupt: the next one, or, for an owner that polls, one
@@ -240,8 +238,7 @@ impl Ring {
             Interrupts::Wanted => self.used_idx,
             Interrupts::Unwanted => self.avail_idx.wrapping_add(0x8000),
         };
-        let offset = self.layout.avail + 4 + 2 * usize::from(self.size);
-        self.memory.write_u16(offset, event.to_le());
+        self.memory.set_used_event(event);
     }
 
     fn avail_event_offset(&self) -> usize {

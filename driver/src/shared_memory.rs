@@ -5,19 +5,33 @@
 
 use crate::addr::PhysAddr;
 use crate::platform::DmaMemory;
+use crate::ring::{CELL_LEN, Layout};
 use crate::sync::{AtomicU16, Ordering};
 use core::ptr;
 
 /// A region that the driver owns and the device reaches.
 ///
 /// # Invariants
-/// The memory is valid for reads and writes and aligned to 8 bytes for as long as this exists.
+/// The memory is valid for reads and writes and aligned to 8 bytes for as long as this exists. What `places` names lies
+/// in it, aligned for its parts, so that accesses there need no check.
 pub(crate) struct SharedMemory {
     memory: DmaMemory,
+    places: Places,
 }
 
 /// The alignment that the accessors rely on.
 const MIN_ALIGN: usize = 8;
+
+/// Where a ring's parts and a table of cells lie, from the start of the region.
+#[derive(Clone, Copy, Debug, Default)]
+struct Places {
+    avail: usize,
+    used: usize,
+    /// The ring's size, less one.
+    mask: u16,
+    cells: usize,
+    cell_mask: u16,
+}
 
 impl SharedMemory {
     /// # Safety
@@ -28,8 +42,35 @@ impl SharedMemory {
     /// When the memory is not aligned to 8 bytes, which breaks the platform's promise.
     pub(crate) unsafe fn new(memory: DmaMemory) -> Self {
         assert!(memory.ptr.addr().get().is_multiple_of(MIN_ALIGN), "DMA memory is not aligned");
-        // INVARIANT: the caller's promise, and the check above.
-        Self { memory }
+        assert!(memory.len >= CELL_LEN, "DMA memory is too short");
+        // INVARIANT: the caller's promise, and the checks above: with all places 0 no access passes 64 bytes.
+        Self { memory, places: Places::default() }
+    }
+
+    /// Says where a ring lies, whose entries are then reached by any index, modulo its size.
+    ///
+    /// # Panics
+    /// When it does not lie in the region.
+    pub(crate) fn with_ring(mut self, size: u16, layout: &Layout) -> Self {
+        // The last access to each part.
+        self.at(layout.avail, 6 + 2 * usize::from(size), 2);
+        self.at(layout.used, 6 + 8 * usize::from(size), 4);
+        assert!(size.is_power_of_two() && 16 * usize::from(size) <= layout.avail, "no ring");
+        // INVARIANT: checked just now.
+        (self.places.avail, self.places.used, self.places.mask) = (layout.avail, layout.used, size - 1);
+        self
+    }
+
+    /// Says where `count` cells of 64 bytes lie, which are then reached by any index, modulo their number.
+    ///
+    /// # Panics
+    /// When they do not lie in the region.
+    pub(crate) fn with_cells(mut self, start: usize, count: u16) -> Self {
+        self.at(start, CELL_LEN * usize::from(count), 8);
+        assert!(count.is_power_of_two(), "no cells");
+        // INVARIANT: checked just now.
+        (self.places.cells, self.places.cell_mask) = (start, count - 1);
+        self
     }
 
     /// The whole region, to be given back when neither this nor the device uses it any more.
@@ -53,6 +94,100 @@ impl SharedMemory {
         unsafe { self.memory.ptr.as_ptr().add(offset) }
     }
 
+    /// An address in one of the places.
+    #[inline]
+    fn placed(&self, offset: usize) -> *mut u8 {
+        // SAFETY: the places lie in the region, and callers stay in theirs.
+        unsafe { self.memory.ptr.as_ptr().add(offset) }
+    }
+
+    #[inline]
+    fn placed_u16(&self, offset: usize) -> &AtomicU16 {
+        // SAFETY: inside the region and aligned by the invariant; the device's accesses to it are atomic 16-bit ones.
+        unsafe { AtomicU16::from_ptr(self.placed(offset).cast()) }
+    }
+
+    /// Writes an entry of the available ring.
+    #[inline]
+    pub(crate) fn set_avail_entry(&mut self, index: u16, head: u16) {
+        let entry = usize::from(index & self.places.mask);
+        self.placed_u16(self.places.avail + 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
+    }
+
+    /// Publishes the available index: everything written before is visible to a device that sees it.
+    #[inline]
+    pub(crate) fn publish_avail_index(&mut self, index: u16) {
+        self.placed_u16(self.places.avail + 2).store(index.to_le(), Ordering::Release);
+    }
+
+    #[inline]
+    pub(crate) fn set_used_event(&mut self, index: u16) {
+        let at = self.places.avail + 6 + 2 * usize::from(self.places.mask);
+        self.placed_u16(at).store(index.to_le(), Ordering::Relaxed);
+    }
+
+    #[inline]
+    pub(crate) fn avail_event(&self) -> u16 {
+        let at = self.places.used + 12 + 8 * usize::from(self.places.mask);
+        u16::from_le(self.placed_u16(at).load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    pub(crate) fn used_flags(&self) -> u16 {
+        u16::from_le(self.placed_u16(self.places.used).load(Ordering::Relaxed))
+    }
+
+    /// The used index. What the device wrote before it is visible after.
+    #[inline]
+    pub(crate) fn used_index(&self) -> u16 {
+        u16::from_le(self.placed_u16(self.places.used + 2).load(Ordering::Acquire))
+    }
+
+    /// An entry of the used ring: id and length.
+    #[inline]
+    pub(crate) fn used_entry(&self, index: u16) -> (u32, u32) {
+        let entry = usize::from(index & self.places.mask);
+        let at = self.placed(self.places.used + 4 + 8 * entry).cast::<u32>();
+        // SAFETY: inside the region and aligned by the invariant; volatile, since the device may write at any time.
+        let (id, len) = unsafe { (at.read_volatile(), at.add(1).read_volatile()) };
+        (u32::from_le(id), u32::from_le(len))
+    }
+
+    /// Writes a descriptor's length.
+    #[inline]
+    pub(crate) fn set_descriptor_len(&mut self, index: u16, len: u32) {
+        let entry = usize::from(index & self.places.mask);
+        let at = self.placed(16 * entry + 8).cast::<u32>();
+        // SAFETY: inside the region and aligned by the invariant; no reference covers it.
+        unsafe { at.write_volatile(len.to_le()) };
+    }
+
+    /// Copies bytes into a cell, from `AT` on.
+    ///
+    /// # Panics
+    /// When they do not lie in it: they are the driver's own, of a length that the compiler knows.
+    #[inline(always)]
+    pub(crate) fn write_cell<const AT: usize>(&mut self, index: u16, bytes: &[u8]) {
+        assert!(bytes.len() <= CELL_LEN - AT, "outside of the cell");
+        let at = self.placed(self.cell(index) + AT);
+        // SAFETY: inside the region by the check above; no reference covers it.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
+    }
+
+    /// Reads four bytes of a cell, at `AT`.
+    #[inline]
+    pub(crate) fn read_cell<const AT: usize>(&self, index: u16) -> [u8; 4] {
+        const { assert!(AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
+        let at = self.placed(self.cell(index) + AT).cast::<u32>();
+        // SAFETY: inside the region and aligned; volatile, since the device may write at any time.
+        unsafe { at.read_volatile() }.to_ne_bytes()
+    }
+
+    #[inline]
+    fn cell(&self, index: u16) -> usize {
+        self.places.cells + CELL_LEN * usize::from(index & self.places.cell_mask)
+    }
+
     #[inline]
     fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
         let address = self.at(offset, 2, 2).cast();
@@ -61,17 +196,13 @@ impl SharedMemory {
     }
 
     /// Makes everything written before visible to a device that sees `value`.
+    #[cfg(test)]
     #[inline]
     pub(crate) fn store_release_u16(&self, offset: usize, value: u16) {
         self.atomic_u16(offset).store(value, Ordering::Release);
     }
 
-    /// What the device wrote before it wrote the value read here is visible after.
-    #[inline]
-    pub(crate) fn load_acquire_u16(&self, offset: usize) -> u16 {
-        self.atomic_u16(offset).load(Ordering::Acquire)
-    }
-
+    #[cfg(test)]
     #[inline]
     pub(crate) fn read_u16(&self, offset: usize) -> u16 {
         self.atomic_u16(offset).load(Ordering::Relaxed)
@@ -80,13 +211,6 @@ impl SharedMemory {
     #[inline]
     pub(crate) fn write_u16(&mut self, offset: usize, value: u16) {
         self.atomic_u16(offset).store(value, Ordering::Relaxed);
-    }
-
-    #[inline]
-    pub(crate) fn read_u32(&self, offset: usize) -> u32 {
-        let address = self.at(offset, 4, 4).cast::<u32>();
-        // SAFETY: inside the region and aligned; volatile, since the device may write at any time.
-        u32::from_le(unsafe { address.read_volatile() })
     }
 
     /// Copies driver bytes in. The device does not look at them before an index published after this.

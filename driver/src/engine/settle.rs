@@ -42,8 +42,8 @@ impl Engine {
 
     /// Whoever sent it went away after its answer came: what he would have unmapped apart is in quarantine. Where the
     /// answer was another, the addresses may be somebody else's by now. What a MAP made its list knows.
-    pub(crate) fn disown_op(&mut self, op: Op, outcome: Outcome) {
-        if let (Op::Unmap { domain, range }, Err(RequestError::Refused(Status::Range))) = (op, outcome) {
+    pub(crate) fn disown_op(&mut self, op: Op, error: RequestError) {
+        if let (Op::Unmap { domain, range }, RequestError::Refused(Status::Range)) = (op, error) {
             self.disown_apart(domain, range);
         }
     }

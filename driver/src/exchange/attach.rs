@@ -61,8 +61,8 @@ impl<P: Platform> Shared<P> {
                 return Ok(());
             }
             let mut result = Ok(());
-            self.wait(batch, |_, op, outcome| {
-                if let (Op::Replay { range, .. }, Err(error), Ok(())) = (op, outcome, result) {
+            self.wait(batch, |_, answer| {
+                if let (Err((Op::Replay { range, .. }, error)), Ok(())) = (answer, result) {
                     result = Err((range, error));
                 }
             })

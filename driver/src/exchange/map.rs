@@ -175,8 +175,8 @@ async fn map_once<P: Platform>(
             }
         };
         result = begun;
-        let each = |_: &mut State, op, outcome| {
-            if let (Op::Map { range, .. }, Err(error)) = (op, outcome) {
+        let each = |_: &mut State, answer| {
+            if let Err((Op::Map { range, .. }, error)) = answer {
                 unknown = unknown.or(Some(error).filter(RequestError::outcome_unknown));
                 result = result.and(Err(MapError::Request { range, error }));
             }

@@ -54,6 +54,7 @@ pub(crate) struct State {
 
 impl State {
     /// Takes in every answer that is there, in time or late.
+    #[inline]
     pub(crate) fn drain(&mut self) {
         while let Some(completion) = self.requests.complete() {
             self.engine.settle(&completion);
@@ -61,6 +62,7 @@ impl State {
     }
 
     /// Puts a request into the ring. The caller made sure of a slot.
+    #[inline]
     pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) {
         let submitted = self.requests.submit(request, op, batch);
         debug_assert!(submitted, "the caller makes sure of a slot");
@@ -72,6 +74,7 @@ impl State {
 
     /// Shows the device what was submitted. A doorbell that is due is noted in `doorbell`, to be rung by
     /// [`Shared::ring`] when the lock is dropped, and counted for the domain.
+    #[inline]
     pub(crate) fn publish(&mut self, domain: Option<DomainKey>, doorbell: &AtomicBool) {
         if !self.requests.publish() {
             return;
@@ -115,6 +118,7 @@ pub(crate) enum Sent {
 
 impl<P: Platform> Shared<P> {
     /// Rings the request queue's doorbell if it is due. Called without the lock.
+    #[inline]
     pub(crate) fn ring(&self) {
         if self.doorbell.swap(false, Ordering::AcqRel) {
             self.kicks.fetch_add(1, Ordering::Relaxed);

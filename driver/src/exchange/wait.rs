@@ -10,11 +10,10 @@
 //! slot came free, when its deadline passed, or when no answer comes any more; to be woken twice does no harm.
 
 use super::{Shared, State};
-use crate::engine::Op;
 use crate::error::RequestError;
 use crate::options::Options;
 use crate::platform::Platform;
-use crate::queue::{Batch, Outcome};
+use crate::queue::{Answer, Batch, Outcome};
 use crate::ring::Interrupts;
 use crate::transport::DeviceStatus;
 use alloc::collections::VecDeque;
@@ -132,7 +131,14 @@ pub(crate) enum Wake {
 impl State {
     /// Whom [`Shared::wake`] has to wake after the ring was drained or a slot came free. All, when it turned out
     /// broken.
+    #[inline]
     pub(crate) fn wake_due(&mut self) -> Wake {
+        let asleep = self.requests.sleepers() > 0 || !self.sleepers.waiting.is_empty();
+        if asleep || self.requests.broken().is_some() { self.wake_due_of_many() } else { Wake::Nobody }
+    }
+
+    #[cold]
+    fn wake_due_of_many(&mut self) -> Wake {
         if self.dead.is_none() && self.requests.broken().is_some() {
             self.dead = self.requests.broken();
             return Wake::All;
@@ -154,6 +160,7 @@ impl State {
     }
 
     /// Without sleepers the device need not interrupt: whoever blocks looks by himself.
+    #[inline]
     fn rest_if_nobody_sleeps(&mut self) {
         if self.requests.sleepers() == 0 && self.sleepers.waiting.is_empty() {
             self.requests.want_interrupts(Interrupts::Unwanted);
@@ -197,11 +204,25 @@ enum Look {
 }
 
 impl<P: Platform> InFlight<'_, P> {
-    fn poll(&mut self, waker: &Waker, each: &mut impl FnMut(&mut State, Op, Outcome)) -> Poll<()> {
+    #[inline]
+    fn poll(&mut self, waker: &Waker, each: &mut impl FnMut(&mut State, Answer)) -> Poll<()> {
+        match self.look(each) {
+            Look::Done => Poll::Ready(()),
+            look => self.poll_again(look, waker, each),
+        }
+    }
+
+    #[cold]
+    fn poll_again(
+        &mut self,
+        mut look: Look,
+        waker: &Waker,
+        each: &mut impl FnMut(&mut State, Answer),
+    ) -> Poll<()> {
         let shared = self.shared;
         // Bounded: falling asleep fails only when there is something to take, or no hope.
         loop {
-            match self.look(each) {
+            match look {
                 Look::Done => return Poll::Ready(()),
                 Look::Waiting if !self.deadline.passed(&shared.platform, &shared.options) => {}
                 Look::Waiting | Look::Hopeless => {
@@ -223,17 +244,19 @@ impl<P: Platform> InFlight<'_, P> {
             if !is_asleep(waker) || self.sleep(waker) {
                 return Poll::Pending;
             }
+            look = self.look(each);
         }
     }
 
-    fn look(&mut self, each: &mut impl FnMut(&mut State, Op, Outcome)) -> Look {
+    #[inline]
+    fn look(&mut self, each: &mut impl FnMut(&mut State, Answer)) -> Look {
         let (found, waker, wake) = {
             let mut state = self.shared.state.lock();
             state.drain();
             let waker = state.requests.unregister(&self.batch);
             state.rest_if_nobody_sleeps();
-            while let Some((op, outcome)) = state.requests.take(&mut self.batch) {
-                each(&mut state, op, outcome);
+            while let Some(answer) = state.requests.take(&mut self.batch) {
+                each(&mut state, answer);
             }
             let found = match self.batch.is_empty() {
                 true => Look::Done,
@@ -267,7 +290,8 @@ impl<P: Platform> InFlight<'_, P> {
     }
 
     /// Hands over what was answered, and gives up on the rest: it and what it touches stay with the device.
-    fn give_up(&mut self, needs_reset: bool, each: &mut impl FnMut(&mut State, Op, Outcome)) {
+    #[cold]
+    fn give_up(&mut self, needs_reset: bool, each: &mut impl FnMut(&mut State, Answer)) {
         let (waker, wake) = {
             let mut state = self.shared.state.lock();
             // An answer may have come between the last look and now.
@@ -285,11 +309,11 @@ impl<P: Platform> InFlight<'_, P> {
             let waker = state.requests.unregister(&self.batch);
             state.rest_if_nobody_sleeps();
             for _ in 0..self.batch.len() {
-                if let Some((op, outcome)) = state.requests.take(&mut self.batch) {
-                    each(&mut state, op, outcome);
+                if let Some(answer) = state.requests.take(&mut self.batch) {
+                    each(&mut state, answer);
                 } else if let Some(op) = state.requests.abandon(&mut self.batch) {
                     state.engine.lose(op);
-                    each(&mut state, op, Err(why));
+                    each(&mut state, Err((op, why)));
                 }
             }
             (waker, if news { Wake::All } else { state.wake_due() })
@@ -300,10 +324,15 @@ impl<P: Platform> InFlight<'_, P> {
 }
 
 impl<P: Platform> Drop for InFlight<'_, P> {
+    #[inline]
     /// The operation was dropped before its answers were there.
     fn drop(&mut self) {
         if !self.batch.is_empty() {
-            self.give_up(false, &mut |state, op, outcome| state.engine.disown_op(op, outcome));
+            self.give_up(false, &mut |state, answer| {
+                if let Err((op, error)) = answer {
+                    state.engine.disown_op(op, error);
+                }
+            });
         }
     }
 }
@@ -335,6 +364,7 @@ impl<P: Platform> Shared<P> {
     }
 
     /// Polls an operation until it is done. Bounded, since its deadlines count polls too.
+    #[inline]
     pub(crate) fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
         let mut operation = pin!(operation);
         let mut context = Context::from_waker(Waker::noop());
@@ -352,8 +382,11 @@ impl<P: Platform> Shared<P> {
         need: Need,
         work: impl FnOnce(&mut State) -> R,
     ) -> Result<R, RequestError> {
-        let mut deadline = Deadline::new();
         let mut work = Some(work);
+        if let Some(result) = self.with_free_slot(need, &mut work) {
+            return Ok(result);
+        }
+        let mut deadline = Deadline::new();
         poll_fn(|context| {
             // Bounded: falling asleep fails only when there is a slot, or no hope.
             loop {
@@ -372,6 +405,15 @@ impl<P: Platform> Shared<P> {
         .await
     }
 
+    /// The same where that is so at once.
+    #[inline]
+    fn with_free_slot<R, F: FnOnce(&mut State) -> R>(&self, need: Need, work: &mut Option<F>) -> Option<R> {
+        let mut state = self.state.lock();
+        let ready = state.dead.is_none() && state.can_send(need);
+        if ready { work.take().map(|work| work(&mut state)) } else { None }
+    }
+
+    #[cold]
     fn try_with_slot<R, F: FnOnce(&mut State) -> R>(
         &self,
         need: Need,
@@ -427,7 +469,7 @@ impl<P: Platform> Shared<P> {
 
     /// Rings for the batch, waits for every request of it, and hands over each outcome. Requests that the deadline
     /// catches in flight are given up on.
-    pub(crate) async fn wait(&self, batch: Batch, mut each: impl FnMut(&mut State, Op, Outcome)) {
+    pub(crate) async fn wait(&self, batch: Batch, mut each: impl FnMut(&mut State, Answer)) {
         self.ring();
         let mut in_flight = InFlight { shared: self, batch, deadline: Deadline::new() };
         poll_fn(|context| in_flight.poll(context.waker(), &mut each)).await;
@@ -435,16 +477,22 @@ impl<P: Platform> Shared<P> {
 
     /// The same for a batch of one.
     pub(crate) async fn finish(&self, batch: Batch) -> Outcome {
-        let mut result = Err(RequestError::NoSlot);
-        self.wait(batch, |_, _, outcome| result = outcome).await;
+        let mut result = Ok(());
+        self.wait(batch, |_, answer| result = answer.map_err(|(_, error)| error)).await;
         result
     }
 
-    /// Calls wakers, without the lock. Bounded by those who slept when it was called.
+    /// Calls wakers, without the lock.
+    #[inline]
     pub(crate) fn wake(&self, whom: Wake) {
-        if whom == Wake::Nobody {
-            return;
+        if whom != Wake::Nobody {
+            self.wake_some(whom);
         }
+    }
+
+    /// Bounded by those who slept when it was called.
+    #[cold]
+    fn wake_some(&self, whom: Wake) {
         let all = whom == Wake::All;
         let fault_waker = { self.state.lock().faults.waker.take_if(|_| all) };
         if let Some(waker) = fault_waker {

@@ -7,5 +7,5 @@ mod request;
 mod slot;
 
 pub(crate) use event::{Event, EventQueue};
-pub(crate) use request::{Batch, Completion, RequestQueue};
+pub(crate) use request::{Answer, Batch, Completion, RequestQueue};
 pub(crate) use slot::Outcome;

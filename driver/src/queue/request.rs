@@ -28,6 +28,9 @@ impl Batch {
     }
 }
 
+/// What came of a request, for whoever waits for it. What did not succeed comes with what it would have done.
+pub(crate) type Answer = Result<(), (Op, RequestError)>;
+
 /// A request that the device is done with.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Completion {
@@ -99,6 +102,7 @@ impl RequestQueue {
                 next: (index + 1 < slot_count).then_some(index + 1),
             })
             .collect();
+        let memory = memory.with_cells(areas.slots, slot_count);
         let ring = Ring::new(memory, size, suppression, Interrupts::Unwanted);
         let mut queue = Self {
             ring,
@@ -142,6 +146,7 @@ impl RequestQueue {
     /// Puts a request into a free slot and the slot into the batch. The device sees it after
     /// [`publish`](Self::publish). False, and nothing done, where [`can_submit`](Self::can_submit) says no.
     #[must_use]
+    #[inline]
     pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) -> bool {
         let probe = matches!(request, Request::Probe { .. });
         let Some(index) = self.free.filter(|_| self.can_submit(probe)) else { return false };
@@ -159,17 +164,18 @@ impl RequestQueue {
         true
     }
 
+    #[inline]
     fn write_request(&mut self, index: u16, request: &Request) {
-        let at = self.slot_at(index);
         let memory = self.ring.memory_mut();
         let len = request.encode(|bytes| {
-            memory.write_bytes(at, bytes);
+            memory.write_cell::<0>(index, bytes);
             bytes.len()
         });
-        memory.write_bytes(at + TAIL_AT, &TAIL_SENTINEL);
-        self.ring.set_descriptor_len(2 * index, len as u32);
+        memory.write_cell::<TAIL_AT>(index, &TAIL_SENTINEL);
+        memory.set_descriptor_len(2 * index, len as u32);
     }
 
+    #[cold]
     fn write_probe(&mut self, index: u16, request: &Request) {
         self.probing = Some(index);
         let Areas { probe_readable, probe_writable, .. } = self.areas;
@@ -201,6 +207,7 @@ impl RequestQueue {
         self.areas.slots + STRIDE * usize::from(index)
     }
 
+    #[inline]
     fn append(&mut self, batch: &mut Batch, index: u16) {
         batch.ends = match batch.ends {
             None => Some((index, index)),
@@ -222,6 +229,7 @@ impl RequestQueue {
     /// others the outcome waits for [`take`](Self::take).
     ///
     /// Entries that name no request in flight are counted and passed over, at most one ring of them a call.
+    #[inline]
     pub(crate) fn complete(&mut self) -> Option<Completion> {
         for _ in 0..self.ring.size() {
             if self.broken.is_some() {
@@ -243,6 +251,7 @@ impl RequestQueue {
     }
 
     /// The slot that a used entry's id names, if a request is in flight there.
+    #[inline]
     fn slot_of(&self, id: u32) -> Option<u16> {
         let index = u16::try_from(id / 2).ok()?;
         let slot = self.slots.get(usize::from(index))?;
@@ -250,19 +259,22 @@ impl RequestQueue {
         (id.is_multiple_of(2) && in_flight).then_some(index)
     }
 
+    #[inline]
     fn finish(&mut self, index: u16, used_len: u32) -> Completion {
         let status = if self.probing == Some(index) {
             let mut tail = [0; TAIL_LEN];
             self.ring.memory().read_bytes(self.areas.probe_writable + self.probe_size, &mut tail);
             tail[0]
         } else {
-            self.ring.memory().read_u32(self.slot_at(index) + TAIL_AT).to_le_bytes()[0]
+            self.ring.memory().read_cell::<TAIL_AT>(index)[0]
         };
         let slot = &mut self.slots[usize::from(index)];
         let outcome = judge(used_len, slot.expected, status);
         let completion = Completion { op: slot.op, outcome, abandoned: slot.state == SlotState::Abandoned };
         slot.state = SlotState::Done(outcome);
-        self.due += u16::from(self.wakers[usize::from(index)].is_some());
+        if self.sleepers > 0 {
+            self.due += u16::from(self.wakers[usize::from(index)].is_some());
+        }
         if completion.abandoned {
             self.abandoned -= 1;
             self.release(index);
@@ -271,14 +283,15 @@ impl RequestQueue {
     }
 
     /// Takes the outcome of the batch's first request, if the device is done with it, and frees its slot.
-    pub(crate) fn take(&mut self, batch: &mut Batch) -> Option<(Op, Outcome)> {
+    #[inline]
+    pub(crate) fn take(&mut self, batch: &mut Batch) -> Option<Answer> {
         let (head, _) = batch.ends?;
         let slot = &self.slots[usize::from(head)];
         let SlotState::Done(outcome) = slot.state else { return None };
-        let op = slot.op;
+        let outcome = outcome.map_err(|error| (slot.op, error));
         self.advance(batch);
         self.release(head);
-        Some((op, outcome))
+        Some(outcome)
     }
 
     /// Gives up on the batch's first request, which is in flight: its slot stays with the device. Returns what it
@@ -342,7 +355,11 @@ impl RequestQueue {
 
     /// Takes the waker back from the batch's first request.
     #[must_use = "a waker is not to be dropped under the lock"]
+    #[inline]
     pub(crate) fn unregister(&mut self, batch: &Batch) -> Option<Waker> {
+        if self.sleepers == 0 {
+            return None;
+        }
         let (head, _) = batch.ends?;
         self.unregister_at(head)
     }
@@ -380,6 +397,7 @@ impl RequestQueue {
 
     /// Says whether the device is to interrupt when it is done with a request. After `Wanted` the ring has to be looked
     /// at once more.
+    #[inline]
     pub(crate) fn want_interrupts(&mut self, interrupts: Interrupts) {
         self.ring.set_interrupts(interrupts);
     }
@@ -390,6 +408,7 @@ impl RequestQueue {
         Some(RequestError::RingBroken { used_index: seen, expected_at_most })
     }
 
+    #[inline]
     fn advance(&mut self, batch: &mut Batch) {
         let Some((head, tail)) = batch.ends else { return };
         batch.ends = match self.slots[usize::from(head)].next {
@@ -399,6 +418,7 @@ impl RequestQueue {
         batch.len -= 1;
     }
 
+    #[inline]
     fn release(&mut self, index: u16) {
         if self.probing == Some(index) {
             self.probing = None;

@@ -11,6 +11,7 @@
 
 use crate::engine::Op;
 use crate::error::RequestError;
+use crate::ring::CELL_LEN;
 use crate::wire::request::{MAX_READABLE, Status, TAIL_SENTINEL, Tail};
 use core::mem::size_of;
 
@@ -38,7 +39,7 @@ pub(super) struct Slot {
 }
 
 /// Bytes from one slot to the next: one cache line.
-pub(super) const STRIDE: usize = 64;
+pub(super) const STRIDE: usize = CELL_LEN;
 /// Where the answer's tail lies in a slot.
 pub(super) const TAIL_AT: usize = 40;
 
@@ -48,6 +49,7 @@ const _: () = assert!(MAX_READABLE <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= 
 ///
 /// A length of 0 with a status in place is that status's failure, since some devices count no bytes when they
 /// refuse; with the sentinel in place the device did not handle the request.
+#[inline]
 pub(super) fn judge(used_len: u32, expected: u32, status: u8) -> Outcome {
     let answered = status != TAIL_SENTINEL[0];
     match Status::from_wire(status) {

@@ -384,7 +384,7 @@ fn rounds_through_one_slot() {
                 interrupt.wait();
             }
             queue.want_interrupts(Interrupts::Unwanted);
-            assert_eq!(queue.take(&mut batch), Some((Op::None, Ok(()))));
+            assert_eq!(queue.take(&mut batch), Some(Ok(())));
         }
         assert_eq!(device.join().unwrap(), [bytes(7), bytes(9)]);
     });

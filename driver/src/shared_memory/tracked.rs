@@ -5,6 +5,7 @@
 
 use crate::addr::PhysAddr;
 use crate::platform::DmaMemory;
+use crate::ring::{CELL_LEN, Layout};
 use crate::sync::{AtomicU16, Ordering};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -16,6 +17,17 @@ use loom::cell::UnsafeCell;
 pub(crate) struct SharedMemory {
     memory: DmaMemory,
     cells: Arc<Cells>,
+    places: Places,
+}
+
+/// As in `shared_memory.rs`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Places {
+    avail: usize,
+    used: usize,
+    mask: u16,
+    cells: usize,
+    cell_mask: u16,
 }
 
 /// Memory, cell by cell.
@@ -36,18 +48,19 @@ unsafe impl Send for Cells {}
 unsafe impl Sync for Cells {}
 
 /// Bytes of a cell behind the ring: no request shares one with its answer.
-const CELL_LEN: usize = 8;
+const PLAIN_LEN: usize = 8;
 
 impl SharedMemory {
     /// # Safety
     /// None here; the caller's promise is for memory that is accessed by its address.
     pub(crate) unsafe fn new(memory: DmaMemory) -> Self {
-        Self { memory, cells: Arc::new(Cells::new(memory.len, &[])) }
+        Self { memory, cells: Arc::new(Cells::new(memory.len, &[])), places: Places::default() }
     }
 
     /// The same memory, with a ring of `size` entries at its start.
-    pub(crate) fn with_ring(self, size: u16, avail: usize, used: usize, len: usize) -> Self {
-        let size = usize::from(size);
+    pub(crate) fn with_ring(self, size: u16, layout: &Layout) -> Self {
+        let (mask, size) = (size - 1, usize::from(size));
+        let Layout { avail, used, len } = *layout;
         // Flags, index, entries, event; and where each part of the ring begins and ends.
         let (used_event, avail_event) = (avail + 4 + 2 * size, used + 4 + 8 * size);
         let mut edges: Vec<(usize, bool)> = (0..size).map(|index| (16 * index, false)).collect();
@@ -59,8 +72,64 @@ impl SharedMemory {
         edges.extend((0..size).map(|entry| (used + 4 + 8 * entry, false)));
         edges.push((avail_event, true));
         edges.extend((avail_event + 2 < len).then_some((avail_event + 2, false)));
-        edges.extend((len..self.memory.len).step_by(CELL_LEN).map(|offset| (offset, false)));
-        Self { cells: Arc::new(Cells::new(self.memory.len, &edges)), ..self }
+        edges.extend((len..self.memory.len).step_by(PLAIN_LEN).map(|offset| (offset, false)));
+        let cells = Arc::new(Cells::new(self.memory.len, &edges));
+        Self { cells, places: Places { avail, used, mask, ..self.places }, ..self }
+    }
+
+    /// `count` cells of 64 bytes, from `start` on.
+    pub(crate) fn with_cells(mut self, start: usize, count: u16) -> Self {
+        (self.places.cells, self.places.cell_mask) = (start, count - 1);
+        self
+    }
+
+    pub(crate) fn set_avail_entry(&mut self, index: u16, head: u16) {
+        let entry = usize::from(index & self.places.mask);
+        self.cells.store(self.places.avail + 4 + 2 * entry, head, Ordering::Relaxed);
+    }
+
+    pub(crate) fn publish_avail_index(&mut self, index: u16) {
+        self.cells.store(self.places.avail + 2, index, Ordering::Release);
+    }
+
+    pub(crate) fn set_used_event(&mut self, index: u16) {
+        let at = self.places.avail + 6 + 2 * usize::from(self.places.mask);
+        self.cells.store(at, index, Ordering::Relaxed);
+    }
+
+    pub(crate) fn avail_event(&self) -> u16 {
+        self.cells.load(self.places.used + 12 + 8 * usize::from(self.places.mask), Ordering::Relaxed)
+    }
+
+    pub(crate) fn used_flags(&self) -> u16 {
+        self.cells.load(self.places.used, Ordering::Relaxed)
+    }
+
+    pub(crate) fn used_index(&self) -> u16 {
+        self.cells.load(self.places.used + 2, Ordering::Acquire)
+    }
+
+    pub(crate) fn used_entry(&self, index: u16) -> (u32, u32) {
+        let at = self.places.used + 4 + 8 * usize::from(index & self.places.mask);
+        (self.read_u32(at), self.read_u32(at + 4))
+    }
+
+    pub(crate) fn set_descriptor_len(&mut self, index: u16, len: u32) {
+        self.cells.write(16 * usize::from(index & self.places.mask) + 8, &len.to_le_bytes());
+    }
+
+    pub(crate) fn write_cell<const AT: usize>(&mut self, index: u16, bytes: &[u8]) {
+        self.cells.write(self.cell(index) + AT, bytes);
+    }
+
+    pub(crate) fn read_cell<const AT: usize>(&self, index: u16) -> [u8; 4] {
+        let mut bytes = [0; 4];
+        self.cells.read(self.cell(index) + AT, &mut bytes);
+        bytes
+    }
+
+    fn cell(&self, index: u16) -> usize {
+        self.places.cells + CELL_LEN * usize::from(index & self.places.cell_mask)
     }
 
     /// The device's side of it.
@@ -77,14 +146,12 @@ impl SharedMemory {
         PhysAddr::new(self.memory.phys.get() + offset as u64)
     }
 
+    #[cfg(test)]
     pub(crate) fn store_release_u16(&self, offset: usize, value: u16) {
         self.cells.store(offset, value, Ordering::Release);
     }
 
-    pub(crate) fn load_acquire_u16(&self, offset: usize) -> u16 {
-        self.cells.load(offset, Ordering::Acquire)
-    }
-
+    #[cfg(test)]
     pub(crate) fn read_u16(&self, offset: usize) -> u16 {
         self.cells.load(offset, Ordering::Relaxed)
     }
@@ -93,7 +160,7 @@ impl SharedMemory {
         self.cells.store(offset, value, Ordering::Relaxed);
     }
 
-    pub(crate) fn read_u32(&self, offset: usize) -> u32 {
+    fn read_u32(&self, offset: usize) -> u32 {
         let mut bytes = [0; 4];
         self.cells.read(offset, &mut bytes);
         u32::from_le_bytes(bytes)

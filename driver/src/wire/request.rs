@@ -30,7 +30,7 @@ pub(crate) const TAIL_LEN: usize = size_of::<Tail>();
 
 impl Request {
     /// Hands the bytes of the device-readable part to `write`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn encode<R>(&self, write: impl FnOnce(&[u8]) -> R) -> R {
         match *self {
             Self::Attach { domain, endpoint, kind } => write(

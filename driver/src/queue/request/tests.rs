@@ -42,6 +42,11 @@ impl Bench {
         batch
     }
 
+    /// What came of the batch's first request.
+    fn take(&mut self, batch: &mut Batch) -> Option<Outcome> {
+        self.queue.take(batch).map(|answer| answer.map_err(|(_, error)| error))
+    }
+
     fn used_offset(&self) -> usize {
         let addresses = self.queue.ring.addresses();
         (addresses.device_area.get() - addresses.descriptors.get()) as usize
@@ -123,7 +128,7 @@ fn outcomes_come_in_the_batchs_order_whatever_the_devices() {
             bench.answer(slot, slot as u8);
         }
         bench.drain();
-        let outcomes: Vec<_> = core::iter::from_fn(|| bench.queue.take(&mut batch)).map(|(_, o)| o).collect();
+        let outcomes: Vec<_> = core::iter::from_fn(|| bench.take(&mut batch)).collect();
         let refused = |status| Err(RequestError::Refused(status));
         let expected = [Ok(()), refused(Status::IoErr), refused(Status::Unsupp), refused(Status::DevErr)];
         assert_eq!(outcomes, expected);
@@ -153,7 +158,7 @@ fn an_abandoned_slot_is_free_only_after_its_answer() {
     bench.answer(1, 0);
     bench.drain();
     assert!(bench.queue.take(&mut batch).is_none() && bench.queue.abandon(&mut batch).is_some());
-    assert_eq!(bench.queue.take(&mut batch).map(|(_, outcome)| outcome), Some(Ok(())));
+    assert_eq!(bench.take(&mut batch), Some(Ok(())));
     assert!(bench.queue.take(&mut batch).is_none() && bench.queue.abandon(&mut batch).is_some());
     assert_eq!(bench.queue.abandon(&mut batch), None);
     assert_eq!((bench.queue.abandoned(), batch.is_empty()), (2, true));
@@ -224,14 +229,14 @@ fn a_slots_last_status_is_not_taken_for_the_next_answer() {
     let mut batch = bench.submit(&[unmap(1)]);
     bench.answer(0, 0);
     bench.drain();
-    assert_eq!(bench.queue.take(&mut batch).map(|(_, outcome)| outcome), Some(Ok(())));
+    assert_eq!(bench.take(&mut batch), Some(Ok(())));
     for (len, error) in
         [(0, RequestError::NotHandled), (4, RequestError::ShortAnswer { used_len: 4, expected: 4 })]
     {
         let mut batch = bench.submit(&[unmap(2)]);
         bench.give_back(0, len);
         bench.drain();
-        assert_eq!(bench.queue.take(&mut batch).map(|(_, outcome)| outcome), Some(Err(error)));
+        assert_eq!(bench.take(&mut batch), Some(Err(error)));
     }
 }
 
@@ -252,7 +257,7 @@ fn probe_borrows_a_slot_and_gives_it_back() {
         bench.queue.ring.memory_mut().write_bytes(at, &[0x55; PROBE_SIZE]);
         bench.answer(0, 0);
         bench.drain();
-        assert_eq!(bench.queue.take(&mut batch).map(|(_, outcome)| outcome), Some(Ok(())));
+        assert_eq!(bench.take(&mut batch), Some(Ok(())));
         bench.queue.copy_properties(&mut area);
         assert_eq!(area, [0x55; PROBE_SIZE]);
         assert_eq!((bench.descriptor(0).0, bench.descriptor(1)), (readable.0, writable));
@@ -354,14 +359,14 @@ fn a_queue_that_the_device_forgot_begins_anew() {
     bench.queue.restart();
     bench.used_idx = 0;
     assert_eq!((bench.drain(), bench.queue.abandoned(), bench.queue.stray()), (0, 0, 0));
-    assert_eq!(bench.queue.take(&mut answered), Some((Op::None, Ok(()))), "that came before");
+    assert_eq!(bench.queue.take(&mut answered), Some(Ok(())), "that came before");
 
     // One slot is free, and PROBE's area; the others wait for whoever sent their requests.
     let mut probe = bench.submit(&[PROBE]);
     bench.answer(3, 0);
     assert_eq!(bench.drain(), 1);
-    assert_eq!(bench.queue.take(&mut probe), Some((Op::None, Ok(()))));
-    let reset = Some((Op::None, Err(RequestError::Reset)));
+    assert_eq!(bench.queue.take(&mut probe), Some(Ok(())));
+    let reset = Some(Err((Op::None, RequestError::Reset)));
     for _ in 0..2 {
         assert_eq!(bench.queue.take(&mut waiting), reset);
     }
