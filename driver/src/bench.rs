@@ -4,7 +4,7 @@ use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::engine::Op;
 use crate::error::RequestError;
-use crate::exchange::Need;
+use crate::exchange::{Need, State};
 use crate::platform::Platform;
 use crate::wire::request::Request;
 
@@ -29,10 +29,13 @@ impl<'a, P: Platform> RawRequest<'a, P> {
     /// As for every request.
     pub fn send(&self) -> Result<(), RequestError> {
         let shared = self.domain.shared();
-        shared.block_on(async {
-            let submit = |state: &mut _| shared.submit_one(state, &self.request, Op::None);
-            let batch = shared.with_slot(Need::Slot, submit).await?;
-            shared.finish(batch).await
-        })
+        let submit = |state: &mut State| shared.submit_one(state, &self.request, Op::None);
+        let Some(batch) = shared.with_free_slot(Need::Slot, submit) else {
+            return Err(RequestError::NoSlot);
+        };
+        match shared.begin(batch) {
+            None => Ok(()),
+            Some(in_flight) => shared.block_on(in_flight.outcome()),
+        }
     }
 }

@@ -3,7 +3,7 @@
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::{DomainKey, DomainStats, Engine, Limits, Purpose};
 use crate::error::{MapError, UnmapError};
-use crate::exchange::{self, Place, Run, Shared};
+use crate::exchange::{self, Owned, Place, Run, Shared};
 use crate::id::DomainId;
 use crate::platform::Platform;
 use crate::prot::Prot;
@@ -121,8 +121,8 @@ impl<P: Platform> Domain<P> {
     /// Until the mapping is unmapped with success the memory is one that the domain's endpoints may access at
     /// any time as `prot` says: no Rust reference depends on it, and it is not given to anyone else.
     pub unsafe fn map(&self, phys: PhysAddr, len: u64, prot: Prot, limit: Iova) -> Result<Iova, MapError> {
-        // SAFETY: the caller's promise.
-        self.0.shared.block_on(unsafe { self.map_async(phys, len, prot, limit) })
+        let place = Place::Anywhere { len, limit, parts: 1 };
+        self.map_run_now(place, Run { phys, len }, prot).map(IovaRange::start)
     }
 
     /// [`map`](Self::map) as a future. Dropped before its end it leaves the mapping, if it was sent, in quarantine.
@@ -154,8 +154,8 @@ impl<P: Platform> Domain<P> {
     /// # Safety
     /// As for [`map`](Self::map).
     pub unsafe fn map_at(&self, iova: Iova, phys: PhysAddr, len: u64, prot: Prot) -> Result<(), MapError> {
-        // SAFETY: the caller's promise.
-        self.0.shared.block_on(unsafe { self.map_at_async(iova, phys, len, prot) })
+        let range = self.with(|engine| engine.check_map(self.0.key, iova, len, phys, prot))?;
+        self.map_run_now(Place::At(range), Run { phys, len }, prot).map(drop)
     }
 
     /// [`map_at`](Self::map_at) as a future. Dropped before its end it leaves the mapping, if it was sent, in
@@ -179,7 +179,14 @@ impl<P: Platform> Domain<P> {
 
     async fn map_run(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
         let purpose = Purpose { prot, tag: "" };
-        exchange::map(&self.0.shared, self.0.key, place, core::iter::once(run), purpose, &mut None).await
+        let (shared, key) = (&self.0.shared, self.0.key);
+        exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None).finish().await
+    }
+
+    fn map_run_now(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
+        let purpose = Purpose { prot, tag: "" };
+        let (shared, key) = (&self.0.shared, self.0.key);
+        shared.end_of(exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None))
     }
 
     /// Maps `len` bytes from `start` at their own addresses, around what is reserved for the domain's endpoints: what
@@ -222,8 +229,7 @@ impl<P: Platform> Domain<P> {
     /// The caller made these mappings, by [`map`](Self::map) or [`map_at`](Self::map_at): another owner's
     /// device may be using them, and would reach whatever is mapped at the address next.
     pub unsafe fn unmap(&self, iova: Iova, len: u64) -> Result<(), UnmapError> {
-        // SAFETY: the caller's promise.
-        self.0.shared.block_on(unsafe { self.unmap_async(iova, len) })
+        self.unmap_now(IovaRange::from_len(iova, len).ok_or(UnmapError::NotMapped(iova))?)
     }
 
     /// [`unmap`](Self::unmap) as a future. Dropped before its end it leaves the mappings in quarantine.
@@ -248,7 +254,15 @@ impl<P: Platform> Domain<P> {
         &self,
         range: IovaRange,
     ) -> impl Future<Output = Result<(), UnmapError>> + Send + '_ {
-        exchange::unmap(&self.0.shared, self.0.key, range)
+        // Also when it is dropped before it is polled.
+        let owned = Owned::new(&self.0.shared, self.0.key, range);
+        async move { exchange::unmap(owned, range).finish().await }
+    }
+
+    /// The same for whoever blocks.
+    pub(crate) fn unmap_now(&self, range: IovaRange) -> Result<(), UnmapError> {
+        let shared = &self.0.shared;
+        shared.end_of(exchange::unmap(Owned::new(shared, self.0.key, range), range))
     }
 
     pub(crate) fn shared(&self) -> &Shared<P> {

@@ -104,8 +104,17 @@ impl Ring {
         debug_assert!(size.is_power_of_two());
         let layout = Layout::new(size);
         let memory = memory.with_ring(size, &layout);
-        let mut ring =
-            Self { memory, layout, size, suppression, interrupts, avail_idx: 0, published: 0, used_idx: 0, seen: 0 };
+        let mut ring = Self {
+            memory,
+            layout,
+            size,
+            suppression,
+            interrupts,
+            avail_idx: 0,
+            published: 0,
+            used_idx: 0,
+            seen: 0,
+        };
         ring.write_wish();
         ring
     }
@@ -206,11 +215,27 @@ impl Ring {
             return Ok(None);
         }
         let (id, len) = self.memory.used_entry(self.used_idx);
+        self.pass();
+        Ok(Some(Used { id, len }))
+    }
+
+    /// The next entry that the device is done with, left where it is.
+    #[inline]
+    pub(crate) fn peek(&mut self) -> Option<Used> {
+        if self.seen == self.used_idx && !matches!(self.look(), Ok(true)) {
+            return None;
+        }
+        let (id, len) = self.memory.used_entry(self.used_idx);
+        Some(Used { id, len })
+    }
+
+    /// Passes over the entry that [`peek`](Self::peek) returned.
+    #[inline]
+    pub(crate) fn pass(&mut self) {
         self.used_idx = self.used_idx.wrapping_add(1);
         if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
             self.write_used_event();
         }
-        Ok(Some(Used { id, len }))
     }
 
     /// Whether the device is done with more than was seen before.

@@ -8,7 +8,7 @@ use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
 use crate::engine::Purpose;
 use crate::error::{DetachError, DmaError, MapError, UnmapError};
-use crate::exchange::{self, Place, Run, Shared};
+use crate::exchange::{self, Place, Run, Shared, Started};
 use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
@@ -78,7 +78,7 @@ impl<P: Platform> Endpoint<P> {
         let bounce = self.bounce.take().map(|(_pool, range)| range);
         let free_bounce = || {
             let Some(range) = bounce else { return };
-            if let Err(error) = self.viommu.shared.block_on(self.domain.unmap_range(range)) {
+            if let Err(error) = self.domain.unmap_now(range) {
                 log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", self.id);
             }
         };
@@ -104,19 +104,27 @@ impl<P: Platform> Endpoint<P> {
         DmaMapping { domain: self.domain.key(), iova, len, range }
     }
 
+    /// Memory of any place in a granule, mapped by whole granules.
+    fn mapping_at(&self, range: IovaRange, phys: PhysAddr, len: usize) -> DmaMapping {
+        let iova = Iova::new(range.start().get() + (phys.get() & (self.granule() - 1)));
+        self.mapping(range, iova, len)
+    }
+
     fn purpose(&self, prot: Prot) -> Purpose {
         Purpose { prot, tag: "" }
     }
 
-    async fn map_one(
-        &self,
+    #[inline]
+    fn map_one<'a>(
+        &'a self,
         run: Run,
         prot: Prot,
-        held: &mut Option<HeldMemory>,
-    ) -> Result<IovaRange, MapError> {
+        held: &'a mut Option<HeldMemory>,
+    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
+    {
         let place = Place::Anywhere { len: run.len, limit: self.limit, parts: 1 };
         let (shared, key) = (self.domain.shared(), self.domain.key());
-        exchange::map(shared, key, place, iter::once(run), self.purpose(prot), held).await
+        exchange::map(shared, key, place, iter::once(run), self.purpose(prot), held)
     }
 
     fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
@@ -173,7 +181,7 @@ impl<P: Platform> Endpoint<P> {
         let mut lent = Lent { shared: self.domain.shared(), memory: Some(memory) };
         async move {
             let run = Run { phys: place.phys, len: place.len as u64 };
-            match self.map_one(run, direction.prot(), &mut lent.memory).await {
+            match self.map_one(run, direction.prot(), &mut lent.memory).finish().await {
                 Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
                 Err(error) => Err((error.into(), lent.memory.take())),
             }
@@ -194,9 +202,8 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
     ) -> Result<DmaMapping, DmaError> {
         let run = rounded(PhysSegment { phys, len }, self.granule())?;
-        let range = self.map_one(run, direction.prot(), &mut None).await?;
-        let iova = Iova::new(range.start().get() + (phys.get() - run.phys.get()));
-        Ok(self.mapping(range, iova, len))
+        let range = self.map_one(run, direction.prot(), &mut None).finish().await?;
+        Ok(self.mapping_at(range, phys, len))
     }
 
     /// [`DmaDevice::map_scatter`] as a future.
@@ -221,7 +228,7 @@ impl<P: Platform> Endpoint<P> {
         let anywhere = Place::Anywhere { len, limit: self.limit, parts: runs.clone().count() };
         let (shared, key) = (self.domain.shared(), self.domain.key());
         let purpose = self.purpose(direction.prot());
-        let range = exchange::map(shared, key, anywhere, runs, purpose, &mut None).await?;
+        let range = exchange::map(shared, key, anywhere, runs, purpose, &mut None).finish().await?;
         place(segments, granule, range, iovas);
         Ok(self.mapping(range, range.start(), len as usize))
     }
@@ -313,8 +320,9 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError> {
-        // SAFETY: the caller's promise.
-        self.block_on(unsafe { self.map_async(phys, len, direction) })
+        let run = rounded(PhysSegment { phys, len }, self.granule())?;
+        let range = self.domain.shared().end_of(self.map_one(run, direction.prot(), &mut None))?;
+        Ok(self.mapping_at(range, phys, len))
     }
 
     unsafe fn map_scatter(
@@ -328,13 +336,16 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError> {
-        self.block_on(self.unmap_async(mapping))
+        if mapping.domain != self.domain.key() {
+            return Err(UnmapError::NotMapped(mapping.iova));
+        }
+        self.domain.unmap_now(mapping.range)
     }
 
     unsafe fn unmap_at(&self, iova: Iova) -> Result<(), UnmapError> {
         let mapping = self.domain.translate(iova).filter(|mapping| mapping.range.start() == iova);
         let range = mapping.ok_or(UnmapError::NotMapped(iova))?.range;
-        self.block_on(self.domain.unmap_range(range))
+        self.domain.unmap_now(range)
     }
 
     unsafe fn share(&self, buffer: NonNull<[u8]>, direction: Direction) -> Result<Iova, DmaError> {
@@ -368,7 +379,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         }
         let run = rounded(PhysSegment { phys: doorbell, len: DOORBELL_LEN as usize }, self.granule())?;
         let mmio = if self.viommu.features().contains(Features::MMIO) { Prot::MMIO } else { Prot::empty() };
-        let range = self.block_on(self.map_one(run, Prot::WRITE | mmio, &mut None))?;
+        let range = self.viommu.shared.end_of(self.map_one(run, Prot::WRITE | mmio, &mut None))?;
         let iova = Iova::new(range.start().get() + (doorbell.get() - run.phys.get()));
         Ok(MsiDoorbell { iova, mapping: Some(self.mapping(range, iova, DOORBELL_LEN as usize)) })
     }

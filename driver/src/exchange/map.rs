@@ -1,7 +1,7 @@
 //! Mapping lists of runs.
 
-use super::unmap::unmap;
-use super::{Need, Shared, State};
+use super::unmap::{Owned, unmap};
+use super::{InFlight, Need, Shared, Started, State};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::{DomainKey, Engine, ListId, Op, Purpose, Unmade};
@@ -9,6 +9,7 @@ use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
 use crate::wire::request::Status;
+use core::future::Future;
 
 /// Physically contiguous bytes, whole granules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,11 @@ impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
     }
 }
 
-impl<P: Platform, I: Iterator<Item = Run> + Clone> List<'_, P, I> {
+impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
+    fn new(shared: &'a Shared<P>, key: DomainKey, runs: I) -> Self {
+        Self { shared, key, name: None, whole: None, owned: None, runs, free: None }
+    }
+
     #[cold]
     fn end_early(&mut self) {
         let parts = self.runs.clone().count();
@@ -68,6 +73,7 @@ impl<P: Platform, I: Iterator<Item = Run> + Clone> List<'_, P, I> {
     }
 
     /// Places the list, if it is not yet, and begins and submits runs while there are slots. Called under the lock.
+    #[inline]
     fn submit(
         &mut self,
         state: &mut State,
@@ -127,61 +133,81 @@ impl<P: Platform, I: Iterator<Item = Run> + Clone> List<'_, P, I> {
 ///
 /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
 /// of an earlier life: it gets another (I12).
-pub(crate) async fn map<P: Platform>(
-    shared: &Shared<P>,
+#[inline]
+pub(crate) fn map<'a, P: Platform>(
+    shared: &'a Shared<P>,
     key: DomainKey,
     place: Place,
-    runs: impl Iterator<Item = Run> + Clone,
+    runs: impl Iterator<Item = Run> + Clone + Send + 'a,
     purpose: Purpose,
-    held: &mut Option<HeldMemory>,
-) -> Result<IovaRange, MapError> {
+    held: &'a mut Option<HeldMemory>,
+) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a> {
     let lent = held.is_some();
-    let mut result = map_once(shared, key, place, runs.clone(), purpose, held).await;
-    for _ in 0..MAX_RENUMBERINGS {
-        let Err(MapError::Request { range, error: RequestError::Refused(Status::Inval) }) = result else {
-            break;
-        };
-        let first = runs.clone().nth(1).is_none() && never_mapped(shared, key);
-        // Seldom, and nothing that may be left half-way: it blocks.
-        if !first || held.is_some() != lent || !renumber(shared, key) {
-            break;
-        }
-        result = map_once(shared, key, Place::At(range), runs.clone(), purpose, held).await;
+    let mut list = List::new(shared, key, runs.clone());
+    let submit = |state: &mut State| list.submit(state, place, purpose, held);
+    let sent = shared.with_free_slot(Need::Slot, submit).map(|(batch, begun)| (shared.begin(batch), begun));
+    if let (Some((None, Ok(()))), None, Some(range)) = (&sent, list.free, list.whole) {
+        list.owned = None;
+        return Started::Done(Ok(range));
     }
-    result
+    Started::Waiting(async move {
+        let mut result = go_on(list, sent, place, purpose, held).await;
+        for _ in 0..MAX_RENUMBERINGS {
+            let Err(MapError::Request { range, error: RequestError::Refused(Status::Inval) }) = result else {
+                break;
+            };
+            let first = runs.clone().nth(1).is_none() && never_mapped(shared, key);
+            // Seldom, and nothing that may be left half-way: it blocks.
+            if !first || held.is_some() != lent || !renumber(shared, key) {
+                break;
+            }
+            let again = List::new(shared, key, runs.clone());
+            result = go_on(again, None, Place::At(range), purpose, held).await;
+        }
+        result
+    })
 }
 
-/// One request for each run, and one doorbell for as many as the ring takes.
-async fn map_once<P: Platform>(
-    shared: &Shared<P>,
-    key: DomainKey,
+/// The requests of a list that were sent together, if not all of them succeeded at once, and whether others could not be.
+type Sent<'a, P> = (Option<InFlight<'a, P>>, Result<(), MapError>);
+
+/// The rest of a list's way: one request for each run, and one doorbell for as many as the ring takes.
+async fn go_on<'a, P: Platform>(
+    mut list: List<'a, P, impl Iterator<Item = Run> + Clone>,
+    mut sent: Option<Sent<'a, P>>,
     place: Place,
-    runs: impl Iterator<Item = Run> + Clone,
     purpose: Purpose,
     held: &mut Option<HeldMemory>,
 ) -> Result<IovaRange, MapError> {
-    let mut list = List { shared, key, name: None, whole: None, owned: None, runs, free: None };
+    let shared = list.shared;
     let mut result;
     let mut unknown = None;
     // Bounded by the runs: each round begins one, or ends in an error.
     loop {
-        let submit = |state: &mut State| list.submit(state, place, purpose, held);
-        let (batch, begun) = match shared.with_slot(Need::Slot, submit).await {
-            Ok(sent) => sent,
-            Err(error) => {
-                let request = |range| MapError::Request { range, error };
-                result = Err(list.whole.map_or(MapError::NotSent(error), request));
-                break;
+        let (in_flight, begun) = match sent.take() {
+            Some(sent) => sent,
+            None => {
+                let submit = |state: &mut State| list.submit(state, place, purpose, held);
+                match shared.with_slot(Need::Slot, submit).await {
+                    Ok((batch, begun)) => (shared.begin(batch), begun),
+                    Err(error) => {
+                        let request = |range| MapError::Request { range, error };
+                        result = Err(list.whole.map_or(MapError::NotSent(error), request));
+                        break;
+                    }
+                }
             }
         };
         result = begun;
-        let each = |_: &mut State, answer| {
-            if let Err((Op::Map { range, .. }, error)) = answer {
-                unknown = unknown.or(Some(error).filter(RequestError::outcome_unknown));
-                result = result.and(Err(MapError::Request { range, error }));
-            }
-        };
-        shared.wait(batch, each).await;
+        if let Some(in_flight) = in_flight {
+            let each = |_: &mut State, answer| {
+                if let Err((Op::Map { range, .. }, error)) = answer {
+                    unknown = unknown.or(Some(error).filter(RequestError::outcome_unknown));
+                    result = result.and(Err(MapError::Request { range, error }));
+                }
+            };
+            in_flight.wait(each).await;
+        }
         if result.is_err() || list.free.is_none() {
             break;
         }
@@ -219,7 +245,9 @@ async fn roll_back<P: Platform>(
             }
             Unmade::Live(range) => {
                 list.owned = owned.after(range);
-                if let Err(UnmapError::Request { error, .. }) = unmap(shared, key, range).await {
+                if let Err(UnmapError::Request { error, .. }) =
+                    unmap(Owned::new(shared, key, range), range).finish().await
+                {
                     result = Err(error);
                 }
             }

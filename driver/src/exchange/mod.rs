@@ -12,8 +12,8 @@ mod unmap;
 mod wait;
 
 pub(crate) use map::{Place, Run, map};
-pub(crate) use unmap::{reclaim, unmap};
-pub(crate) use wait::{Deadline, Need, Sleepers, Wake};
+pub(crate) use unmap::{Owned, reclaim, unmap};
+pub(crate) use wait::{Deadline, InFlight, Need, Sleepers, Started, Wake};
 
 use crate::barrier;
 use crate::dma::{HeldMemory, Release};
@@ -62,7 +62,7 @@ impl State {
     }
 
     /// Puts a request into the ring. The caller made sure of a slot.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) {
         let submitted = self.requests.submit(request, op, batch);
         debug_assert!(submitted, "the caller makes sure of a slot");
@@ -128,6 +128,7 @@ impl<P: Platform> Shared<P> {
     }
 
     /// Submits one request and publishes it. Called under the lock.
+    #[inline(always)]
     pub(crate) fn submit_one(&self, state: &mut State, request: &Request, op: Op) -> Batch {
         let mut batch = Batch::default();
         state.submit(request, op, &mut batch);

@@ -1,17 +1,17 @@
 //! Unmapping.
 
-use super::{Need, Shared, State};
+use super::{InFlight, Need, Shared, Started, State};
 use crate::addr::IovaRange;
 use crate::engine::{DomainKey, Engine, UnmapPlan};
 use crate::error::{RequestError, UnmapError};
 use crate::platform::Platform;
-use crate::queue::Outcome;
+use crate::queue::{Batch, Outcome};
 use crate::wire::request::Status;
 use core::future::Future;
 
 /// Mappings that only the operation at hand knows. Where it ends early they are in quarantine: nobody is left who
 /// could unmap them.
-struct Owned<'a, P: Platform> {
+pub(crate) struct Owned<'a, P: Platform> {
     shared: &'a Shared<P>,
     key: DomainKey,
     range: Option<IovaRange>,
@@ -26,21 +26,72 @@ impl<P: Platform> Drop for Owned<'_, P> {
 }
 
 /// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner.
+#[inline]
 pub(crate) fn unmap<P: Platform>(
-    shared: &Shared<P>,
-    key: DomainKey,
+    mut owned: Owned<'_, P>,
     range: IovaRange,
-) -> impl Future<Output = Result<(), UnmapError>> + Send {
-    // Also when it is dropped before it was first polled.
-    let mut owned = Owned { shared, key, range: Some(range) };
-    async move {
-        let result = unmap_once(&mut owned, range, Engine::begin_unmap).await;
+) -> Started<Result<(), UnmapError>, impl Future<Output = Result<(), UnmapError>> + Send> {
+    let (shared, key) = (owned.shared, owned.key);
+    let begin = |state: &mut State| owned.begin(state, range, Engine::begin_unmap);
+    let begun = shared.with_free_slot(Need::Slot, begin);
+    let sent = match begun {
+        None => None,
+        Some(Err(error)) => return Started::Done(Err(error)),
+        Some(Ok(batch)) => Some(batch.and_then(|batch| shared.begin(batch))),
+    };
+    if let Some(None) = sent {
+        shared.release_unmapped(key, range);
+        return Started::Done(Ok(()));
+    }
+    Started::Waiting(async move {
+        let result = match sent.flatten() {
+            Some(in_flight) => owned.end(in_flight, range).await,
+            None => unmap_once(&mut owned, range, Engine::begin_unmap).await,
+        };
         let refused = Err(RequestError::Refused(Status::Range));
         if !matches!(result, Err(UnmapError::Request { error, .. }) if Err(error) == refused) {
             return result;
         }
         owned.range = Some(range);
         unmap_apart(&mut owned, refused).await.map_err(|error| UnmapError::Request { range, error })
+    })
+}
+
+impl<'a, P: Platform> Owned<'a, P> {
+    pub(crate) fn new(shared: &'a Shared<P>, key: DomainKey, range: IovaRange) -> Self {
+        Self { shared, key, range: Some(range) }
+    }
+
+    /// Sends the request, if it takes one. From then on the records of `range` say what they are, and are owned no more.
+    /// Called under the lock.
+    #[inline]
+    fn begin(
+        &mut self,
+        state: &mut State,
+        range: IovaRange,
+        begin: fn(&mut Engine, DomainKey, IovaRange) -> Result<UnmapPlan, UnmapError>,
+    ) -> Result<Option<Batch>, UnmapError> {
+        self.range = self.range.and_then(|owned| owned.after(range));
+        Ok(match begin(&mut state.engine, self.key, range)? {
+            UnmapPlan::Nothing => None,
+            UnmapPlan::Send(request, op) => Some(self.shared.submit_one(state, &request, op)),
+        })
+    }
+
+    async fn end(&self, in_flight: InFlight<'_, P>, range: IovaRange) -> Result<(), UnmapError> {
+        let outcome = in_flight.outcome().await;
+        self.shared.release_unmapped(self.key, range);
+        outcome.map_err(|error| UnmapError::Request { range, error })
+    }
+}
+
+impl<P: Platform> Shared<P> {
+    /// Gives back what was held for mappings that are gone.
+    #[inline]
+    fn release_unmapped(&self, key: DomainKey, range: IovaRange) {
+        while let Some(held) = { self.state.lock().engine.take_released(key, range) } {
+            self.release(held);
+        }
     }
 }
 
@@ -53,39 +104,32 @@ pub(crate) async fn reclaim<P: Platform>(
     unmap_once(&mut Owned { shared, key, range: None }, range, Engine::begin_reclaim).await
 }
 
-/// From the time that the request is sent the records of `range` say what they are, and are owned no more.
 async fn unmap_once<P: Platform>(
     owned: &mut Owned<'_, P>,
     range: IovaRange,
     begin: fn(&mut Engine, DomainKey, IovaRange) -> Result<UnmapPlan, UnmapError>,
 ) -> Result<(), UnmapError> {
     let (shared, key) = (owned.shared, owned.key);
-    let rest = owned.range.and_then(|owned| owned.after(range));
-    let mut plan = |state: &mut State| {
-        owned.range = rest;
-        Ok(match begin(&mut state.engine, key, range)? {
-            UnmapPlan::Nothing => None,
-            UnmapPlan::Send(request, op) => Some(shared.submit_one(state, &request, op)),
-        })
-    };
     // In a dead domain it takes no request, so no slot.
     let dead = {
         let mut state = shared.state.lock();
-        state.engine.is_gone(key, range).then(|| plan(&mut state))
+        state.engine.is_gone(key, range).then(|| owned.begin(&mut state, range, begin))
     };
     let failed = |error| UnmapError::Request { range, error };
     let begun = match dead {
         Some(done) => done?,
-        None => shared.with_slot(Need::Slot, plan).await.map_err(failed)??,
+        None => {
+            let plan = |state: &mut State| owned.begin(state, range, begin);
+            shared.with_slot(Need::Slot, plan).await.map_err(failed)??
+        }
     };
-    let outcome = match begun {
-        Some(batch) => shared.finish(batch).await,
-        None => Ok(()),
-    };
-    while let Some(held) = { shared.state.lock().engine.take_released(key, range) } {
-        shared.release(held);
+    match begun.and_then(|batch| shared.begin(batch)) {
+        Some(in_flight) => owned.end(in_flight, range).await,
+        None => {
+            shared.release_unmapped(key, range);
+            Ok(())
+        }
     }
-    outcome.map_err(failed)
 }
 
 /// A device that refuses to unmap several mappings at once may have removed some: each is unmapped by itself,

@@ -13,7 +13,7 @@ use super::{Shared, State};
 use crate::error::RequestError;
 use crate::options::Options;
 use crate::platform::Platform;
-use crate::queue::{Answer, Batch, Outcome};
+use crate::queue::{Answer, Batch, Completion, Outcome};
 use crate::ring::Interrupts;
 use crate::transport::DeviceStatus;
 use alloc::collections::VecDeque;
@@ -188,8 +188,25 @@ fn is_asleep(waker: &Waker) -> bool {
     !waker.will_wake(Waker::noop())
 }
 
+/// An operation whose first step is done: its request was sent, and the ring looked at once. Most are done with that,
+/// without a future's state to be kept.
+pub(crate) enum Started<T, F> {
+    Done(T),
+    /// There was no slot, or no answer yet.
+    Waiting(F),
+}
+
+impl<T, F: Future<Output = T>> Started<T, F> {
+    pub(crate) async fn finish(self) -> T {
+        match self {
+            Self::Done(result) => result,
+            Self::Waiting(rest) => rest.await,
+        }
+    }
+}
+
 /// Requests that were sent together, and whoever waits for them.
-struct InFlight<'a, P: Platform> {
+pub(crate) struct InFlight<'a, P: Platform> {
     shared: &'a Shared<P>,
     batch: Batch,
     deadline: Deadline,
@@ -204,6 +221,18 @@ enum Look {
 }
 
 impl<P: Platform> InFlight<'_, P> {
+    /// Waits for every request, and hands over each outcome. Requests that the deadline catches in flight are given up on.
+    pub(crate) async fn wait(mut self, mut each: impl FnMut(&mut State, Answer)) {
+        poll_fn(|context| self.poll(context.waker(), &mut each)).await;
+    }
+
+    /// The same for one request.
+    pub(crate) async fn outcome(self) -> Outcome {
+        let mut result = Ok(());
+        self.wait(|_, answer| result = answer.map_err(|(_, error)| error)).await;
+        result
+    }
+
     #[inline]
     fn poll(&mut self, waker: &Waker, each: &mut impl FnMut(&mut State, Answer)) -> Poll<()> {
         match self.look(each) {
@@ -363,6 +392,20 @@ impl<P: Platform> Shared<P> {
         self.wake(Wake::All);
     }
 
+    /// Waits for the end of an operation.
+    #[inline]
+    pub(crate) fn end_of<T>(&self, started: Started<T, impl Future<Output = T>>) -> T {
+        match started {
+            Started::Done(result) => result,
+            Started::Waiting(rest) => self.block_on_rest(rest),
+        }
+    }
+
+    #[cold]
+    fn block_on_rest<T>(&self, rest: impl Future<Output = T>) -> T {
+        self.block_on(rest)
+    }
+
     /// Polls an operation until it is done. Bounded, since its deadlines count polls too.
     #[inline]
     pub(crate) fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
@@ -383,9 +426,6 @@ impl<P: Platform> Shared<P> {
         work: impl FnOnce(&mut State) -> R,
     ) -> Result<R, RequestError> {
         let mut work = Some(work);
-        if let Some(result) = self.with_free_slot(need, &mut work) {
-            return Ok(result);
-        }
         let mut deadline = Deadline::new();
         poll_fn(|context| {
             // Bounded: falling asleep fails only when there is a slot, or no hope.
@@ -407,13 +447,12 @@ impl<P: Platform> Shared<P> {
 
     /// The same where that is so at once.
     #[inline]
-    fn with_free_slot<R, F: FnOnce(&mut State) -> R>(&self, need: Need, work: &mut Option<F>) -> Option<R> {
+    pub(crate) fn with_free_slot<R>(&self, need: Need, work: impl FnOnce(&mut State) -> R) -> Option<R> {
         let mut state = self.state.lock();
         let ready = state.dead.is_none() && state.can_send(need);
-        if ready { work.take().map(|work| work(&mut state)) } else { None }
+        ready.then(|| work(&mut state))
     }
 
-    #[cold]
     fn try_with_slot<R, F: FnOnce(&mut State) -> R>(
         &self,
         need: Need,
@@ -467,19 +506,43 @@ impl<P: Platform> Shared<P> {
         asleep
     }
 
+    /// Rings for the batch, and looks once. Returns it where not all of it succeeded yet.
+    #[inline]
+    pub(crate) fn begin(&self, batch: Batch) -> Option<InFlight<'_, P>> {
+        self.begin_and(batch, |_| ())
+    }
+
+    /// The same. If all succeeded, `then` runs under the lock that took the last answer.
+    #[inline]
+    pub(crate) fn begin_and(
+        &self,
+        mut batch: Batch,
+        then: impl FnOnce(&mut State),
+    ) -> Option<InFlight<'_, P>> {
+        self.ring();
+        let mut state = self.state.lock();
+        while let Some(op) = state.requests.take_next(&mut batch) {
+            state.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+        }
+        // Where somebody waits for a slot, the rest of the way wakes him.
+        if batch.is_empty() && state.sleepers.waiting.is_empty() {
+            then(&mut state);
+            return None;
+        }
+        Some(InFlight { shared: self, batch, deadline: Deadline::new() })
+    }
+
     /// Rings for the batch, waits for every request of it, and hands over each outcome. Requests that the deadline
     /// catches in flight are given up on.
-    pub(crate) async fn wait(&self, batch: Batch, mut each: impl FnMut(&mut State, Answer)) {
+    pub(crate) async fn wait(&self, batch: Batch, each: impl FnMut(&mut State, Answer)) {
         self.ring();
-        let mut in_flight = InFlight { shared: self, batch, deadline: Deadline::new() };
-        poll_fn(|context| in_flight.poll(context.waker(), &mut each)).await;
+        InFlight { shared: self, batch, deadline: Deadline::new() }.wait(each).await;
     }
 
     /// The same for a batch of one.
     pub(crate) async fn finish(&self, batch: Batch) -> Outcome {
-        let mut result = Ok(());
-        self.wait(batch, |_, answer| result = answer.map_err(|(_, error)| error)).await;
-        result
+        self.ring();
+        InFlight { shared: self, batch, deadline: Deadline::new() }.outcome().await
     }
 
     /// Calls wakers, without the lock.

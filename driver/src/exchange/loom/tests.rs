@@ -12,7 +12,7 @@ fn an_answer_wakes_who_waits_for_it() {
         let (world, device) = world(suppression, 1);
         world.map_page();
         let device = world.spawn(device, 1);
-        assert_eq!(run(exchange::unmap(world.shared(), world.domain.key(), at())), Ok(()));
+        assert_eq!(run(world.domain.unmap_range(at())), Ok(()));
         assert_eq!(world.page.returned(), 1);
         device.join().unwrap();
         world.assert_clean();
@@ -135,7 +135,7 @@ fn a_dropped_unmap_gives_the_page_back_once() {
         let (world, device) = world(suppression, 1);
         world.map_page();
         let device = world.spawn(device, 1);
-        let mut unmapping = std::boxed::Box::pin(exchange::unmap(world.shared(), world.domain.key(), at()));
+        let mut unmapping = std::boxed::Box::pin(world.domain.unmap_range(at()));
         let _ = poll_once(unmapping.as_mut());
         drop(unmapping);
         world.viommu.poll();
@@ -157,8 +157,9 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
         let key = world.domain.key();
         let (mut page, run) = (held(), Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 });
         let runs = core::iter::once(run);
-        let mut mapping =
-            std::boxed::Box::pin(exchange::map(world.shared(), key, Place::At(at()), runs, READ, &mut page));
+        let mut mapping = std::boxed::Box::pin(async {
+            exchange::map(world.shared(), key, Place::At(at()), runs, READ, &mut page).finish().await
+        });
         let mapped = poll_once(mapping.as_mut());
         drop(mapping);
         world.viommu.poll();
@@ -171,7 +172,7 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
             match mapped {
                 Poll::Ready(result) => {
                     assert_eq!(result, Ok(at()));
-                    exchange::unmap(world.shared(), key, at()).await
+                    world.domain.unmap_range(at()).await
                 }
                 Poll::Pending => exchange::reclaim(world.shared(), key, at()).await,
             }
