@@ -60,6 +60,18 @@ address! {
     PhysAddr
 }
 
+impl Iova {
+    /// The highest address of `bits` bits, as devices state what they can put on the bus: 32 for those that know
+    /// 4 GiB. All addresses from 64 on.
+    #[inline]
+    pub const fn mask(bits: u32) -> Self {
+        match 1u64.checked_shl(bits) {
+            Some(next) => Self(next - 1),
+            None => Self(u64::MAX),
+        }
+    }
+}
+
 /// A non-empty range of IOVAs, both ends inclusive, as in the standard.
 ///
 /// # Invariants
@@ -164,6 +176,12 @@ mod tests {
         assert_eq!(range(0, u64::MAX).len_bytes(), None);
         assert_eq!(range(1, u64::MAX).len_bytes(), Some(u64::MAX));
         assert_eq!(range(7, 7).len_bytes(), Some(1));
+    }
+
+    #[test]
+    fn masks_are_the_highest_address() {
+        let masks = [0, 1, 24, 32, 63, 64, 65].map(|bits| Iova::mask(bits).get());
+        assert_eq!(masks, [0, 1, 0xff_ffff, 0xffff_ffff, u64::MAX / 2, u64::MAX, u64::MAX]);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Domains: address spaces that endpoints are attached to.
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
-use crate::engine::{DomainKey, DomainStats, Engine, Limits, Purpose};
+use crate::engine::{DomainKey, DomainStats, Engine, Limits, Placement, Purpose};
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, Owned, Place, Run, Shared};
 use crate::id::DomainId;
@@ -121,7 +121,7 @@ impl<P: Platform> Domain<P> {
     /// Until the mapping is unmapped with success the memory is one that the domain's endpoints may access at
     /// any time as `prot` says: no Rust reference depends on it, and it is not given to anyone else.
     pub unsafe fn map(&self, phys: PhysAddr, len: u64, prot: Prot, limit: Iova) -> Result<Iova, MapError> {
-        let place = Place::Anywhere { len, limit, parts: 1 };
+        let place = Place::Anywhere { len, placement: Placement::up_to(limit), parts: 1 };
         self.map_run_now(place, Run { phys, len }, prot).map(IovaRange::start)
     }
 
@@ -139,7 +139,7 @@ impl<P: Platform> Domain<P> {
         prot: Prot,
         limit: Iova,
     ) -> Result<Iova, MapError> {
-        let place = Place::Anywhere { len, limit, parts: 1 };
+        let place = Place::Anywhere { len, placement: Placement::up_to(limit), parts: 1 };
         self.map_run(place, Run { phys, len }, prot).await.map(IovaRange::start)
     }
 
@@ -270,8 +270,13 @@ impl<P: Platform> Domain<P> {
     }
 
     /// Takes `len` bytes of IOVA out of the free ones, for as many mappings as `parts` says.
-    pub(crate) fn allocate(&self, len: u64, limit: Iova, parts: usize) -> Result<IovaRange, MapError> {
-        self.with(|engine| engine.allocate(self.0.key, len, limit, parts))
+    pub(crate) fn allocate(
+        &self,
+        len: u64,
+        placement: Placement,
+        parts: usize,
+    ) -> Result<IovaRange, MapError> {
+        self.with(|engine| engine.allocate(self.0.key, len, placement, parts))
     }
 
     /// Gives back what was allocated for one mapping and not mapped.

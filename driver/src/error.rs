@@ -535,6 +535,16 @@ pub enum DmaError {
         /// The room for addresses.
         room: usize,
     },
+    /// The endpoint was closed: nothing is mapped through its views any more.
+    Closed,
+    /// A constraint of the endpoint makes no sense: a longest segment of 0 bytes, or a boundary that is no power of
+    /// two.
+    BadConstraint {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        value: u64,
+    },
     /// The mapping failed.
     Map(MapError),
 }
@@ -547,6 +557,8 @@ impl fmt::Display for DmaError {
             Self::ListLength { segments, room } => {
                 write!(f, "{segments} segments do not fit a list of {room} addresses")
             }
+            Self::Closed => f.write_str("the endpoint was closed"),
+            Self::BadConstraint { option, value } => write!(f, "{option} cannot be {value:#x}"),
             Self::Map(error) => error.fmt(f),
         }
     }

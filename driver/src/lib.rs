@@ -98,7 +98,10 @@ mod wire;
 
 pub use addr::{Iova, IovaRange, PhysAddr};
 pub use attachment::{MoveError, OpenError};
-pub use dma::{CoherentMemory, DmaDevice, DmaMapping, Endpoint, HeldMemory, MsiDoorbell, PhysSegment};
+pub use dma::{
+    CoherentMemory, DmaDevice, DmaMapping, DmaSegment, DmaSegments, Endpoint, HeldMemory, MsiDoorbell,
+    PhysSegment, Unmapped,
+};
 pub use domain::{Domain, Translation};
 pub use engine::DomainStats;
 pub use error::{

@@ -1,5 +1,6 @@
 //! What the embedder can choose.
 
+use crate::addr::Iova;
 use crate::id::EndpointId;
 
 /// Choices for one IOMMU. [`Options::default`] fits a kernel on QEMU.
@@ -94,8 +95,14 @@ impl Default for DomainOptions {
 /// Choices for one endpoint's view of its domain.
 #[derive(Clone, Copy, Debug)]
 pub struct EndpointOptions {
-    /// The highest IOVA that the endpoint can put on the bus.
-    pub limit: crate::Iova,
+    /// The highest IOVA that the endpoint can put on the bus: [`Iova::mask`] of its address bits.
+    pub limit: Iova,
+    /// The most bytes of one segment, not 0: longer ones are split, see
+    /// [`DmaDevice::segments`](crate::DmaDevice::segments).
+    pub max_segment: u64,
+    /// A power of two whose multiples no segment may cross, in bytes. What fits between two of them is mapped
+    /// between two of them; what does not is split into segments.
+    pub boundary: Option<u64>,
     /// What the embedder knows the endpoint by, for instance its driver's place in a table: its faults carry it.
     pub tag: Option<usize>,
     /// Bytes of bounce pages, rounded up to granules; 0 for none. They are mapped once, when the endpoint is
@@ -105,6 +112,6 @@ pub struct EndpointOptions {
 
 impl Default for EndpointOptions {
     fn default() -> Self {
-        Self { limit: crate::Iova::new(u64::MAX), tag: None, bounce_bytes: 0 }
+        Self { limit: Iova::mask(64), max_segment: u64::MAX, boundary: None, tag: None, bounce_bytes: 0 }
     }
 }

@@ -58,6 +58,11 @@ impl BouncePool {
         self.used.fetch_and(!mask(first, count), Ordering::Release);
     }
 
+    /// Takes all chunks for good, if none is out. Then nobody touches the memory any more.
+    pub(super) fn retire(&self) -> bool {
+        self.used.compare_exchange(0, u64::MAX, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
     /// The first chunk of an address that was handed out for `len` bytes, or `None` for one that was not.
     pub(super) fn chunk_of(&self, iova: Iova, len: usize) -> Option<usize> {
         let offset = usize::try_from(iova.get().checked_sub(self.iova.get())?).ok()?;

@@ -1,6 +1,6 @@
 //! One endpoint's view of its domain, as device drivers see it.
 
-use super::{HeldMemory, MsiDoorbell};
+use super::{DmaSegments, HeldMemory, MsiDoorbell};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::DomainKey;
 use crate::error::{DmaError, UnmapError};
@@ -14,6 +14,11 @@ use core::ptr::NonNull;
 /// Mapping and unmapping wait for the device's answer, polling, and are bounded; they take the platform's lock
 /// for short stretches and allocate nothing. Allocating calls say so. What an error leaves behind is said at
 /// [`MapError`](crate::MapError) and [`UnmapError`]: memory whose unmapping was not confirmed never goes back.
+///
+/// # Constraints
+/// What the endpoint can put on the bus is said when it is opened ([`EndpointOptions`](crate::EndpointOptions)): the
+/// highest address, the longest segment, a boundary that no segment may cross. They are about IOVAs. Where memory
+/// lies physically does not matter to an endpoint behind an IOMMU, so that none is allocated below a mask.
 pub trait DmaDevice: Send + Sync {
     /// The endpoint.
     fn endpoint(&self) -> EndpointId;
@@ -24,18 +29,35 @@ pub trait DmaDevice: Send + Sync {
     /// The highest IOVA that the endpoint can use.
     fn limit(&self) -> Iova;
 
+    /// The most bytes of one segment.
+    fn max_segment(&self) -> u64;
+
+    /// The power of two whose multiples no segment may cross, in bytes. `None` where there is none.
+    fn boundary(&self) -> Option<u64>;
+
+    /// Allocates `len` bytes, rounded up to granules, zeroed, mapped for one direction. Takes memory from the
+    /// platform.
+    ///
+    /// # Errors
+    /// [`DmaError::NoMemory`], or why it could not be mapped.
+    fn alloc(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError>;
+
     /// Allocates `len` bytes, rounded up to granules, zeroed, that endpoint and driver both read and write.
     /// Takes memory from the platform.
     ///
     /// # Errors
-    /// [`DmaError::NoMemory`], or why it could not be mapped.
-    fn alloc_coherent(&self, len: usize) -> Result<CoherentMemory, DmaError>;
+    /// As for [`alloc`](Self::alloc).
+    fn alloc_coherent(&self, len: usize) -> Result<CoherentMemory, DmaError> {
+        self.alloc(len, Direction::Both)
+    }
 
     /// Frees coherent memory. The driver of the endpoint must not touch it any more.
     ///
     /// # Errors
     /// [`UnmapError`]: the memory is then in quarantine, and goes back by itself when the device answers.
-    fn free_coherent(&self, memory: CoherentMemory) -> Result<(), UnmapError>;
+    fn free_coherent(&self, memory: CoherentMemory) -> Result<Unmapped, UnmapError> {
+        self.unmap(memory.mapping)
+    }
 
     /// Maps memory and keeps it until the mapping is gone for certain. Whole granules.
     ///
@@ -59,7 +81,8 @@ pub trait DmaDevice: Send + Sync {
     unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError>;
 
     /// Maps a list of segments in place, with one doorbell and as few requests as their neighbourhood allows,
-    /// and writes the IOVA of each into `iovas`, which is as long as the list. All or nothing.
+    /// and writes the IOVA of each into `iovas`, which is as long as the list. All or nothing. What the endpoint is
+    /// to be given are the [`segments`](Self::segments) of the list.
     ///
     /// # Errors
     /// [`DmaError::ListLength`], [`DmaError::Map`]; what was mapped already is unmapped again.
@@ -73,13 +96,36 @@ pub trait DmaDevice: Send + Sync {
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError>;
 
-    /// Unmaps. When this returns `Ok` the endpoint does not reach the memory any more; adopted memory went back
-    /// to its owner.
+    /// The segments that the endpoint is given for a list that was mapped: merged where they are contiguous for it,
+    /// split where its longest segment or its boundary demands.
+    fn segments<'a>(&self, list: &'a [PhysSegment], iovas: &'a [Iova]) -> DmaSegments<'a> {
+        DmaSegments::new(list, iovas, self.max_segment(), self.boundary())
+    }
+
+    /// Maps `len` bytes of another device's registers or memory (MMIO) from `phys`, for this endpoint to access:
+    /// as device registers where the IOMMU has that flag, else as memory. By a request of its own, never with RAM.
+    ///
+    /// # Errors
+    /// [`DmaError::Map`].
+    ///
+    /// # Safety
+    /// As for [`map`](Self::map), and the endpoint's accesses to all of the registers in these granules do no harm.
+    unsafe fn map_resource(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        direction: Direction,
+    ) -> Result<DmaMapping, DmaError>;
+
+    /// Unmaps as the domain's unmap policy says. With [`Unmapped::Now`] the endpoint does not
+    /// reach the memory any more; adopted memory went back to its owner. With [`Unmapped::AtFlush`] the endpoint
+    /// reaches it until a flush: adopted memory goes back then, by itself, and memory that was mapped on the
+    /// caller's word is his again only when [`flush`](Self::flush) returned `Ok`.
     ///
     /// # Errors
     /// [`UnmapError`]: the mapping is in quarantine, and its memory must not be reused. A mapping of another
     /// domain is [`UnmapError::NotMapped`], and stays as it is.
-    fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError>;
+    fn unmap(&self, mapping: DmaMapping) -> Result<Unmapped, UnmapError>;
 
     /// Unmaps what starts at `iova`, for interfaces that keep only an address.
     ///
@@ -89,13 +135,18 @@ pub trait DmaDevice: Send + Sync {
     /// # Safety
     /// The address came from [`DmaMapping::iova`] of a mapping of whole granules by this endpoint, whose handle
     /// was forgotten, and the caller is the one who made it.
-    unsafe fn unmap_at(&self, iova: Iova) -> Result<(), UnmapError>;
+    unsafe fn unmap_at(&self, iova: Iova) -> Result<Unmapped, UnmapError>;
+
+    /// Gives up a mapping that its owner cannot unmap, since he goes away: it is in quarantine, and
+    /// [`Viommu::reclaim`](crate::Viommu::reclaim) unmaps it. Sends nothing and waits for nothing, so that it fits
+    /// `Drop`.
+    fn abandon(&self, mapping: DmaMapping);
 
     /// Lets the endpoint use a borrowed buffer through bounce pages: copies it there, unless `direction` is
     /// `FromDevice`, in which case the pages are zeroed. Its neighbours stay invisible. Sends nothing.
     ///
     /// # Errors
-    /// [`DmaError::NoBounce`] when no pages are free, or the endpoint has none.
+    /// [`DmaError::NoBounce`] when no pages are free, or the endpoint has none, [`DmaError::Closed`].
     ///
     /// # Safety
     /// The buffer is valid for reads, and nobody writes to it during the call.
@@ -125,17 +176,26 @@ pub trait DmaDevice: Send + Sync {
     ///
     /// # Errors
     /// As for [`unmap`](Self::unmap).
-    fn unmap_msi(&self, doorbell: MsiDoorbell) -> Result<(), UnmapError>;
+    fn unmap_msi(&self, doorbell: MsiDoorbell) -> Result<Unmapped, UnmapError>;
 
     /// An address that never leads anywhere: a device that uses it faults.
     fn faulting_iova(&self) -> Iova;
 
-    /// Makes sure that everything unmapped so far is out of the endpoint's reach. Nothing to do where unmapping
-    /// is strict.
+    /// Makes sure that everything unmapped so far in the endpoint's domain is out of its reach. Nothing to do where
+    /// unmapping is strict.
     ///
     /// # Errors
-    /// [`UnmapError`], as for [`unmap`](Self::unmap).
+    /// [`UnmapError`], as long as anything that was unmapped before is in quarantine instead, whoever unmapped it.
     fn flush(&self) -> Result<(), UnmapError>;
+}
+
+/// When unmapped memory is out of the endpoint's reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmapped {
+    /// It is: the device confirmed it, or the domain is dead.
+    Now,
+    /// When the domain's next flush succeeded.
+    AtFlush,
 }
 
 /// A physically contiguous part of a scatter list.
@@ -160,6 +220,11 @@ pub struct DmaMapping {
 }
 
 impl DmaMapping {
+    /// The segments that the endpoint is given for a mapping of one piece, see [`DmaDevice::segments`].
+    pub fn segments(&self, device: &dyn DmaDevice) -> DmaSegments<'static> {
+        DmaSegments::of_one(self.iova, self.len as u64, device.max_segment(), device.boundary())
+    }
+
     /// Where the first byte is for the endpoint.
     pub fn iova(&self) -> Iova {
         self.iova

@@ -2,37 +2,48 @@
 
 use super::bounce::BouncePool;
 use super::msi::{DOORBELL_LEN, MsiDoorbell, is_in_window};
-use super::scatter::{Runs, place, rounded, total_len};
-use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment};
+use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::Purpose;
-use crate::error::{DetachError, DmaError, MapError, UnmapError};
-use crate::exchange::{self, Place, Run, Shared, Started};
+use crate::engine::Placement;
+use crate::error::{DetachError, DmaError, UnmapError};
 use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
-use crate::prot::{Direction, Prot};
+use crate::prot::Direction;
 use crate::start::Unattached;
 use crate::viommu::Viommu;
-use crate::wire::feature::Features;
+use alloc::sync::Arc;
 use core::fmt;
 use core::future::Future;
-use core::iter;
 use core::ptr::NonNull;
+use core::sync::atomic::{AtomicBool, Ordering};
 
-/// An endpoint's view of the domain that it is attached to.
+/// An endpoint's view of the domain that it is attached to. Clones are the same view, and [`tagged`](Self::tagged) gives
+/// one whose mappings go by another name.
 ///
-/// Dropping it leaves the endpoint attached, with everything that is mapped, its bounce pages in quarantine, and
-/// the address that faults out of use: [`close`](Self::close) ends it in order.
+/// Dropping the last one leaves the endpoint attached, with everything that is mapped, its bounce pages in quarantine,
+/// and the address that faults out of use: [`close`](Self::close) ends it in order.
 pub struct Endpoint<P: Platform> {
-    viommu: Viommu<P>,
+    pub(super) view: Arc<View<P>>,
+    pub(super) tag: &'static str,
+}
+
+/// What all clones of an endpoint share.
+pub(super) struct View<P: Platform> {
+    pub(super) viommu: Viommu<P>,
     id: EndpointId,
-    domain: Domain<P>,
-    limit: Iova,
+    pub(super) domain: Domain<P>,
+    pub(super) limit: Iova,
+    max_segment: u64,
+    pub(super) boundary: Option<u64>,
     /// One granule of addresses that is never mapped.
     faulting: IovaRange,
     bounce: Option<(BouncePool, IovaRange)>,
+    /// Nothing is mapped, or shared, any more.
+    closed: AtomicBool,
+    /// The bounce pages were unmapped, or are in quarantine.
+    bounce_gone: AtomicBool,
 }
 
 impl<P: Platform> Endpoint<P> {
@@ -42,53 +53,81 @@ impl<P: Platform> Endpoint<P> {
         domain: Domain<P>,
         options: EndpointOptions,
     ) -> Result<Self, DmaError> {
-        let faulting = domain.allocate(viommu.granule(), options.limit, 1)?;
+        let EndpointOptions { limit, max_segment, boundary, bounce_bytes, tag: _ } = options;
+        if max_segment == 0 {
+            return Err(DmaError::BadConstraint { option: "max_segment", value: 0 });
+        }
+        if let Some(value) = boundary.filter(|boundary| !boundary.is_power_of_two()) {
+            return Err(DmaError::BadConstraint { option: "boundary", value });
+        }
+        let faulting = domain.allocate(viommu.granule(), Placement::up_to(limit), 1)?;
         let mut unused = Unused { domain: domain.clone(), range: Some(faulting) };
-        let mut endpoint = Self { viommu, id, domain, limit: options.limit, faulting, bounce: None };
-        if options.bounce_bytes > 0 {
-            let pages = endpoint.alloc_coherent_async(options.bounce_bytes).await?;
+        let (closed, bounce_gone) = (AtomicBool::new(false), AtomicBool::new(false));
+        let bounce = None;
+        let view =
+            View { viommu, id, domain, limit, max_segment, boundary, faulting, bounce, closed, bounce_gone };
+        let mut endpoint = Self { view: Arc::new(view), tag: "bounce pages" };
+        if bounce_bytes > 0 {
+            let pages = endpoint.alloc_coherent_async(bounce_bytes).await?;
             let (len, range) = (pages.len_bytes(), pages.mapping.range);
             let granule = endpoint.granule() as usize;
-            // SAFETY: fresh memory, mapped there, that is not freed before the pool is gone.
+            // SAFETY: fresh memory, mapped there, that is not freed before the pool is retired or gone.
             let pool = unsafe { BouncePool::new(pages.ptr, len, range.start(), granule) };
-            endpoint.bounce = Some((pool, range));
+            // Nobody else has the view yet.
+            if let Some(view) = Arc::get_mut(&mut endpoint.view) {
+                view.bounce = Some((pool, range));
+            }
         }
         unused.range = None;
-        Ok(endpoint)
+        Ok(endpoint.tagged(""))
     }
 
     /// The domain.
     pub fn domain(&self) -> &Domain<P> {
-        &self.domain
+        &self.view.domain
+    }
+
+    /// The same view, whose mappings go by this name from now on ([`Translation::tag`](crate::Translation::tag)): for
+    /// people who look for whoever forgot to unmap.
+    #[must_use]
+    pub fn tagged(&self, tag: &'static str) -> Self {
+        Self { view: Arc::clone(&self.view), tag }
     }
 
     /// The addresses that are never mapped.
     #[cfg(feature = "bench")]
     pub(crate) fn faulting(&self) -> IovaRange {
-        self.faulting
+        self.view.faulting
     }
 
     /// Detaches the endpoint and frees its bounce pages. Its bus mastering must be off, and its driver's memory
     /// free. An endpoint that was moved to another domain meanwhile stays there.
     ///
+    /// Ends all clones of the view: they map and share nothing any more ([`DmaError::Closed`]), but can unmap what
+    /// they mapped. Bounce pages with a buffer that is still shared are kept until the last clone is dropped; nothing
+    /// is copied out of them any more. Where the endpoint could not be detached, it can be tried again.
+    ///
     /// # Errors
     /// [`DetachError`]: the endpoint counts as attached, but its bounce pages are unmapped.
     /// [`Viommu::detach`] can be tried later.
-    pub fn close(mut self) -> Result<(), DetachError> {
-        let bounce = self.bounce.take().map(|(_pool, range)| range);
+    pub fn close(&self) -> Result<(), DetachError> {
+        let view = &*self.view;
+        let first = !view.closed.swap(true, Ordering::AcqRel);
+        let retired = view.bounce.as_ref().filter(|(pool, _)| first && pool.retire());
         let free_bounce = || {
-            let Some(range) = bounce else { return };
-            if let Err(error) = self.domain.unmap_now(range) {
-                log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", self.id);
+            let Some((_, range)) = retired else { return };
+            view.bounce_gone.store(true, Ordering::Relaxed);
+            if let Err(error) = view.domain.unmap_now(*range) {
+                log::warn!("the bounce pages of endpoint {} stay in quarantine: {error}", view.id);
             }
         };
         let leave = || {
-            let key = self.domain.key();
-            let here = { self.domain.shared().state.lock().engine.is_or_was_in(self.id, key) };
-            if here { self.viommu.detach(self.id) } else { Ok(()) }
+            let key = view.domain.key();
+            let here = { view.domain.shared().state.lock().engine.is_or_was_in(view.id, key) };
+            if here { view.viommu.detach(view.id) } else { Ok(()) }
         };
         // Detached first, the pages need no UNMAP. But that holds only where nothing bypasses.
-        let detached = if self.viommu.unattached() == Unattached::Blocked {
+        let detached = if view.viommu.unattached() == Unattached::Blocked {
             let detached = leave();
             free_bounce();
             detached
@@ -96,155 +135,18 @@ impl<P: Platform> Endpoint<P> {
             free_bounce();
             leave()
         };
-        self.domain.give_back(self.faulting);
+        if first {
+            view.domain.give_back(view.faulting);
+        }
         detached
     }
 
-    fn mapping(&self, range: IovaRange, iova: Iova, len: usize) -> DmaMapping {
-        DmaMapping { domain: self.domain.key(), iova, len, range }
-    }
-
-    /// Memory of any place in a granule, mapped by whole granules.
-    fn mapping_at(&self, range: IovaRange, phys: PhysAddr, len: usize) -> DmaMapping {
-        let iova = Iova::new(range.start().get() + (phys.get() & (self.granule() - 1)));
-        self.mapping(range, iova, len)
-    }
-
-    fn purpose(&self, prot: Prot) -> Purpose {
-        Purpose { prot, tag: "" }
-    }
-
-    #[inline]
-    fn map_one<'a>(
-        &'a self,
-        run: Run,
-        prot: Prot,
-        held: &'a mut Option<HeldMemory>,
-    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
-    {
-        let place = Place::Anywhere { len: run.len, limit: self.limit, parts: 1 };
-        let (shared, key) = (self.domain.shared(), self.domain.key());
-        exchange::map(shared, key, place, iter::once(run), self.purpose(prot), held)
+    pub(super) fn check_open(&self) -> Result<(), DmaError> {
+        if self.view.closed.load(Ordering::Acquire) { Err(DmaError::Closed) } else { Ok(()) }
     }
 
     fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
-        self.domain.shared().block_on(operation)
-    }
-}
-
-/// The operations of [`DmaDevice`] as futures. One that is dropped before its end leaves what it sent in
-/// quarantine, and gives memory back that it did not send.
-impl<P: Platform> Endpoint<P> {
-    /// [`DmaDevice::alloc_coherent`] as a future.
-    ///
-    /// # Errors
-    /// As there.
-    pub async fn alloc_coherent_async(&self, len: usize) -> Result<CoherentMemory, DmaError> {
-        let no_memory = DmaError::NoMemory { len };
-        let granule = usize::try_from(self.granule()).map_err(|_| no_memory)?;
-        // At least two bytes, since no MAP can say one.
-        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
-        let memory = self.viommu.shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
-        let held = HeldMemory::from_platform(memory, granule);
-        match self.adopt_async(held, Direction::Both).await {
-            Ok(mapping) => Ok(CoherentMemory { mapping, ptr: memory.ptr }),
-            Err((error, held)) => {
-                if let Some(held) = held {
-                    self.viommu.shared.release(held);
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// [`DmaDevice::free_coherent`] as a future.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn free_coherent_async(
-        &self,
-        memory: CoherentMemory,
-    ) -> impl Future<Output = Result<(), UnmapError>> + Send + '_ {
-        self.unmap_async(memory.mapping)
-    }
-
-    /// [`DmaDevice::adopt`] as a future.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn adopt_async(
-        &self,
-        memory: HeldMemory,
-        direction: Direction,
-    ) -> impl Future<Output = Result<DmaMapping, (DmaError, Option<HeldMemory>)>> + Send + '_ {
-        let place = memory.memory();
-        let mut lent = Lent { shared: self.domain.shared(), memory: Some(memory) };
-        async move {
-            let run = Run { phys: place.phys, len: place.len as u64 };
-            match self.map_one(run, direction.prot(), &mut lent.memory).finish().await {
-                Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
-                Err(error) => Err((error.into(), lent.memory.take())),
-            }
-        }
-    }
-
-    /// [`DmaDevice::map`] as a future.
-    ///
-    /// # Errors
-    /// As there.
-    ///
-    /// # Safety
-    /// As there, and where the future is dropped until the quarantine is empty again.
-    pub async unsafe fn map_async(
-        &self,
-        phys: PhysAddr,
-        len: usize,
-        direction: Direction,
-    ) -> Result<DmaMapping, DmaError> {
-        let run = rounded(PhysSegment { phys, len }, self.granule())?;
-        let range = self.map_one(run, direction.prot(), &mut None).finish().await?;
-        Ok(self.mapping_at(range, phys, len))
-    }
-
-    /// [`DmaDevice::map_scatter`] as a future.
-    ///
-    /// # Errors
-    /// As there.
-    ///
-    /// # Safety
-    /// As for [`map_async`](Self::map_async), for each segment.
-    pub async unsafe fn map_scatter_async(
-        &self,
-        segments: &[PhysSegment],
-        direction: Direction,
-        iovas: &mut [Iova],
-    ) -> Result<DmaMapping, DmaError> {
-        if segments.is_empty() || segments.len() != iovas.len() {
-            return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
-        }
-        let granule = self.granule();
-        let len = total_len(segments, granule)?;
-        let runs = Runs { segments, granule };
-        let anywhere = Place::Anywhere { len, limit: self.limit, parts: runs.clone().count() };
-        let (shared, key) = (self.domain.shared(), self.domain.key());
-        let purpose = self.purpose(direction.prot());
-        let range = exchange::map(shared, key, anywhere, runs, purpose, &mut None).finish().await?;
-        place(segments, granule, range, iovas);
-        Ok(self.mapping(range, range.start(), len as usize))
-    }
-
-    /// [`DmaDevice::unmap`] as a future.
-    ///
-    /// # Errors
-    /// As there.
-    pub fn unmap_async(
-        &self,
-        mapping: DmaMapping,
-    ) -> impl Future<Output = Result<(), UnmapError>> + Send + '_ {
-        let foreign = mapping.domain != self.domain.key();
-        let unmapping = (!foreign).then(|| self.domain.unmap_range(mapping.range));
-        let not_mapped = UnmapError::NotMapped(mapping.iova);
-        async move { unmapping.ok_or(not_mapped)?.await }
+        self.view.domain.shared().block_on(operation)
     }
 }
 
@@ -262,53 +164,51 @@ impl<P: Platform> Drop for Unused<P> {
     }
 }
 
-/// Memory on its way into a mapping. It goes back where it does not get there.
-struct Lent<'a, P: Platform> {
-    shared: &'a Shared<P>,
-    memory: Option<HeldMemory>,
-}
-
-impl<P: Platform> Drop for Lent<'_, P> {
+impl<P: Platform> Drop for View<P> {
     fn drop(&mut self) {
-        if let Some(memory) = self.memory.take() {
-            self.shared.release(memory);
-        }
-    }
-}
-
-impl<P: Platform> Drop for Endpoint<P> {
-    fn drop(&mut self) {
-        if let Some((_pool, range)) = self.bounce.take() {
+        if let Some((_pool, range)) = self.bounce.take()
+            && !*self.bounce_gone.get_mut()
+        {
             self.domain.quarantine(range);
         }
     }
 }
 
+impl<P: Platform> Clone for Endpoint<P> {
+    fn clone(&self) -> Self {
+        self.tagged(self.tag)
+    }
+}
+
 impl<P: Platform> fmt::Debug for Endpoint<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Endpoint({} in {:?})", self.id, self.domain)
+        write!(f, "Endpoint({} in {:?})", self.view.id, self.view.domain)
     }
 }
 
 impl<P: Platform> DmaDevice for Endpoint<P> {
     fn endpoint(&self) -> EndpointId {
-        self.id
+        self.view.id
     }
 
     fn granule(&self) -> u64 {
-        self.viommu.granule()
+        self.view.viommu.granule()
     }
 
     fn limit(&self) -> Iova {
-        self.limit
+        self.view.limit
     }
 
-    fn alloc_coherent(&self, len: usize) -> Result<CoherentMemory, DmaError> {
-        self.block_on(self.alloc_coherent_async(len))
+    fn max_segment(&self) -> u64 {
+        self.view.max_segment
     }
 
-    fn free_coherent(&self, memory: CoherentMemory) -> Result<(), UnmapError> {
-        self.block_on(self.free_coherent_async(memory))
+    fn boundary(&self) -> Option<u64> {
+        self.view.boundary
+    }
+
+    fn alloc(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
+        self.block_on(self.alloc_async(len, direction))
     }
 
     fn adopt(
@@ -320,9 +220,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError> {
-        let run = rounded(PhysSegment { phys, len }, self.granule())?;
-        let range = self.domain.shared().end_of(self.map_one(run, direction.prot(), &mut None))?;
-        Ok(self.mapping_at(range, phys, len))
+        self.map_in_place(phys, len, direction.prot())
     }
 
     unsafe fn map_scatter(
@@ -335,22 +233,42 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         self.block_on(unsafe { self.map_scatter_async(segments, direction, iovas) })
     }
 
-    fn unmap(&self, mapping: DmaMapping) -> Result<(), UnmapError> {
-        if mapping.domain != self.domain.key() {
-            return Err(UnmapError::NotMapped(mapping.iova));
-        }
-        self.domain.unmap_now(mapping.range)
+    unsafe fn map_resource(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        direction: Direction,
+    ) -> Result<DmaMapping, DmaError> {
+        // SAFETY: the caller's promise.
+        self.block_on(unsafe { self.map_resource_async(phys, len, direction) })
     }
 
-    unsafe fn unmap_at(&self, iova: Iova) -> Result<(), UnmapError> {
-        let mapping = self.domain.translate(iova).filter(|mapping| mapping.range.start() == iova);
+    fn unmap(&self, mapping: DmaMapping) -> Result<Unmapped, UnmapError> {
+        let domain = &self.view.domain;
+        if mapping.domain != domain.key() {
+            return Err(UnmapError::NotMapped(mapping.iova));
+        }
+        domain.unmap_now(mapping.range).map(|()| Unmapped::Now)
+    }
+
+    unsafe fn unmap_at(&self, iova: Iova) -> Result<Unmapped, UnmapError> {
+        let domain = &self.view.domain;
+        let mapping = domain.translate(iova).filter(|mapping| mapping.range.start() == iova);
         let range = mapping.ok_or(UnmapError::NotMapped(iova))?.range;
-        self.domain.unmap_now(range)
+        self.unmap(DmaMapping { domain: domain.key(), iova, len: 0, range })
+    }
+
+    fn abandon(&self, mapping: DmaMapping) {
+        let domain = &self.view.domain;
+        if mapping.domain == domain.key() {
+            domain.quarantine(mapping.range);
+        }
     }
 
     unsafe fn share(&self, buffer: NonNull<[u8]>, direction: Direction) -> Result<Iova, DmaError> {
         let none = DmaError::NoBounce { len: buffer.len() };
-        let (pool, _) = self.bounce.as_ref().ok_or(none)?;
+        self.check_open()?;
+        let (pool, _) = self.view.bounce.as_ref().ok_or(none)?;
         let first = pool.take(buffer.len()).ok_or(none)?;
         match direction {
             Direction::FromDevice => pool.zero(first, buffer.len()),
@@ -361,8 +279,12 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     unsafe fn unshare(&self, iova: Iova, buffer: NonNull<[u8]>, direction: Direction) {
-        let Some((pool, _)) = self.bounce.as_ref() else { return };
+        let Some((pool, _)) = self.view.bounce.as_ref() else { return };
         let Some(first) = pool.chunk_of(iova, buffer.len()) else { return };
+        // After the look at the chunks: a retired pool, whose pages are gone, seems to have all of them out.
+        if self.check_open().is_err() {
+            return;
+        }
         if direction != Direction::ToDevice {
             // SAFETY: the chunks are taken, by the caller's `share`, and the caller promises the buffer.
             unsafe { pool.copy_out(first, buffer) };
@@ -371,25 +293,21 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     unsafe fn map_msi(&self, doorbell: PhysAddr) -> Result<MsiDoorbell, DmaError> {
-        let iova = Iova::new(doorbell.get());
-        let regions = self.viommu.reserved_regions(self.id);
-        let passes = regions.is_some_and(|regions| is_in_window(&regions, doorbell));
-        if passes {
-            return Ok(MsiDoorbell { iova, mapping: None });
+        let regions = self.view.viommu.reserved_regions(self.view.id);
+        if regions.is_some_and(|regions| is_in_window(&regions, doorbell)) {
+            return Ok(MsiDoorbell { iova: Iova::new(doorbell.get()), mapping: None });
         }
-        let run = rounded(PhysSegment { phys: doorbell, len: DOORBELL_LEN as usize }, self.granule())?;
-        let mmio = if self.viommu.features().contains(Features::MMIO) { Prot::MMIO } else { Prot::empty() };
-        let range = self.viommu.shared.end_of(self.map_one(run, Prot::WRITE | mmio, &mut None))?;
-        let iova = Iova::new(range.start().get() + (doorbell.get() - run.phys.get()));
-        Ok(MsiDoorbell { iova, mapping: Some(self.mapping(range, iova, DOORBELL_LEN as usize)) })
+        // SAFETY: the caller's promise.
+        let mapping = unsafe { self.map_resource(doorbell, DOORBELL_LEN as usize, Direction::FromDevice) }?;
+        Ok(MsiDoorbell { iova: mapping.iova, mapping: Some(mapping) })
     }
 
-    fn unmap_msi(&self, doorbell: MsiDoorbell) -> Result<(), UnmapError> {
-        doorbell.mapping.map_or(Ok(()), |mapping| self.unmap(mapping))
+    fn unmap_msi(&self, doorbell: MsiDoorbell) -> Result<Unmapped, UnmapError> {
+        doorbell.mapping.map_or(Ok(Unmapped::Now), |mapping| self.unmap(mapping))
     }
 
     fn faulting_iova(&self) -> Iova {
-        self.faulting.start()
+        self.view.faulting.start()
     }
 
     fn flush(&self) -> Result<(), UnmapError> {

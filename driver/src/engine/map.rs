@@ -18,6 +18,22 @@ pub(crate) enum UnmapPlan {
     Send(Request, Op),
 }
 
+/// Where an endpoint takes a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Placement {
+    /// The highest address.
+    pub limit: Iova,
+    /// What the first address is a multiple of: a power of two, at least the granule in any case.
+    pub align: u64,
+}
+
+impl Placement {
+    /// Anywhere up to `limit`.
+    pub(crate) const fn up_to(limit: Iova) -> Self {
+        Self { limit, align: 1 }
+    }
+}
+
 /// A part of a failed list.
 #[derive(Debug)]
 pub(crate) enum Unmade {
@@ -28,13 +44,13 @@ pub(crate) enum Unmade {
 }
 
 impl Engine {
-    /// Takes `len` bytes of IOVA (rounded up to granules by the caller) up to `limit` out of the free ones, for
-    /// as many mappings as `parts` says.
+    /// Takes `len` bytes of IOVA (rounded up to granules by the caller) out of the free ones, where `placement` says,
+    /// for as many mappings as `parts` says.
     pub(crate) fn allocate(
         &mut self,
         key: DomainKey,
         len: u64,
-        limit: Iova,
+        placement: Placement,
         parts: usize,
     ) -> Result<IovaRange, MapError> {
         let granule = self.geometry.granule;
@@ -47,7 +63,8 @@ impl Engine {
         }
         // IOVA 0 stays free: virtio-drivers takes it for a failure, and it catches null pointers of devices.
         let lowest = Iova::new(granule);
-        match domain.iova.allocate(len, granule, (lowest, limit), parts) {
+        let Placement { limit, align } = placement;
+        match domain.iova.allocate(len, align.max(granule), (lowest, limit), parts) {
             Ok(Some(range)) => Ok(range),
             Ok(None) => Err(MapError::IovaExhausted { len, limit }),
             Err(_full) => Err(MapError::NoRecord { capacity: domain.mappings.capacity() }),

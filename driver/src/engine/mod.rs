@@ -20,7 +20,7 @@ pub(crate) use attach::AttachPlan;
 pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
-pub(crate) use map::{Unmade, UnmapPlan};
+pub(crate) use map::{Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, Mapping, Purpose};
 pub(crate) use recover::Revival;
 

@@ -2,9 +2,9 @@
 
 use super::unmap::{Owned, unmap};
 use super::{InFlight, Need, Shared, Started, State};
-use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{DomainKey, Engine, ListId, Op, Purpose, Unmade};
+use crate::engine::{DomainKey, Engine, ListId, Op, Placement, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
@@ -25,8 +25,8 @@ const MAX_RENUMBERINGS: usize = 8;
 /// Where a list goes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Place {
-    /// Where the driver likes: so many bytes, for so many mappings, up to this address.
-    Anywhere { len: u64, limit: Iova, parts: usize },
+    /// Where the driver likes: so many bytes, for so many mappings, where this allows.
+    Anywhere { len: u64, placement: Placement, parts: usize },
     /// Here, in one mapping.
     At(IovaRange),
 }
@@ -86,10 +86,10 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             Some(name) => name,
             None => {
                 let range = match place {
-                    Place::Anywhere { len, limit, parts } => {
+                    Place::Anywhere { len, placement, parts } => {
                         let first = self.runs.clone().next().ok_or(MapError::Empty);
                         let fit = first.and_then(|run| state.engine.check_run(self.key, run, purpose.prot));
-                        fit.and_then(|()| state.engine.allocate(self.key, len, limit, parts))
+                        fit.and_then(|()| state.engine.allocate(self.key, len, placement, parts))
                     }
                     Place::At(range) => state.engine.take(self.key, range).map(|()| range),
                 };

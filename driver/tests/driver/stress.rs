@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use virtio_iommu::{
     CoherentMemory, Direction, DmaDevice, DmaError, DmaMapping, Domain, DomainOptions, Endpoint, EndpointId,
-    EndpointOptions, Interrupt, Iova, MapError, Options, PhysAddr, PhysSegment, Viommu,
+    EndpointOptions, Interrupt, Iova, MapError, Options, PhysAddr, PhysSegment, Unmapped, Viommu,
 };
 use virtio_iommu_model::{Config, Endpoint as ModelEndpoint, Execute, Inject, Random, Release};
 
@@ -304,7 +304,7 @@ impl<'a> Worker<'a> {
         match mine {
             Mine::Lent(mapping, phys) => {
                 let unmapped = run!(self, endpoint.unmap(mapping), endpoint.unmap_async(mapping));
-                if let Some(Ok(())) = unmapped {
+                if let Some(Ok(Unmapped::Now)) = unmapped {
                     // Another thread's `poll` may be giving it back at this moment.
                     let since = Instant::now();
                     while self.world.machine.is_live(phys) {
@@ -317,7 +317,9 @@ impl<'a> Worker<'a> {
                 let _ = run!(self, endpoint.free_coherent(memory), endpoint.free_coherent_async(memory));
             }
             Mine::List(mapping, _, segments) => {
-                if let Some(Ok(())) = run!(self, endpoint.unmap(mapping), endpoint.unmap_async(mapping)) {
+                if let Some(Ok(Unmapped::Now)) =
+                    run!(self, endpoint.unmap(mapping), endpoint.unmap_async(mapping))
+                {
                     self.pages.extend(segments.iter().map(|segment| segment.phys));
                 }
             }

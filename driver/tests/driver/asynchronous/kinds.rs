@@ -56,7 +56,10 @@ macro_rules! shown {
     }};
 }
 
-const BOUNCE: EndpointOptions = EndpointOptions { limit: ANYWHERE, tag: None, bounce_bytes: 4096 };
+fn bounce() -> EndpointOptions {
+    EndpointOptions { bounce_bytes: 4096, ..EndpointOptions::default() }
+}
+
 const SEGMENTS: usize = 6;
 
 /// Leaves the other domain dead, with two mappings.
@@ -114,10 +117,10 @@ fn of_viommu() -> Vec<Kind> {
             "open",
             |_| (),
             |bench, ()| {
-                show(bench.viommu.open(EP2, &bench.other, BOUNCE).map(|opened| opened.faulting_iova()))
+                show(bench.viommu.open(EP2, &bench.other, bounce()).map(|opened| opened.faulting_iova()))
             },
             |bench, ()| {
-                let future = bench.viommu.open_async(EP2, &bench.other, BOUNCE);
+                let future = bench.viommu.open_async(EP2, &bench.other, bounce());
                 Task::new(async move { show(future.await.map(|opened| opened.faulting_iova())) })
             },
         ),

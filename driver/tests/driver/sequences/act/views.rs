@@ -100,7 +100,11 @@ impl World {
 
     pub(super) fn close(&mut self, view: u8) -> Done {
         let Some(which) = pick(self.views.len(), view) else { return Ok(None) };
-        let OpenView { endpoint, space, bounce, faulting, view, .. } = self.views.swap_remove(which);
+        let OpenView { endpoint, space, bounce, faulting, shares, view, .. } = self.views.swap_remove(which);
+        for Shared { iova, mut buffer, direction } in shares {
+            // SAFETY: the buffer that was shared there, and no endpoint does anything meanwhile.
+            unsafe { view.unshare(Iova::new(iova), NonNull::from(&mut buffer[..]), direction) };
+        }
         let closed = view.close();
         let sure = self.is_sure(space);
         // Where the bypass is open the pages are unmapped before the endpoint is detached, else after.
@@ -223,7 +227,7 @@ impl World {
         let (at, range, mapping) = self.mappings.swap_remove(which);
         let view = self.view_of(at).expect("just looked");
         let unmapped = view.unmap(mapping);
-        self.ended(at, range, unmapped)
+        self.ended(at, range, unmapped.map(drop))
     }
 
     pub(super) fn alloc(&mut self, view: u8, pages: u64) -> Done {
@@ -264,7 +268,7 @@ impl World {
         let last = self.reference.spaces[at].maps[&first].last;
         let view = self.view_of(at).expect("just looked");
         let freed = view.free_coherent(memory);
-        self.ended(at, (first, last), freed)
+        self.ended(at, (first, last), freed.map(drop))
     }
 
     /// Lends the endpoint a buffer through its bounce pages, where it finds what was in the buffer, or zeros.

@@ -1,0 +1,239 @@
+//! The operations of an endpoint's view as futures.
+
+use super::scatter::{Runs, place, rounded, total_len};
+use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::engine::{Placement, Purpose};
+use crate::error::{DmaError, MapError, UnmapError};
+use crate::exchange::{self, Place, Run, Shared, Started};
+use crate::platform::Platform;
+use crate::prot::{Direction, Prot};
+use crate::wire::feature::Features;
+use core::future::Future;
+use core::iter;
+
+/// The operations of [`DmaDevice`](super::DmaDevice) as futures. One that is dropped before its end leaves what it sent
+/// in quarantine, and gives memory back that it did not send.
+impl<P: Platform> Endpoint<P> {
+    /// [`DmaDevice::alloc`](super::DmaDevice::alloc) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn alloc_async(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
+        let no_memory = DmaError::NoMemory { len };
+        let granule = usize::try_from(self.view.viommu.granule()).map_err(|_| no_memory)?;
+        // At least two bytes, since no MAP can say one.
+        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
+        self.check_open()?;
+        let shared = self.view.domain.shared();
+        let memory = shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
+        let held = HeldMemory::from_platform(memory, granule);
+        match self.adopt_async(held, direction).await {
+            Ok(mapping) => Ok(CoherentMemory { mapping, ptr: memory.ptr }),
+            Err((error, held)) => {
+                if let Some(held) = held {
+                    shared.release(held);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// [`DmaDevice::alloc_coherent`](super::DmaDevice::alloc_coherent) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn alloc_coherent_async(&self, len: usize) -> Result<CoherentMemory, DmaError> {
+        self.alloc_async(len, Direction::Both).await
+    }
+
+    /// [`DmaDevice::free_coherent`](super::DmaDevice::free_coherent) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn free_coherent_async(
+        &self,
+        memory: CoherentMemory,
+    ) -> impl Future<Output = Result<Unmapped, UnmapError>> + Send + '_ {
+        self.unmap_async(memory.mapping)
+    }
+
+    /// [`DmaDevice::adopt`](super::DmaDevice::adopt) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn adopt_async(
+        &self,
+        memory: HeldMemory,
+        direction: Direction,
+    ) -> impl Future<Output = Result<DmaMapping, (DmaError, Option<HeldMemory>)>> + Send + '_ {
+        let place = memory.memory();
+        let mut lent = Lent { shared: self.view.domain.shared(), memory: Some(memory) };
+        async move {
+            if let Err(closed) = self.check_open() {
+                return Err((closed, lent.memory.take()));
+            }
+            let run = Run { phys: place.phys, len: place.len as u64 };
+            match self.map_one(run, direction.prot(), &mut lent.memory).finish().await {
+                Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
+                Err(error) => Err((error.into(), lent.memory.take())),
+            }
+        }
+    }
+
+    /// [`DmaDevice::map`](super::DmaDevice::map) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there, and where the future is dropped until the quarantine is empty again.
+    pub async unsafe fn map_async(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        direction: Direction,
+    ) -> Result<DmaMapping, DmaError> {
+        self.map_in_place_async(phys, len, direction.prot()).await
+    }
+
+    /// [`DmaDevice::map_resource`](super::DmaDevice::map_resource) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there, and where the future is dropped until the quarantine is empty again.
+    pub async unsafe fn map_resource_async(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        direction: Direction,
+    ) -> Result<DmaMapping, DmaError> {
+        let has_flag = self.view.viommu.features().contains(Features::MMIO);
+        let flag = if has_flag { Prot::MMIO } else { Prot::empty() };
+        self.map_in_place_async(phys, len, direction.prot() | flag).await
+    }
+
+    /// [`DmaDevice::map_scatter`](super::DmaDevice::map_scatter) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As for [`map_async`](Self::map_async), for each segment.
+    pub async unsafe fn map_scatter_async(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        if segments.is_empty() || segments.len() != iovas.len() {
+            return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
+        }
+        let granule = self.view.viommu.granule();
+        let len = total_len(segments, granule)?;
+        let runs = Runs { segments, granule };
+        self.check_open()?;
+        let range = self.map_runs(len, runs, direction.prot(), &mut None).finish().await?;
+        place(segments, granule, range, iovas);
+        Ok(self.mapping(range, range.start(), len as usize))
+    }
+
+    /// [`DmaDevice::unmap`](super::DmaDevice::unmap) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn unmap_async(
+        &self,
+        mapping: DmaMapping,
+    ) -> impl Future<Output = Result<Unmapped, UnmapError>> + Send + '_ {
+        let domain = &self.view.domain;
+        let foreign = mapping.domain != domain.key();
+        let unmapping = (!foreign).then(|| domain.unmap_range(mapping.range));
+        let not_mapped = UnmapError::NotMapped(mapping.iova);
+        async move { unmapping.ok_or(not_mapped)?.await.map(|()| Unmapped::Now) }
+    }
+
+    /// Whole granules around what is asked for. The caller promises the memory.
+    pub(super) fn map_in_place(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        prot: Prot,
+    ) -> Result<DmaMapping, DmaError> {
+        self.check_open()?;
+        let run = rounded(PhysSegment { phys, len }, self.view.viommu.granule())?;
+        let range = self.view.domain.shared().end_of(self.map_one(run, prot, &mut None))?;
+        Ok(self.mapping_within(range, phys, len))
+    }
+
+    async fn map_in_place_async(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        prot: Prot,
+    ) -> Result<DmaMapping, DmaError> {
+        self.check_open()?;
+        let run = rounded(PhysSegment { phys, len }, self.view.viommu.granule())?;
+        let range = self.map_one(run, prot, &mut None).finish().await?;
+        Ok(self.mapping_within(range, phys, len))
+    }
+
+    #[inline]
+    fn map_one<'a>(
+        &'a self,
+        run: Run,
+        prot: Prot,
+        held: &'a mut Option<HeldMemory>,
+    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
+    {
+        self.map_runs(run.len, iter::once(run), prot, held)
+    }
+
+    /// Maps runs of `len` bytes in all, where the endpoint's constraints allow.
+    #[inline]
+    fn map_runs<'a>(
+        &'a self,
+        len: u64,
+        runs: impl Iterator<Item = Run> + Clone + Send + 'a,
+        prot: Prot,
+        held: &'a mut Option<HeldMemory>,
+    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
+    {
+        let (view, purpose) = (&*self.view, Purpose { prot, tag: self.tag });
+        let placement = Placement { limit: view.limit, align: alignment(len, view.boundary) };
+        let place = Place::Anywhere { len, placement, parts: runs.clone().count() };
+        exchange::map(view.domain.shared(), view.domain.key(), place, runs, purpose, held)
+    }
+
+    /// Memory of any place in a granule, mapped by whole granules.
+    fn mapping_within(&self, range: IovaRange, phys: PhysAddr, len: usize) -> DmaMapping {
+        let offset = phys.get() & (self.view.viommu.granule() - 1);
+        self.mapping(range, Iova::new(range.start().get() + offset), len)
+    }
+
+    fn mapping(&self, range: IovaRange, iova: Iova, len: usize) -> DmaMapping {
+        DmaMapping { domain: self.view.domain.key(), iova, len, range }
+    }
+}
+
+/// The alignment that keeps what fits within the boundary from crossing it. What is longer begins at one, so that it
+/// crosses no more of them than it must.
+fn alignment(len: u64, boundary: Option<u64>) -> u64 {
+    boundary.map_or(1, |boundary| len.checked_next_power_of_two().map_or(boundary, |size| size.min(boundary)))
+}
+
+/// Memory on its way into a mapping. It goes back where it does not get there.
+struct Lent<'a, P: Platform> {
+    shared: &'a Shared<P>,
+    memory: Option<HeldMemory>,
+}
+
+impl<P: Platform> Drop for Lent<'_, P> {
+    fn drop(&mut self) {
+        if let Some(memory) = self.memory.take() {
+            self.shared.release(memory);
+        }
+    }
+}
