@@ -1,10 +1,12 @@
 //! Domains: address spaces that endpoints are attached to.
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
-use crate::engine::{DomainKey, DomainStats, Engine, Limits, Placement, Purpose};
+use crate::dma::Unmapped;
+use crate::engine::{DomainKey, DomainRecord, DomainStats, Engine, Limits, Placement, Purpose};
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, Owned, Place, Run, Shared};
 use crate::id::DomainId;
+use crate::options::UnmapPolicy;
 use crate::platform::Platform;
 use crate::prot::Prot;
 use alloc::sync::Arc;
@@ -23,6 +25,7 @@ pub struct Domain<P: Platform>(Arc<Handle<P>>);
 struct Handle<P: Platform> {
     shared: Arc<Shared<P>>,
     key: DomainKey,
+    policy: UnmapPolicy,
 }
 
 impl<P: Platform> Drop for Handle<P> {
@@ -59,8 +62,8 @@ pub struct Translation {
 }
 
 impl<P: Platform> Domain<P> {
-    pub(crate) fn new(shared: Arc<Shared<P>>, key: DomainKey) -> Self {
-        Self(Arc::new(Handle { shared, key }))
+    pub(crate) fn new(shared: Arc<Shared<P>>, key: DomainKey, policy: UnmapPolicy) -> Self {
+        Self(Arc::new(Handle { shared, key, policy }))
     }
 
     pub(crate) fn key(&self) -> DomainKey {
@@ -81,7 +84,7 @@ impl<P: Platform> Domain<P> {
     /// What the domain did so far.
     pub fn stats(&self) -> DomainStats {
         let key = self.0.key;
-        self.with(|engine| engine.domain(key).map_or(DomainStats::default(), |domain| domain.stats))
+        self.with(|engine| engine.domain(key).map_or(DomainStats::default(), DomainRecord::stats))
     }
 
     /// Mappings that are recorded, those in quarantine included.
@@ -154,7 +157,7 @@ impl<P: Platform> Domain<P> {
     /// # Safety
     /// As for [`map`](Self::map).
     pub unsafe fn map_at(&self, iova: Iova, phys: PhysAddr, len: u64, prot: Prot) -> Result<(), MapError> {
-        let range = self.with(|engine| engine.check_map(self.0.key, iova, len, phys, prot))?;
+        let range = self.place_at(iova, phys, len, prot)?;
         self.map_run_now(Place::At(range), Run { phys, len }, prot).map(drop)
     }
 
@@ -173,20 +176,34 @@ impl<P: Platform> Domain<P> {
         len: u64,
         prot: Prot,
     ) -> Result<(), MapError> {
-        let range = self.with(|engine| engine.check_map(self.0.key, iova, len, phys, prot))?;
+        let range = self.place_at(iova, phys, len, prot)?;
         self.map_run(Place::At(range), Run { phys, len }, prot).await.map(drop)
+    }
+
+    fn place_at(&self, iova: Iova, phys: PhysAddr, len: u64, prot: Prot) -> Result<IovaRange, MapError> {
+        match IovaRange::from_len(iova, len) {
+            Some(range) => Ok(range),
+            // Whatever else is wrong comes first.
+            None => self.with(|engine| engine.check_map(self.0.key, iova, len, phys, prot)),
+        }
     }
 
     async fn map_run(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
         let purpose = Purpose { prot, tag: "" };
         let (shared, key) = (&self.0.shared, self.0.key);
-        exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None).finish().await
+        let range =
+            exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None).finish().await?;
+        self.flush_if_overdue_for(range).await;
+        Ok(range)
     }
 
     fn map_run_now(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
         let purpose = Purpose { prot, tag: "" };
         let (shared, key) = (&self.0.shared, self.0.key);
-        shared.end_of(exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None))
+        let range =
+            shared.end_of(exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None))?;
+        self.flush_if_overdue();
+        Ok(range)
     }
 
     /// Maps `len` bytes from `start` at their own addresses, around what is reserved for the domain's endpoints: what
@@ -247,6 +264,74 @@ impl<P: Platform> Domain<P> {
         let range = IovaRange::from_len(iova, len).ok_or(UnmapError::NotMapped(iova));
         let unmapping = range.map(|range| self.unmap_range(range));
         async { unmapping?.await }
+    }
+
+    /// Makes sure that everything that was unmapped before is out of the endpoints' reach. Nothing to do where unmapping
+    /// is strict.
+    ///
+    /// One UNMAP for all that touch each other, one doorbell for as many as the ring takes; waits for the answers, and
+    /// for a flush that is under way. Allocates nothing.
+    ///
+    /// # Errors
+    /// [`UnmapError::Request`], as long as anything is in quarantine since a flush failed.
+    pub fn flush(&self) -> Result<(), UnmapError> {
+        self.0.shared.block_on(self.flush_async())
+    }
+
+    /// [`flush`](Self::flush) as a future. Dropped before its end it leaves what it did not finish in quarantine.
+    ///
+    /// # Errors
+    /// As for [`flush`](Self::flush).
+    pub async fn flush_async(&self) -> Result<(), UnmapError> {
+        exchange::flush(&self.0.shared, self.0.key).await
+    }
+
+    /// Whether something waits for a flush for longer than it should.
+    fn is_overdue(&self) -> bool {
+        let now_ns = self.0.shared.platform.now_ns();
+        self.with(|engine| engine.is_flush_overdue(self.0.key, now_ns))
+    }
+
+    /// Flushes what waits for longer than it should.
+    #[inline]
+    pub(crate) fn flush_if_overdue(&self) {
+        if self.defers() && self.is_overdue() {
+            self.0.shared.block_on(exchange::flush_all_the_same(&self.0.shared, self.0.key));
+        }
+    }
+
+    /// The same for a mapping on its way to its owner, which is in quarantine where it does not get there.
+    pub(crate) async fn flush_if_overdue_for(&self, made: IovaRange) {
+        if self.defers() && self.is_overdue() {
+            let mut owned = Owned::new(&self.0.shared, self.0.key, made);
+            exchange::flush_all_the_same(&self.0.shared, self.0.key).await;
+            owned.settled();
+        }
+    }
+
+    /// Whether unmapping may be deferred.
+    pub(crate) fn defers(&self) -> bool {
+        self.0.policy != UnmapPolicy::Strict
+    }
+
+    /// Unmaps whole neighbouring mappings, as the domain's policy says.
+    pub(crate) fn unmap_by_policy(
+        &self,
+        range: IovaRange,
+    ) -> impl Future<Output = Result<Unmapped, UnmapError>> + Send + '_ {
+        // Also when it is dropped before it is polled.
+        let owned = Owned::new(&self.0.shared, self.0.key, range);
+        async move { exchange::unmap_by_policy(owned, range).finish().await }
+    }
+
+    /// The same for whoever blocks.
+    #[inline]
+    pub(crate) fn unmap_by_policy_now(&self, range: IovaRange) -> Result<Unmapped, UnmapError> {
+        if !self.defers() {
+            return self.unmap_now(range).map(|()| Unmapped::Now);
+        }
+        let shared = &self.0.shared;
+        shared.end_of(exchange::unmap_by_policy(Owned::new(shared, self.0.key, range), range))
     }
 
     /// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner.

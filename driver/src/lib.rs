@@ -116,7 +116,9 @@ pub use lock::LockApi;
 pub use lock::RawLock;
 #[cfg(feature = "spin")]
 pub use lock::SpinNotInInterrupts;
-pub use options::{DomainKind, DomainOptions, EndpointOptions, FaultLimit, Options};
+pub use options::{
+    DeferredBounds, DomainKind, DomainOptions, EndpointOptions, FaultLimit, Options, UnmapPolicy,
+};
 pub use platform::{DmaMemory, Platform};
 pub use prot::{Direction, Prot};
 pub use recover::{RecoverError, Recovered};

@@ -77,6 +77,48 @@ pub enum DomainKind {
     Identity,
 }
 
+/// When a domain's endpoints lose what is unmapped through [`DmaDevice`](crate::DmaDevice). The raw layer, such as
+/// [`Domain::unmap`](crate::Domain::unmap), is always strict.
+///
+/// There is a third policy, which is no option: to unmap nothing, by buffers that are mapped once. It costs
+/// no request at all, and the endpoint reaches all of the pool's buffers all the time, whoever has them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnmapPolicy {
+    /// When `unmap` returns. One request, and one wait, for each call.
+    #[default]
+    Strict,
+    /// At the next flush, which unmaps what was deferred by few requests and one wait. Until then the endpoint reads and
+    /// writes the memory as before: data that it must not see has to be gone *before* `unmap`, and what it writes may
+    /// change later.
+    ///
+    /// What this promises: addresses, and memory that the driver holds, are given to nobody before the device confirmed
+    /// that they are unmapped. Memory that was mapped on the caller's word, by the `unsafe` methods, is not held: it
+    /// must not be reused before [`DmaDevice::flush`](crate::DmaDevice::flush) returned `Ok`.
+    Deferred(DeferredBounds),
+}
+
+/// When a domain flushes what it deferred by itself: when any of these is reached, when addresses or records run out,
+/// and before an endpoint leaves where that is not the end of what it reaches.
+///
+/// The call that reaches a bound flushes, and waits. Where a flush fails, what it was to unmap is in quarantine, as
+/// after a strict unmapping that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeferredBounds {
+    /// Mappings. Between 1 and 65,536 unmappings are deferred in any case.
+    pub mappings: usize,
+    /// Bytes.
+    pub bytes: u64,
+    /// The age of the oldest in nanoseconds, where the platform has a clock: looked at in map, unmap and
+    /// [`Viommu::poll`](crate::Viommu::poll).
+    pub age_ns: u64,
+}
+
+impl Default for DeferredBounds {
+    fn default() -> Self {
+        Self { mappings: 256, bytes: 64 << 20, age_ns: 10_000_000 }
+    }
+}
+
 /// Choices for one domain.
 #[derive(Clone, Copy, Debug)]
 pub struct DomainOptions {
@@ -84,11 +126,13 @@ pub struct DomainOptions {
     pub kind: DomainKind,
     /// Mappings that it has records for at first; [`Domain::reserve`](crate::Domain::reserve) makes more.
     pub mappings: usize,
+    /// When what is unmapped through [`DmaDevice`](crate::DmaDevice) is out of its endpoints' reach.
+    pub unmap: UnmapPolicy,
 }
 
 impl Default for DomainOptions {
     fn default() -> Self {
-        Self { kind: DomainKind::Translated, mappings: 256 }
+        Self { kind: DomainKind::Translated, mappings: 256, unmap: UnmapPolicy::Strict }
     }
 }
 

@@ -3,12 +3,12 @@
 use crate::addr::IovaRange;
 use crate::barrier;
 use crate::domain::Domain;
-use crate::engine::{Engine, Geometry, Limits};
+use crate::engine::{DeferredList, Engine, Geometry, Limits};
 use crate::error::{DomainError, RequestError, StartError};
 use crate::exchange::{self, EVENT_QUEUE, Shared};
 use crate::fault::FaultCounts;
 use crate::id::EndpointId;
-use crate::options::{DomainKind, DomainOptions, Options};
+use crate::options::{DomainKind, DomainOptions, Options, UnmapPolicy};
 use crate::platform::Platform;
 use crate::queue::Event;
 use crate::start::{Staged, Unattached};
@@ -162,12 +162,17 @@ impl<P: Platform> Viommu<P> {
         }
         let limits = Limits::new(&self.shared.options);
         let mut parts = Some(Engine::prepare_domain(&self.geometry, limits, options.mappings));
-        let key = self.shared.state.lock().engine.create_domain(&mut parts, options.kind)?;
-        Ok(Domain::new(Arc::clone(&self.shared), key))
+        let mut deferred = match options.unmap {
+            UnmapPolicy::Strict => None,
+            UnmapPolicy::Deferred(bounds) => Some(DeferredList::new(bounds)),
+        };
+        let key = self.shared.state.lock().engine.create_domain(&mut parts, options.kind, &mut deferred)?;
+        Ok(Domain::new(Arc::clone(&self.shared), key, options.unmap))
     }
 
     /// Takes in what the device sent: answers, late ones too, and faults. Wakes futures whose answer is there, or whose
-    /// deadline passed. Gives back memory whose quarantine ended.
+    /// deadline passed. Gives back memory whose quarantine ended. Flushes domains whose deferred mappings are older than
+    /// their bound, and waits for that.
     ///
     /// A kernel calls it after [`Interrupt::Wake`], and, for the deadlines of futures, from time to time: without a
     /// clock each call counts as one of their [`Options::max_polls`]. Bounded by the sizes of the queues. Returns
@@ -210,6 +215,7 @@ impl<P: Platform> Viommu<P> {
             self.shared.transport.notify(EVENT_QUEUE);
         }
         self.suspend_due();
+        self.flush_overdue(now);
         self.collect();
         records
     }
@@ -300,6 +306,22 @@ impl<P: Platform> Viommu<P> {
             quarantined_bytes,
             stray_answers: state.requests.stray(),
             faults: state.faults.counts,
+        }
+    }
+
+    /// Flushes domains with something that waits for longer than it should. Not while nothing can be sent.
+    fn flush_overdue(&self, now_ns: Option<u64>) {
+        let mut done = None;
+        // Bounded by the domains: each round goes to a later place.
+        loop {
+            let next = {
+                let state = self.shared.state.lock();
+                let able = state.dead.is_none() && !state.paused;
+                able.then(|| state.engine.next_overdue(done, now_ns)).flatten()
+            };
+            let Some((place, key)) = next else { break };
+            done = Some(place);
+            self.shared.block_on(exchange::flush_all_the_same(&self.shared, key));
         }
     }
 

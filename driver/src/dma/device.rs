@@ -117,7 +117,7 @@ pub trait DmaDevice: Send + Sync {
         direction: Direction,
     ) -> Result<DmaMapping, DmaError>;
 
-    /// Unmaps as the domain's unmap policy says. With [`Unmapped::Now`] the endpoint does not
+    /// Unmaps as the domain's [`UnmapPolicy`](crate::UnmapPolicy) says. With [`Unmapped::Now`] the endpoint does not
     /// reach the memory any more; adopted memory went back to its owner. With [`Unmapped::AtFlush`] the endpoint
     /// reaches it until a flush: adopted memory goes back then, by itself, and memory that was mapped on the
     /// caller's word is his again only when [`flush`](Self::flush) returned `Ok`.

@@ -248,7 +248,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         if mapping.domain != domain.key() {
             return Err(UnmapError::NotMapped(mapping.iova));
         }
-        domain.unmap_now(mapping.range).map(|()| Unmapped::Now)
+        domain.unmap_by_policy_now(mapping.range)
     }
 
     unsafe fn unmap_at(&self, iova: Iova) -> Result<Unmapped, UnmapError> {
@@ -311,6 +311,6 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn flush(&self) -> Result<(), UnmapError> {
-        Ok(())
+        self.view.domain.flush()
     }
 }

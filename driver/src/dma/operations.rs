@@ -75,7 +75,10 @@ impl<P: Platform> Endpoint<P> {
             }
             let run = Run { phys: place.phys, len: place.len as u64 };
             match self.map_one(run, direction.prot(), &mut lent.memory).finish().await {
-                Ok(range) => Ok(self.mapping(range, range.start(), place.len)),
+                Ok(range) => {
+                    self.view.domain.flush_if_overdue_for(range).await;
+                    Ok(self.mapping(range, range.start(), place.len))
+                }
                 Err(error) => Err((error.into(), lent.memory.take())),
             }
         }
@@ -136,8 +139,17 @@ impl<P: Platform> Endpoint<P> {
         let runs = Runs { segments, granule };
         self.check_open()?;
         let range = self.map_runs(len, runs, direction.prot(), &mut None).finish().await?;
+        self.view.domain.flush_if_overdue_for(range).await;
         place(segments, granule, range, iovas);
         Ok(self.mapping(range, range.start(), len as usize))
+    }
+
+    /// [`DmaDevice::flush`](super::DmaDevice::flush) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn flush_async(&self) -> Result<(), UnmapError> {
+        self.view.domain.flush_async().await
     }
 
     /// [`DmaDevice::unmap`](super::DmaDevice::unmap) as a future.
@@ -150,9 +162,9 @@ impl<P: Platform> Endpoint<P> {
     ) -> impl Future<Output = Result<Unmapped, UnmapError>> + Send + '_ {
         let domain = &self.view.domain;
         let foreign = mapping.domain != domain.key();
-        let unmapping = (!foreign).then(|| domain.unmap_range(mapping.range));
+        let unmapping = (!foreign).then(|| domain.unmap_by_policy(mapping.range));
         let not_mapped = UnmapError::NotMapped(mapping.iova);
-        async move { unmapping.ok_or(not_mapped)?.await.map(|()| Unmapped::Now) }
+        async move { unmapping.ok_or(not_mapped)?.await }
     }
 
     /// Whole granules around what is asked for. The caller promises the memory.
@@ -165,6 +177,7 @@ impl<P: Platform> Endpoint<P> {
         self.check_open()?;
         let run = rounded(PhysSegment { phys, len }, self.view.viommu.granule())?;
         let range = self.view.domain.shared().end_of(self.map_one(run, prot, &mut None))?;
+        self.view.domain.flush_if_overdue();
         Ok(self.mapping_within(range, phys, len))
     }
 
@@ -177,6 +190,7 @@ impl<P: Platform> Endpoint<P> {
         self.check_open()?;
         let run = rounded(PhysSegment { phys, len }, self.view.viommu.granule())?;
         let range = self.map_one(run, prot, &mut None).finish().await?;
+        self.view.domain.flush_if_overdue_for(range).await;
         Ok(self.mapping_within(range, phys, len))
     }
 

@@ -1,6 +1,7 @@
 //! Records of domains.
 
 use super::Geometry;
+use super::deferred::DeferredList;
 use super::iova::IovaAllocator;
 use super::mapping::MappingTable;
 use crate::addr::{Iova, IovaRange, PhysAddr};
@@ -24,6 +25,10 @@ pub struct DomainStats {
     pub mapped_bytes: u64,
     /// The most bytes that were mapped at a time.
     pub peak_bytes: u64,
+    /// Mappings that were unmapped, and wait for a flush.
+    pub deferred_mappings: u64,
+    /// The bytes of those mappings.
+    pub deferred_bytes: u64,
 }
 
 pub(crate) struct DomainRecord {
@@ -36,6 +41,8 @@ pub(crate) struct DomainRecord {
     pub possible: u32,
     pub mappings: MappingTable,
     pub iova: IovaAllocator,
+    /// What waits for a flush, where unmapping is deferred.
+    pub deferred: Option<DeferredList>,
     pub stats: DomainStats,
     /// The domain is getting another number, or its mappings again: nothing new is mapped meanwhile.
     pub in_transition: bool,
@@ -46,6 +53,12 @@ pub(crate) struct DomainRecord {
 }
 
 impl DomainRecord {
+    /// What it did so far.
+    pub(crate) fn stats(&self) -> DomainStats {
+        let (mappings, deferred_bytes) = self.deferred.as_ref().map_or((0, 0), DeferredList::waiting);
+        DomainStats { deferred_mappings: mappings as u64, deferred_bytes, ..self.stats }
+    }
+
     /// Whether nothing on the device's side or in the quarantine depends on the record.
     pub(crate) fn is_idle(&self) -> bool {
         self.possible == 0 && self.mappings.is_empty()

@@ -174,7 +174,7 @@ impl Engine {
         self.begin_unmap_of(key, range, MappingState::Quarantined { in_flight: false })
     }
 
-    fn begin_unmap_of(
+    pub(super) fn begin_unmap_of(
         &mut self,
         key: DomainKey,
         range: IovaRange,
@@ -266,7 +266,7 @@ impl Engine {
     }
 
     /// The same for what is to be unmapped apart.
-    pub(super) fn disown_apart(&mut self, key: DomainKey, range: IovaRange) {
+    pub(crate) fn disown_apart(&mut self, key: DomainKey, range: IovaRange) {
         self.disown_those(key, range, |record| record.state == MappingState::Apart);
     }
 

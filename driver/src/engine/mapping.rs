@@ -10,6 +10,8 @@
 //! When the domain dies with its last endpoint, live records stay: they are replayed (Live, Replaying, Live) when it
 //! gets an endpoint again, or go without a request when they are unmapped.
 //!
+//! In a domain that defers unmapping a record is Deferred between Live and Unmapping, see [`super::deferred`].
+//!
 //! One that is in quarantine although its owner did not unmap it, since mapping it again went wrong, becomes live again
 //! when it is known that the device does not have it.
 //!
@@ -27,6 +29,8 @@ pub(crate) enum MappingState {
     Mapping,
     /// The device confirmed the MAP.
     Live,
+    /// Its owner unmapped it, and the domain's next flush will.
+    Deferred,
     /// MAP was, or is about to be, sent again.
     Replaying,
     /// UNMAP was, or is about to be, sent.
@@ -80,7 +84,7 @@ impl Mapping {
     /// Whether the device may have it in a domain without endpoints, now or when it answers.
     pub(crate) fn is_in_doubt(&self) -> bool {
         match self.state {
-            MappingState::Live | MappingState::Apart => self.on_device,
+            MappingState::Live | MappingState::Apart | MappingState::Deferred => self.on_device,
             MappingState::Mapping | MappingState::Replaying | MappingState::Unmapping => true,
             MappingState::Stranded => true,
             MappingState::Quarantined { in_flight } => in_flight || self.on_device,

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+mod deferred;
 mod domain;
 mod endpoint;
 mod fault;
@@ -17,6 +18,8 @@ mod recover;
 mod settle;
 
 pub(crate) use attach::AttachPlan;
+pub(crate) use deferred::{Deferral, DeferredList, MERGED, first_run};
+pub(crate) use domain::DomainRecord;
 pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
@@ -31,7 +34,6 @@ use crate::id::{DomainId, EndpointId};
 use crate::options::{DomainKind, Options};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
-use domain::DomainRecord;
 use iova::IovaAllocator;
 use mapping::{MappingState, MappingTable};
 
@@ -217,6 +219,7 @@ impl Engine {
         &mut self,
         parts: &mut Option<(MappingTable, IovaAllocator)>,
         kind: DomainKind,
+        deferred: &mut Option<DeferredList>,
     ) -> Result<DomainKey, DomainError> {
         let Some(index) = self.domains.iter().position(Option::is_none) else {
             return Err(DomainError::TooMany { limit: self.limits.domains });
@@ -233,6 +236,7 @@ impl Engine {
             possible: 0,
             mappings,
             iova,
+            deferred: deferred.take(),
             stats: DomainStats::default(),
             in_transition: false,
             reviving: false,

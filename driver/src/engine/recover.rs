@@ -138,8 +138,12 @@ impl Engine {
         let lost = self.next_to_readmit(key, None).is_some();
         let Some(domain) = self.domain_mut(key) else { return false };
         domain.reviving = false;
+        if let Some(deferred) = &mut domain.deferred {
+            deferred.clear();
+        }
         domain.mappings.retain_all(|record| {
-            let there = matches!(record.state, MappingState::Live | MappingState::Apart) || record.is_stuck();
+            let usual = [MappingState::Live, MappingState::Apart, MappingState::Deferred];
+            let there = usual.contains(&record.state) || record.is_stuck();
             if lost && there && record.on_device {
                 record.state = MappingState::Stranded;
             }

@@ -249,16 +249,20 @@ impl Engine {
     }
 
     /// The device has none of the domain's mappings any more. Those that somebody counts on stay recorded until
-    /// their owners unmap them, or they are replayed; what else was in quarantine is free.
+    /// their owners unmap them, or they are replayed; what else was in quarantine, or deferred, is free.
     pub(super) fn revoke(&mut self, index: usize) {
         let Some(domain) = self.domains[index].as_mut() else { return };
         let deserted = domain.orphaned && domain.possible == 0;
         let (iova, stats) = (&mut domain.iova, &mut domain.stats);
+        if let Some(deferred) = &mut domain.deferred {
+            deferred.clear();
+        }
         let mut released = 0;
         domain.mappings.retain_all(|record| {
             uncount(record, &mut stats.mapped_bytes);
             let settled = MappingState::Quarantined { in_flight: false };
-            let quarantined = [settled, MappingState::Stranded].contains(&record.state);
+            let leaving = [settled, MappingState::Stranded, MappingState::Deferred];
+            let quarantined = leaving.contains(&record.state);
             if quarantined && record.owned {
                 record.state = MappingState::Live;
             }

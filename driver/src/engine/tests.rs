@@ -34,7 +34,7 @@ fn engine() -> Engine {
 
 fn domain(engine: &mut Engine) -> DomainKey {
     let mut parts = Some(Engine::prepare_domain(&engine.geometry, engine.limits, 8));
-    engine.create_domain(&mut parts, DomainKind::Translated).unwrap()
+    engine.create_domain(&mut parts, DomainKind::Translated, &mut None).unwrap()
 }
 
 impl Engine {

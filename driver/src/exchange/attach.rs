@@ -1,6 +1,6 @@
 //! Attaching and detaching endpoints, and mapping again what a domain lost.
 
-use super::{Need, Sent, Shared};
+use super::{Need, Sent, Shared, flush};
 use crate::addr::IovaRange;
 use crate::engine::{AttachPlan, DomainKey, Op};
 use crate::error::{AttachError, DetachError, RequestError};
@@ -73,6 +73,12 @@ impl<P: Platform> Shared<P> {
 
     pub(crate) async fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
         let failed = |error| DetachError::Request { endpoint, error };
+        let deferred = { self.state.lock().engine.flush_before_leaving(endpoint) };
+        if let Some(key) = deferred
+            && let Err(error) = flush(self, key).await
+        {
+            log::warn!("before endpoint {endpoint} leaves its domain: {error}");
+        }
         let begun = self.with_slot(Need::Slot, |state| {
             let (request, op) = state.engine.begin_detach(endpoint)?;
             Ok(self.submit_one(state, &request, op))

@@ -1,5 +1,6 @@
 //! Mapping lists of runs.
 
+use super::flush::flush_all_the_same;
 use super::unmap::{Owned, unmap};
 use super::{InFlight, Need, Shared, Started, State};
 use crate::addr::{IovaRange, PhysAddr};
@@ -85,13 +86,17 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let name = match self.name {
             Some(name) => name,
             None => {
+                let Some(run) = self.runs.clone().next() else { return (batch, Err(MapError::Empty)) };
+                let (engine, key, prot) = (&mut state.engine, self.key, purpose.prot);
                 let range = match place {
                     Place::Anywhere { len, placement, parts } => {
-                        let first = self.runs.clone().next().ok_or(MapError::Empty);
-                        let fit = first.and_then(|run| state.engine.check_run(self.key, run, purpose.prot));
-                        fit.and_then(|()| state.engine.allocate(self.key, len, placement, parts))
+                        let fit = engine.check_run(key, run, prot);
+                        fit.and_then(|()| engine.allocate(key, len, placement, parts))
                     }
-                    Place::At(range) => state.engine.take(self.key, range).map(|()| range),
+                    Place::At(range) => {
+                        let fit = engine.check_map(key, range.start(), run.len, run.phys, prot);
+                        fit.and_then(|range| engine.take(key, range).map(|()| range))
+                    }
                 };
                 let range = match range {
                     Ok(range) => range,
@@ -152,6 +157,9 @@ pub(crate) fn map<'a, P: Platform>(
     }
     Started::Waiting(async move {
         let mut result = go_on(list, sent, place, purpose, held).await;
+        if make_room(shared, key, &result).await {
+            result = go_on(List::new(shared, key, runs.clone()), None, place, purpose, held).await;
+        }
         for _ in 0..MAX_RENUMBERINGS {
             let Err(MapError::Request { range, error: RequestError::Refused(Status::Inval) }) = result else {
                 break;
@@ -255,6 +263,20 @@ async fn roll_back<P: Platform>(
     }
     list.owned = None;
     result
+}
+
+/// Whether a mapping that failed for want of room is worth another try, since what was deferred was flushed.
+async fn make_room<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    result: &Result<IovaRange, MapError>,
+) -> bool {
+    let room = matches!(result, Err(MapError::IovaExhausted { .. } | MapError::NoRecord { .. }));
+    let deferred = room && shared.state.lock().engine.has_deferred(key);
+    if deferred {
+        flush_all_the_same(shared, key).await;
+    }
+    deferred
 }
 
 fn never_mapped<P: Platform>(shared: &Shared<P>, key: DomainKey) -> bool {

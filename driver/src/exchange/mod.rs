@@ -5,12 +5,14 @@
 //! more in quarantine.
 
 mod attach;
+mod flush;
 #[cfg(all(test, loom))]
 mod loom;
 mod map;
 mod unmap;
 mod wait;
 
+pub(crate) use flush::{flush, flush_all_the_same, unmap_by_policy};
 pub(crate) use map::{Place, Run, map};
 pub(crate) use unmap::{Owned, reclaim, unmap};
 pub(crate) use wait::{Deadline, InFlight, Need, Sleepers, Started, Wake};

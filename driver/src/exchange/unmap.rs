@@ -12,8 +12,8 @@ use core::future::Future;
 /// Mappings that only the operation at hand knows. Where it ends early they are in quarantine: nobody is left who
 /// could unmap them.
 pub(crate) struct Owned<'a, P: Platform> {
-    shared: &'a Shared<P>,
-    key: DomainKey,
+    pub(super) shared: &'a Shared<P>,
+    pub(super) key: DomainKey,
     range: Option<IovaRange>,
 }
 
@@ -60,6 +60,11 @@ pub(crate) fn unmap<P: Platform>(
 impl<'a, P: Platform> Owned<'a, P> {
     pub(crate) fn new(shared: &'a Shared<P>, key: DomainKey, range: IovaRange) -> Self {
         Self { shared, key, range: Some(range) }
+    }
+
+    /// The records say what they are.
+    pub(crate) fn settled(&mut self) {
+        self.range = None;
     }
 
     /// Sends the request, if it takes one. From then on the records of `range` say what they are, and are owned no more.

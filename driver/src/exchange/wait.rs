@@ -10,6 +10,7 @@
 //! slot came free, when its deadline passed, or when no answer comes any more; to be woken twice does no harm.
 
 use super::{Shared, State};
+use crate::engine::DomainKey;
 use crate::error::RequestError;
 use crate::options::Options;
 use crate::platform::Platform;
@@ -99,6 +100,8 @@ pub(crate) enum Need {
     Slot,
     /// A slot and PROBE's area.
     Probe,
+    /// A slot, and that nobody flushes this domain.
+    Flush(DomainKey),
     /// A slot, also while all others wait for the end of a recovery.
     RecoverySlot,
     RecoveryProbe,
@@ -108,7 +111,8 @@ impl State {
     /// Whether a request can be sent now.
     pub(crate) fn can_send(&self, need: Need) -> bool {
         let probe = matches!(need, Need::Probe | Need::RecoveryProbe);
-        !self.has_to_wait(need) && self.requests.can_submit(probe)
+        let flushing = matches!(need, Need::Flush(key) if self.engine.is_flushing(key));
+        !flushing && !self.has_to_wait(need) && self.requests.can_submit(probe)
     }
 
     /// Whether a recovery has to end first. Only a shutdown is final.

@@ -1,11 +1,14 @@
 //! Identity: by the device's own flag, and by mappings.
 
-use virtio_iommu::{DomainError, DomainKind, DomainOptions, Features, Iova, MapError, OpenError, PhysAddr};
+use virtio_iommu::{
+    DomainError, DomainKind, DomainOptions, Features, Iova, MapError, OpenError, PhysAddr, UnmapPolicy,
+};
 use virtio_iommu_model::{Config, Endpoint, Quirks, Request, ReservedRegion, feature};
 
 use crate::support::{ANYWHERE, EP, EP2, Machine, PAGE, RW};
 
-const IDENTITY: DomainOptions = DomainOptions { kind: DomainKind::Identity, mappings: 0 };
+const IDENTITY: DomainOptions =
+    DomainOptions { kind: DomainKind::Identity, mappings: 0, unmap: UnmapPolicy::Strict };
 
 /// Fails when the flag is not sent for each endpoint (D-14), or sent for another kind of domain.
 #[test]

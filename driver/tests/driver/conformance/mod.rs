@@ -15,7 +15,7 @@ mod unmap;
 
 use virtio_iommu::{
     Direction, DmaDevice, Domain, DomainKind, DomainOptions, EndpointOptions, Features, Introduction, Iova,
-    Leave, MapError, Options, PhysAddr, PhysSegment, Prot, UnmapError, Viommu,
+    Leave, MapError, Options, PhysAddr, PhysSegment, Prot, UnmapError, UnmapPolicy, Viommu,
 };
 use virtio_iommu_model::{Config, Inject, feature};
 
@@ -28,7 +28,8 @@ const CORE: u64 = feature::VERSION_1 | feature::MAP_UNMAP;
 const AT: u64 = 0x10_0000;
 
 /// A domain that bypasses, by the flag of ATTACH.
-const IDENTITY: DomainOptions = DomainOptions { kind: DomainKind::Identity, mappings: 0 };
+const IDENTITY: DomainOptions =
+    DomainOptions { kind: DomainKind::Identity, mappings: 0, unmap: UnmapPolicy::Strict };
 
 /// Status codes, by the standard's numbers.
 const DEVERR: Inject = Inject::Refuse(3);

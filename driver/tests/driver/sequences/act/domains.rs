@@ -19,7 +19,11 @@ impl World {
         self.poll()?;
         let (first, last) = self.viommu().domain_range();
         let kind = if identity { DomainKind::Identity } else { DomainKind::Translated };
-        let created = self.viommu().create_domain(DomainOptions { kind, mappings: MAPPINGS });
+        let created = self.viommu().create_domain(DomainOptions {
+            kind,
+            mappings: MAPPINGS,
+            ..DomainOptions::default()
+        });
         let has_bypass = self.has_bypass();
         let predict = |in_use: usize, retired: usize| match in_use {
             _ if identity && !has_bypass => Err("NoIdentity"),

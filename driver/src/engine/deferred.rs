@@ -1,0 +1,264 @@
+//! What was unmapped, and waits for its domain's next flush.
+//!
+//! ```text
+//!            unmap                begin flush             UNMAP ok
+//!   Live -----------> Deferred ---------------> Unmapping ---------> gone, or Released
+//! ```
+//! Addresses and memory of a deferred record are held back as those of a live one: the device still has it, and nobody
+//! may get them before that confirmed the UNMAP. Only that somebody counts on it is over. When the domain dies,
+//! deferred records go with it.
+
+use super::map::UnmapPlan;
+use super::mapping::{Mapping, MappingState};
+use super::{DomainKey, Engine};
+use crate::addr::IovaRange;
+use crate::error::{RequestError, UnmapError};
+use crate::id::EndpointId;
+use crate::options::DeferredBounds;
+use alloc::vec::Vec;
+use core::mem;
+
+/// The most ranges that a domain keeps for its flush.
+const MAX_RANGES: usize = 1 << 16;
+
+/// How many ranges at most are unmapped by one request, and looked at in one stretch under the lock.
+pub(crate) const MERGED: usize = 256;
+
+/// Ranges of deferred records of a domain, as they were unmapped: each of whole records that touch each other.
+///
+/// # Invariants
+/// `waiting` never grows beyond its capacity. `spare` is empty, and as large, unless a flush has it.
+pub(crate) struct DeferredList {
+    bounds: DeferredBounds,
+    waiting: Vec<IovaRange>,
+    /// Takes the place of `waiting` when a flush takes that.
+    spare: Vec<IovaRange>,
+    mappings: usize,
+    bytes: u64,
+    /// When the oldest of them was unmapped, where there is a clock.
+    oldest_ns: Option<u64>,
+    /// A flush took ranges, and did not end yet.
+    flushing: bool,
+    /// A flush failed, and what it was to unmap may be in quarantine still.
+    failed: Option<RequestError>,
+}
+
+/// What became of an unmapping that may be deferred.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Deferral {
+    /// It has to be done now: the domain is strict or dead, or there is nothing that could be unmapped.
+    Strict,
+    /// The list is full: it can be deferred after a flush.
+    Full,
+    Deferred,
+    /// It is deferred, and a bound is reached.
+    FlushDue,
+}
+
+impl DeferredList {
+    /// Allocates all that it will ever need.
+    pub(crate) fn new(bounds: DeferredBounds) -> Self {
+        let capacity = bounds.mappings.clamp(1, MAX_RANGES);
+        Self {
+            bounds,
+            waiting: Vec::with_capacity(capacity),
+            spare: Vec::with_capacity(capacity),
+            mappings: 0,
+            bytes: 0,
+            oldest_ns: None,
+            flushing: false,
+            failed: None,
+        }
+    }
+
+    /// What is deferred: mappings, and their bytes.
+    pub(crate) fn waiting(&self) -> (usize, u64) {
+        (self.mappings, self.bytes)
+    }
+
+    fn push(&mut self, range: IovaRange, mappings: usize, now_ns: Option<u64>) {
+        debug_assert!(self.waiting.len() < self.waiting.capacity());
+        self.waiting.push(range);
+        self.mappings += mappings;
+        self.bytes = self.bytes.saturating_add(range.len_bytes().unwrap_or(u64::MAX));
+        self.oldest_ns = self.oldest_ns.or(now_ns);
+    }
+
+    fn is_due(&self, now_ns: Option<u64>) -> bool {
+        let full = self.mappings >= self.bounds.mappings || self.bytes >= self.bounds.bytes;
+        full || self.waiting.len() == self.waiting.capacity() || self.is_old(now_ns)
+    }
+
+    fn is_old(&self, now_ns: Option<u64>) -> bool {
+        let age = now_ns.zip(self.oldest_ns).map(|(now, oldest)| now.saturating_sub(oldest));
+        age.is_some_and(|age| age >= self.bounds.age_ns)
+    }
+
+    fn take(&mut self) -> Vec<IovaRange> {
+        let spare = mem::take(&mut self.spare);
+        let taken = mem::replace(&mut self.waiting, spare);
+        (self.mappings, self.bytes, self.oldest_ns) = (0, 0, None);
+        taken
+    }
+
+    /// The records went with their domain.
+    pub(super) fn clear(&mut self) {
+        self.waiting.clear();
+        (self.mappings, self.bytes, self.oldest_ns) = (0, 0, None);
+    }
+}
+
+impl Engine {
+    /// Defers the unmapping of whole neighbouring live mappings, if their domain does that. Sends nothing.
+    pub(crate) fn defer(&mut self, key: DomainKey, range: IovaRange, now_ns: Option<u64>) -> Deferral {
+        let Some(domain) = self.domain_mut(key) else { return Deferral::Strict };
+        let Some(list) = &mut domain.deferred else { return Deferral::Strict };
+        let Some(records) = domain.mappings.whole(range) else { return Deferral::Strict };
+        let is_live = |record: &Mapping| record.state == MappingState::Live && record.on_device;
+        if !records.iter().all(is_live) {
+            return Deferral::Strict;
+        }
+        if list.waiting.len() == list.waiting.capacity() {
+            return Deferral::Full;
+        }
+        for record in records.iter_mut() {
+            (record.state, record.owned) = (MappingState::Deferred, false);
+        }
+        list.push(range, records.len(), now_ns);
+        if list.is_due(now_ns) { Deferral::FlushDue } else { Deferral::Deferred }
+    }
+
+    /// Whether anything waits for a flush, or is being flushed.
+    pub(crate) fn has_deferred(&self, key: DomainKey) -> bool {
+        let list = self.domain(key).and_then(|domain| domain.deferred.as_ref());
+        list.is_some_and(|list| list.flushing || !list.waiting.is_empty())
+    }
+
+    /// Whether a flush is under way.
+    pub(crate) fn is_flushing(&self, key: DomainKey) -> bool {
+        let list = self.domain(key).and_then(|domain| domain.deferred.as_ref());
+        list.is_some_and(|list| list.flushing)
+    }
+
+    /// Whether something waits for longer than it should, and nobody flushes yet.
+    pub(crate) fn is_flush_overdue(&self, key: DomainKey, now_ns: Option<u64>) -> bool {
+        let list = self.domain(key).and_then(|domain| domain.deferred.as_ref());
+        list.is_some_and(|list| !list.flushing && list.is_old(now_ns))
+    }
+
+    /// The next domain after the one in place `after` that [is overdue](Self::is_flush_overdue), and its place.
+    pub(crate) fn next_overdue(&self, after: Option<u16>, now_ns: Option<u64>) -> Option<(u16, DomainKey)> {
+        self.domains.iter().enumerate().find_map(|(index, domain)| {
+            let (index, domain) = (index as u16, domain.as_ref()?);
+            let key = DomainKey { index, generation: domain.generation };
+            (Some(index) > after && self.is_flush_overdue(key, now_ns)).then_some((index, key))
+        })
+    }
+
+    /// Takes what waits, for the one flush that a domain has at a time. Nothing where nothing waits.
+    pub(crate) fn begin_flush(&mut self, key: DomainKey) -> Vec<IovaRange> {
+        let list = self.domain_mut(key).and_then(|domain| domain.deferred.as_mut());
+        let Some(list) = list.filter(|list| !list.waiting.is_empty()) else { return Vec::new() };
+        debug_assert!(!list.flushing);
+        list.flushing = true;
+        list.take()
+    }
+
+    /// Begins the UNMAP of the first of these ranges, which are sorted, and of those that touch it. Also says how many
+    /// of them that took, which is at least one: a range that is not deferred any more is passed over.
+    pub(crate) fn begin_flush_of(
+        &mut self,
+        key: DomainKey,
+        ranges: &[IovaRange],
+    ) -> (usize, Option<UnmapPlan>) {
+        let Some((count, merged)) = first_run(ranges) else { return (0, None) };
+        let deferred = MappingState::Deferred;
+        if let Ok(plan) = self.begin_unmap_of(key, merged, deferred) {
+            return (count, Some(plan));
+        }
+        // One of them is not what it was: each by itself.
+        (1, self.begin_unmap_of(key, ranges[0], deferred).ok())
+    }
+
+    /// Puts ranges that a flush does not get to into quarantine, as a strict unmapping that fails does.
+    pub(crate) fn give_up_deferred(&mut self, key: DomainKey, ranges: &[IovaRange]) {
+        let Some(domain) = self.domain_mut(key) else { return };
+        for range in ranges {
+            domain.mappings.retain_in(*range, |record| {
+                if record.state == MappingState::Deferred {
+                    record.state = MappingState::Quarantined { in_flight: false };
+                }
+                true
+            });
+        }
+    }
+
+    /// Ends a flush, and takes the list back that it took. What comes back is to be dropped outside of the lock.
+    pub(crate) fn end_flush(
+        &mut self,
+        key: DomainKey,
+        mut taken: Vec<IovaRange>,
+        failed: Option<RequestError>,
+    ) -> Vec<IovaRange> {
+        let list = self.domain_mut(key).and_then(|domain| domain.deferred.as_mut());
+        let Some(list) = list else { return taken };
+        taken.clear();
+        list.flushing = false;
+        list.failed = failed.or(list.failed);
+        mem::replace(&mut list.spare, taken)
+    }
+
+    /// The first range that waits, for the words of an error.
+    pub(crate) fn first_deferred(&self, key: DomainKey) -> Option<IovaRange> {
+        self.domain(key)?.deferred.as_ref()?.waiting.first().copied()
+    }
+
+    /// The first mapping in `range` behind `after` that is in quarantine, and that an UNMAP can be tried for.
+    pub(crate) fn next_given_up(
+        &self,
+        key: DomainKey,
+        range: IovaRange,
+        after: Option<IovaRange>,
+    ) -> Option<IovaRange> {
+        let given_up = |record: &&Mapping| {
+            record.state == MappingState::Quarantined { in_flight: false }
+                && range.contains(record.range)
+                && after.is_none_or(|after| record.range.start() > after.last())
+        };
+        self.domain(key)?.mappings.iter().find(given_up).map(|record| record.range)
+    }
+
+    /// Whether a flush failed, and something is in quarantine since.
+    pub(crate) fn flush_result(&mut self, key: DomainKey) -> Result<(), UnmapError> {
+        let Some(domain) = self.domain_mut(key) else { return Ok(()) };
+        let Some(list) = &mut domain.deferred else { return Ok(()) };
+        let Some(error) = list.failed else { return Ok(()) };
+        let doubtful = |record: &&Mapping| record.is_stuck() && !record.owned;
+        match domain.mappings.iter().find(doubtful) {
+            Some(record) => Err(UnmapError::Request { range: record.range, error }),
+            None => {
+                list.failed = None;
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the endpoint is in a domain that has to be flushed before it leaves: where the bypass is not known to be
+    /// closed, what is deferred does not go with the domain.
+    pub(crate) fn flush_before_leaving(&self, endpoint: EndpointId) -> Option<DomainKey> {
+        let key = self.endpoint(endpoint)?.domain()?;
+        (!self.bypass_closed && self.has_deferred(key)).then_some(key)
+    }
+}
+
+/// The first of sorted ranges with those that touch it: how many, and all of them.
+pub(crate) fn first_run(ranges: &[IovaRange]) -> Option<(usize, IovaRange)> {
+    let (first, rest) = ranges.split_first()?;
+    let (mut count, mut run) = (1, *first);
+    for next in rest.iter().take(MERGED - 1) {
+        let touches = run.last().checked_add(1) == Some(next.start());
+        let Some(longer) = IovaRange::new(run.start(), next.last()).filter(|_| touches) else { break };
+        (count, run) = (count + 1, longer);
+    }
+    Some((count, run))
+}
