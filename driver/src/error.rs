@@ -495,6 +495,13 @@ pub enum UnmapError {
     NotMapped(Iova),
     /// The range splits a mapping, or has a hole: only whole neighbouring mappings can be unmapped together.
     NotWhole(IovaRange),
+    /// Buffers of a pool are out: its memory is in quarantine.
+    BuffersOut {
+        /// Where the pool is for the endpoint.
+        iova: Iova,
+        /// How many are out.
+        buffers: usize,
+    },
     /// The UNMAP request did not succeed. The range and the memory under it are in quarantine.
     Request {
         /// What was to be unmapped.
@@ -509,6 +516,9 @@ impl fmt::Display for UnmapError {
         match self {
             Self::NotMapped(iova) => write!(f, "nothing that can be unmapped starts at {iova}"),
             Self::NotWhole(range) => write!(f, "{range} is not made of whole neighbouring mappings"),
+            Self::BuffersOut { iova, buffers } => {
+                write!(f, "{buffers} buffers of the pool at {iova} are out")
+            }
             Self::Request { range, error } => write!(f, "UNMAP {range}: {error}"),
         }
     }
@@ -545,6 +555,22 @@ pub enum DmaError {
         /// Its value.
         value: u64,
     },
+    /// A buffer is longer than the endpoint's longest segment.
+    TooLong {
+        /// Its length in bytes.
+        len: usize,
+        /// The longest segment in bytes.
+        max: u64,
+    },
+    /// An access of the CPU goes past the end of a buffer.
+    OutOfBounds {
+        /// Where it starts in the buffer.
+        offset: usize,
+        /// Its length in bytes.
+        len: usize,
+        /// The buffer's.
+        size: usize,
+    },
     /// The mapping failed.
     Map(MapError),
 }
@@ -558,6 +584,10 @@ impl fmt::Display for DmaError {
                 write!(f, "{segments} segments do not fit a list of {room} addresses")
             }
             Self::Closed => f.write_str("the endpoint was closed"),
+            Self::TooLong { len, max } => write!(f, "{len:#x} bytes are more than a segment takes, {max:#x}"),
+            Self::OutOfBounds { offset, len, size } => {
+                write!(f, "{len:#x} bytes at offset {offset:#x} of a buffer of {size:#x}")
+            }
             Self::BadConstraint { option, value } => write!(f, "{option} cannot be {value:#x}"),
             Self::Map(error) => error.fmt(f),
         }

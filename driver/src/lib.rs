@@ -99,8 +99,9 @@ mod wire;
 pub use addr::{Iova, IovaRange, PhysAddr};
 pub use attachment::{MoveError, OpenError};
 pub use dma::{
-    CoherentMemory, DmaDevice, DmaMapping, DmaSegment, DmaSegments, Endpoint, HeldMemory, MsiDoorbell,
-    PhysSegment, Unmapped,
+    Bidirectional, Bounced, BouncedAccess, CoherentMemory, CpuAccess, CpuWrites, DeviceWrites, DmaDevice,
+    DmaDirection, DmaMapping, DmaPool, DmaSegment, DmaSegments, Endpoint, FromDevice, HeldMemory,
+    MsiDoorbell, PhysSegment, PoolBuffer, Streaming, ToDevice, Unmapped,
 };
 pub use domain::{Domain, Translation};
 pub use engine::DomainStats;

@@ -80,7 +80,7 @@ pub enum DomainKind {
 /// When a domain's endpoints lose what is unmapped through [`DmaDevice`](crate::DmaDevice). The raw layer, such as
 /// [`Domain::unmap`](crate::Domain::unmap), is always strict.
 ///
-/// There is a third policy, which is no option: to unmap nothing, by buffers that are mapped once. It costs
+/// There is a third policy, which is no option: to unmap nothing, by buffers of a [`DmaPool`](crate::DmaPool). It costs
 /// no request at all, and the endpoint reaches all of the pool's buffers all the time, whoever has them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum UnmapPolicy {

@@ -1,23 +1,20 @@
 //! Bounce pages: memory that an endpoint always reaches, for buffers that it must not.
 
+use super::slots::Slots;
 use crate::addr::Iova;
 use core::ptr::{self, NonNull};
-use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Chunks that a pool has: one bit each.
-const CHUNKS: usize = 64;
-
-/// Pages of one endpoint, mapped once, handed out in runs of chunks. Takes no lock.
+/// Pages of one endpoint, mapped once, handed out in runs of granules. Takes no lock.
 ///
 /// # Invariants
-/// The memory is valid for reads and writes as long as the pool exists, and only whoever set a chunk's bit in
-/// `used` touches the chunk.
+/// The memory is valid for reads and writes as long as the pool exists and is not retired, and only whoever took a
+/// chunk touches it.
 pub(super) struct BouncePool {
     start: NonNull<u8>,
     iova: Iova,
+    /// The granule, so that no two buffers share one.
     chunk: usize,
-    chunks: usize,
-    used: AtomicU64,
+    slots: Slots,
 }
 
 // SAFETY: the memory belongs to the pool, and its chunks to whoever took them, on any thread.
@@ -26,50 +23,43 @@ unsafe impl Send for BouncePool {}
 unsafe impl Sync for BouncePool {}
 
 impl BouncePool {
+    /// Allocates.
+    ///
     /// # Safety
-    /// `len` bytes from `start` are valid for reads and writes, mapped at `iova`, and used by nobody but the
-    /// pool and the endpoint while the pool exists.
+    /// `len` bytes from `start`, whole granules, are valid for reads and writes, mapped at `iova`, and used by nobody
+    /// but the pool and the endpoint while the pool exists and is not retired.
     pub(super) unsafe fn new(start: NonNull<u8>, len: usize, iova: Iova, granule: usize) -> Self {
-        let chunk = len.div_ceil(CHUNKS).next_multiple_of(granule);
-        Self { start, iova, chunk, chunks: len / chunk, used: AtomicU64::new(0) }
+        Self { start, iova, chunk: granule, slots: Slots::new(len / granule) }
+    }
+
+    fn chunks(&self, len: usize) -> usize {
+        len.div_ceil(self.chunk).max(1)
     }
 
     /// Takes chunks for `len` bytes. Returns the number of the first.
     pub(super) fn take(&self, len: usize) -> Option<usize> {
-        let count = len.div_ceil(self.chunk).max(1);
-        if count > self.chunks {
-            return None;
-        }
-        let mut used = self.used.load(Ordering::Relaxed);
-        // Ends: a failed exchange means that another CPU made progress.
-        loop {
-            let first = (0..=self.chunks - count).find(|first| used & mask(*first, count) == 0)?;
-            let taken = used | mask(first, count);
-            match self.used.compare_exchange_weak(used, taken, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return Some(first),
-                Err(now) => used = now,
-            }
-        }
+        self.slots.take_run(self.chunks(len))
     }
 
     /// Gives chunks back that [`take`](Self::take) returned for `len` bytes.
     pub(super) fn give_back(&self, first: usize, len: usize) {
-        let count = len.div_ceil(self.chunk).max(1);
-        self.used.fetch_and(!mask(first, count), Ordering::Release);
+        match self.chunks(len) {
+            1 => self.slots.give_back(first),
+            count => self.slots.give_back_run(first, count),
+        }
     }
 
     /// Takes all chunks for good, if none is out. Then nobody touches the memory any more.
     pub(super) fn retire(&self) -> bool {
-        self.used.compare_exchange(0, u64::MAX, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+        self.slots.retire()
     }
 
     /// The first chunk of an address that was handed out for `len` bytes, or `None` for one that was not.
     pub(super) fn chunk_of(&self, iova: Iova, len: usize) -> Option<usize> {
         let offset = usize::try_from(iova.get().checked_sub(self.iova.get())?).ok()?;
-        let (first, count) = (offset / self.chunk, len.div_ceil(self.chunk).max(1));
-        let inside = offset.is_multiple_of(self.chunk) && first < self.chunks && count <= self.chunks - first;
-        let taken = inside && self.used.load(Ordering::Relaxed) & mask(first, count) == mask(first, count);
-        taken.then_some(first)
+        let first = offset / self.chunk;
+        let out = offset.is_multiple_of(self.chunk) && self.slots.are_out(first, self.chunks(len));
+        out.then_some(first)
     }
 
     pub(super) fn iova(&self, first: usize) -> Iova {
@@ -77,7 +67,7 @@ impl BouncePool {
     }
 
     fn at(&self, first: usize, len: usize) -> *mut u8 {
-        assert!(len <= (self.chunks - first) * self.chunk, "outside of the bounce pool");
+        assert!(len <= (self.slots.count() - first) * self.chunk, "outside of the bounce pool");
         // SAFETY: inside the pool by the check above.
         unsafe { self.start.as_ptr().add(first * self.chunk) }
     }
@@ -110,11 +100,6 @@ impl BouncePool {
     }
 }
 
-fn mask(first: usize, count: usize) -> u64 {
-    let run = if count >= CHUNKS { u64::MAX } else { (1 << count) - 1 };
-    run << first
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -130,7 +115,6 @@ mod tests {
     #[test]
     fn runs_are_handed_out_once() {
         let pool = pool(0x8000);
-        assert_eq!(pool.chunks, 8);
         assert_eq!(pool.take(0x1001), Some(0));
         assert_eq!(pool.take(0x6000), Some(2));
         assert_eq!(pool.take(1), None);
@@ -140,13 +124,13 @@ mod tests {
     }
 
     #[test]
-    fn a_large_pool_has_large_chunks() {
+    fn a_large_pool_is_handed_out_whole_or_by_granules() {
         let pool = pool(0x10_0000);
-        assert_eq!((pool.chunk, pool.chunks), (0x4000, 64));
         assert_eq!(pool.take(0x10_0000), Some(0));
         assert_eq!(pool.take(1), None);
         pool.give_back(0, 0x10_0000);
-        assert_eq!(pool.used.load(Ordering::Relaxed), 0);
+        let taken = (0..).map_while(|_| pool.take(0x1000)).count();
+        assert_eq!(taken, 0x100);
     }
 
     #[test]

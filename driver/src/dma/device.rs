@@ -36,7 +36,7 @@ pub trait DmaDevice: Send + Sync {
     fn boundary(&self) -> Option<u64>;
 
     /// Allocates `len` bytes, rounded up to granules, zeroed, mapped for one direction. Takes memory from the
-    /// platform.
+    /// platform. What [`Streaming`](crate::Streaming) and [`DmaPool`](crate::DmaPool) are made of.
     ///
     /// # Errors
     /// [`DmaError::NoMemory`], or why it could not be mapped.
@@ -151,6 +151,21 @@ pub trait DmaDevice: Send + Sync {
     /// # Safety
     /// The buffer is valid for reads, and nobody writes to it during the call.
     unsafe fn share(&self, buffer: NonNull<[u8]>, direction: Direction) -> Result<Iova, DmaError>;
+
+    /// Copies what the endpoint wrote so far to a buffer that stays [shared](Self::share). An address that did not come
+    /// from `share` is ignored.
+    ///
+    /// # Safety
+    /// As for [`unshare`](Self::unshare), but that the endpoint goes on with it.
+    unsafe fn sync_for_cpu(&self, iova: Iova, buffer: NonNull<[u8]>);
+
+    /// Copies a buffer that stays [shared](Self::share) to the endpoint once more. An address that did not come from
+    /// `share` is ignored.
+    ///
+    /// # Safety
+    /// The buffer is the one that was shared under this address, valid for reads, and nobody writes to it during the
+    /// call.
+    unsafe fn sync_for_device(&self, iova: Iova, buffer: NonNull<[u8]>);
 
     /// Ends [`share`](Self::share): copies what the endpoint wrote back, unless `direction` is `ToDevice`, and
     /// frees the pages. An address that did not come from `share` is ignored.

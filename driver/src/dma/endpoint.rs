@@ -145,6 +145,14 @@ impl<P: Platform> Endpoint<P> {
         if self.view.closed.load(Ordering::Acquire) { Err(DmaError::Closed) } else { Ok(()) }
     }
 
+    /// The bounce pages of a buffer that is shared, and the first chunk of it.
+    fn bounce_chunk(&self, iova: Iova, len: usize) -> Option<(&BouncePool, usize)> {
+        let (pool, _) = self.view.bounce.as_ref()?;
+        let first = pool.chunk_of(iova, len)?;
+        // After the look at the chunks: a retired pool, whose pages are gone, seems to have all of them out.
+        self.check_open().ok().map(|()| (pool, first))
+    }
+
     fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
         self.view.domain.shared().block_on(operation)
     }
@@ -278,13 +286,22 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         Ok(pool.iova(first))
     }
 
-    unsafe fn unshare(&self, iova: Iova, buffer: NonNull<[u8]>, direction: Direction) {
-        let Some((pool, _)) = self.view.bounce.as_ref() else { return };
-        let Some(first) = pool.chunk_of(iova, buffer.len()) else { return };
-        // After the look at the chunks: a retired pool, whose pages are gone, seems to have all of them out.
-        if self.check_open().is_err() {
-            return;
+    unsafe fn sync_for_cpu(&self, iova: Iova, buffer: NonNull<[u8]>) {
+        if let Some((pool, first)) = self.bounce_chunk(iova, buffer.len()) {
+            // SAFETY: the chunks are taken, by the caller's `share`, and the caller promises the buffer.
+            unsafe { pool.copy_out(first, buffer) };
         }
+    }
+
+    unsafe fn sync_for_device(&self, iova: Iova, buffer: NonNull<[u8]>) {
+        if let Some((pool, first)) = self.bounce_chunk(iova, buffer.len()) {
+            // SAFETY: as above.
+            unsafe { pool.copy_in(first, buffer) };
+        }
+    }
+
+    unsafe fn unshare(&self, iova: Iova, buffer: NonNull<[u8]>, direction: Direction) {
+        let Some((pool, first)) = self.bounce_chunk(iova, buffer.len()) else { return };
         if direction != Direction::ToDevice {
             // SAFETY: the chunks are taken, by the caller's `share`, and the caller promises the buffer.
             unsafe { pool.copy_out(first, buffer) };
