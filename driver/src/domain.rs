@@ -2,14 +2,16 @@
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::Unmapped;
-use crate::engine::{DomainKey, DomainRecord, DomainStats, Engine, Limits, Placement, Purpose};
+use crate::engine::{DomainKey, DomainRecord, DomainStats, Engine, Placement, Purpose};
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, Owned, Place, Run, Shared};
 use crate::id::DomainId;
+use crate::mappings::{Mappings, Translation};
 use crate::options::UnmapPolicy;
 use crate::platform::Platform;
 use crate::prot::Prot;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
 use core::future::Future;
 
@@ -48,19 +50,6 @@ impl<P: Platform> fmt::Debug for Domain<P> {
     }
 }
 
-/// Where a mapping leads, by the driver's records.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Translation {
-    /// The whole mapping.
-    pub range: IovaRange,
-    /// Where its first byte lies.
-    pub phys: PhysAddr,
-    /// What it allows.
-    pub prot: Prot,
-    /// What its maker calls it; empty where he did not say.
-    pub tag: &'static str,
-}
-
 impl<P: Platform> Domain<P> {
     pub(crate) fn new(shared: Arc<Shared<P>>, key: DomainKey, policy: UnmapPolicy) -> Self {
         Self(Arc::new(Handle { shared, key, policy }))
@@ -90,25 +79,34 @@ impl<P: Platform> Domain<P> {
     /// Mappings that are recorded, those in quarantine included.
     pub fn mapping_count(&self) -> usize {
         let key = self.0.key;
-        self.with(|engine| engine.domain(key).map_or(0, |domain| domain.mappings.len()))
+        self.with(|engine| engine.domain(key).map_or(0, |domain| domain.space.len()))
     }
 
     /// Where `iova` leads, by the driver's records, quarantined mappings included. Asks nothing of the device.
     pub fn translate(&self, iova: Iova) -> Option<Translation> {
         let key = self.0.key;
-        self.with(|engine| {
-            let record = engine.domain(key)?.mappings.containing(iova)?;
-            let Purpose { prot, tag } = record.purpose;
-            Some(Translation { range: record.range, phys: record.phys, prot, tag })
-        })
+        self.with(|engine| engine.domain(key)?.space.containing(iova).map(Translation::of))
+    }
+
+    /// All mappings that are recorded, those in quarantine included, in the order of their addresses: to find what
+    /// somebody forgot to unmap. Asks nothing of the device. The lock is not held between two.
+    pub fn mappings(&self) -> Mappings<'_, P> {
+        Mappings::new(self)
+    }
+
+    /// The first mapping that starts at or above `from`.
+    pub(crate) fn next_mapping(&self, from: Iova) -> Option<Translation> {
+        let key = self.0.key;
+        self.with(|engine| engine.domain(key)?.space.iter_from(from).next().map(Translation::of))
     }
 
     /// Makes room for `mappings` mappings in all. Allocates; mapping and unmapping never do.
     pub fn reserve(&self, mappings: usize) {
-        let spare = Engine::prepare_growth(Limits::new(&self.0.shared.options), mappings);
-        // Two statements, so that the old lists are freed without the lock.
-        let old = self.with(|engine| engine.grow_domain(self.0.key, spare));
-        drop(old);
+        let lacking = self.with(|engine| engine.lacks(self.0.key, mappings));
+        let spare = Vec::with_capacity(lacking);
+        // Two statements, so that what is not needed, since another thread was faster, is freed without the lock.
+        let unused = self.with(|engine| engine.grow_domain(self.0.key, mappings, spare));
+        drop(unused);
     }
 
     /// Maps `len` bytes from `phys` at an address of the driver's choice up to `limit` (virtio 1.4, IOMMU device, MAP

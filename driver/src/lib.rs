@@ -77,6 +77,7 @@ pub mod fuzzing;
 mod id;
 mod introduce;
 mod lock;
+mod mappings;
 mod options;
 mod platform;
 mod prot;
@@ -103,7 +104,7 @@ pub use dma::{
     DmaDirection, DmaMapping, DmaPool, DmaSegment, DmaSegments, Endpoint, FromDevice, HeldMemory,
     MsiDoorbell, PhysSegment, PoolBuffer, Streaming, ToDevice, Unmapped,
 };
-pub use domain::{Domain, Translation};
+pub use domain::Domain;
 pub use engine::DomainStats;
 pub use error::{
     AttachError, BypassError, DetachError, DmaError, DomainError, GroupError, MapError, RequestError,
@@ -117,6 +118,7 @@ pub use lock::LockApi;
 pub use lock::RawLock;
 #[cfg(feature = "spin")]
 pub use lock::SpinNotInInterrupts;
+pub use mappings::{MappingStatus, Mappings, Translation};
 pub use options::{
     DeferredBounds, DomainKind, DomainOptions, EndpointOptions, FaultLimit, Options, UnmapPolicy,
 };

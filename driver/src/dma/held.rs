@@ -1,6 +1,8 @@
 //! Memory that the driver keeps for its owner as long as a device may reach it.
 
+use crate::addr::PhysAddr;
 use crate::platform::DmaMemory;
+use core::ptr::NonNull;
 
 /// Memory with a way back to its owner.
 ///
@@ -33,9 +35,9 @@ impl HeldMemory {
         Self { memory, release: Release::Hook(release) }
     }
 
-    /// Memory from the platform's `dma_alloc`.
-    pub(crate) const fn from_platform(memory: DmaMemory, align: usize) -> Self {
-        Self { memory, release: Release::Platform { align } }
+    /// Memory from the platform's `dma_alloc`, aligned to the granule.
+    pub(crate) const fn from_platform(memory: DmaMemory, granule: usize) -> Self {
+        Self { memory, release: Release::Platform { align: granule } }
     }
 
     /// Where the memory lies.
@@ -50,5 +52,55 @@ impl HeldMemory {
 
     pub(crate) fn into_parts(self) -> (DmaMemory, Release) {
         (self.memory, self.release)
+    }
+
+    /// What a mapping of exactly this memory does not say already.
+    pub(crate) fn into_kept(self) -> Kept {
+        let hook = match self.release {
+            Release::Platform { .. } => None,
+            Release::Hook(hook) => Some(hook),
+        };
+        Kept { ptr: self.memory.ptr, hook }
+    }
+}
+
+/// Held memory beside the record of its mapping, which knows where it lies and how long it is.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    ptr: NonNull<u8>,
+    /// Whom it goes back to, if not to the platform.
+    hook: Option<unsafe fn(DmaMemory)>,
+}
+
+// SAFETY: as for `DmaMemory`: the pointer is a plain number here, and whoever dereferences it answers for it.
+unsafe impl Send for Kept {}
+// SAFETY: as above.
+unsafe impl Sync for Kept {}
+
+impl Kept {
+    /// The memory of a mapping of `len` bytes to `phys`, by a device with this granule.
+    pub(crate) fn into_held(self, phys: PhysAddr, len: usize, granule: usize) -> HeldMemory {
+        let release = self.hook.map_or(Release::Platform { align: granule }, Release::Hook);
+        HeldMemory { memory: DmaMemory { phys, ptr: self.ptr, len }, release }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_memory::TestMemory;
+    use std::format;
+
+    unsafe fn hook(_: DmaMemory) {}
+
+    /// Fails when the compact form loses something.
+    #[test]
+    fn kept_memory_is_what_was_held() {
+        let memory = TestMemory::leak(0x2000);
+        for release in [Release::Platform { align: 0x1000 }, Release::Hook(hook)] {
+            let text = format!("{:?}", HeldMemory { memory, release });
+            let kept = HeldMemory { memory, release }.into_kept();
+            assert_eq!(format!("{:?}", kept.into_held(memory.phys, 0x2000, 0x1000)), text);
+        }
     }
 }

@@ -16,7 +16,7 @@ mod stream;
 pub use device::{CoherentMemory, DmaDevice, DmaMapping, PhysSegment, Unmapped};
 pub use endpoint::Endpoint;
 pub use held::HeldMemory;
-pub(crate) use held::Release;
+pub(crate) use held::{Kept, Release};
 pub use msi::MsiDoorbell;
 pub use pool::{DmaPool, PoolBuffer};
 pub use segments::{DmaSegment, DmaSegments};

@@ -9,9 +9,9 @@
 //! deferred records go with it.
 
 use super::map::UnmapPlan;
-use super::mapping::{Mapping, MappingState};
+use super::mapping::{MappingState, Record};
 use super::{DomainKey, Engine};
-use crate::addr::IovaRange;
+use crate::addr::{Iova, IovaRange};
 use crate::error::{RequestError, UnmapError};
 use crate::id::EndpointId;
 use crate::options::DeferredBounds;
@@ -113,18 +113,21 @@ impl Engine {
     pub(crate) fn defer(&mut self, key: DomainKey, range: IovaRange, now_ns: Option<u64>) -> Deferral {
         let Some(domain) = self.domain_mut(key) else { return Deferral::Strict };
         let Some(list) = &mut domain.deferred else { return Deferral::Strict };
-        let Some(records) = domain.mappings.whole(range) else { return Deferral::Strict };
-        let is_live = |record: &Mapping| record.state == MappingState::Live && record.on_device;
-        if !records.iter().all(is_live) {
+        let Some(first) = domain.space.whole(range) else { return Deferral::Strict };
+        let is_live = |record: &Record| record.state == MappingState::Live && record.on_device;
+        if !domain.space.iter_in(range).all(is_live) {
             return Deferral::Strict;
         }
         if list.waiting.len() == list.waiting.capacity() {
             return Deferral::Full;
         }
-        for record in records.iter_mut() {
+        let mut mappings = 0;
+        domain.space.retain_in(range, Some(first), |record| {
             (record.state, record.owned) = (MappingState::Deferred, false);
-        }
-        list.push(range, records.len(), now_ns);
+            mappings += 1;
+            true
+        });
+        list.push(range, mappings, now_ns);
         if list.is_due(now_ns) { Deferral::FlushDue } else { Deferral::Deferred }
     }
 
@@ -184,7 +187,7 @@ impl Engine {
     pub(crate) fn give_up_deferred(&mut self, key: DomainKey, ranges: &[IovaRange]) {
         let Some(domain) = self.domain_mut(key) else { return };
         for range in ranges {
-            domain.mappings.retain_in(*range, |record| {
+            domain.space.retain_in(*range, None, |record| {
                 if record.state == MappingState::Deferred {
                     record.state = MappingState::Quarantined { in_flight: false };
                 }
@@ -220,12 +223,11 @@ impl Engine {
         range: IovaRange,
         after: Option<IovaRange>,
     ) -> Option<IovaRange> {
-        let given_up = |record: &&Mapping| {
+        let given_up = |record: &&Record| {
             record.state == MappingState::Quarantined { in_flight: false }
-                && range.contains(record.range)
                 && after.is_none_or(|after| record.range.start() > after.last())
         };
-        self.domain(key)?.mappings.iter().find(given_up).map(|record| record.range)
+        self.domain(key)?.space.iter_in(range).find(given_up).map(|record| record.range)
     }
 
     /// Whether a flush failed, and something is in quarantine since.
@@ -233,8 +235,12 @@ impl Engine {
         let Some(domain) = self.domain_mut(key) else { return Ok(()) };
         let Some(list) = &mut domain.deferred else { return Ok(()) };
         let Some(error) = list.failed else { return Ok(()) };
-        let doubtful = |record: &&Mapping| record.is_stuck() && !record.owned;
-        match domain.mappings.iter().find(doubtful) {
+        let doubtful = |record: &&Record| record.is_stuck() && !record.owned;
+        let found = match domain.space.tally().quarantined {
+            0 => None,
+            _ => domain.space.iter_from(Iova::new(0)).find(doubtful),
+        };
+        match found {
             Some(record) => Err(UnmapError::Request { range: record.range, error }),
             None => {
                 list.failed = None;

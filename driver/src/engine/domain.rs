@@ -2,8 +2,7 @@
 
 use super::Geometry;
 use super::deferred::DeferredList;
-use super::iova::IovaAllocator;
-use super::mapping::MappingTable;
+use super::space::Space;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::MapError;
 use crate::id::DomainId;
@@ -39,8 +38,7 @@ pub(crate) struct DomainRecord {
     pub attached: u32,
     /// Endpoints that may be attached: those, and the ones under way or of unknown outcome.
     pub possible: u32,
-    pub mappings: MappingTable,
-    pub iova: IovaAllocator,
+    pub space: Space,
     /// What waits for a flush, where unmapping is deferred.
     pub deferred: Option<DeferredList>,
     pub stats: DomainStats,
@@ -61,12 +59,12 @@ impl DomainRecord {
 
     /// Whether nothing on the device's side or in the quarantine depends on the record.
     pub(crate) fn is_idle(&self) -> bool {
-        self.possible == 0 && self.mappings.is_empty()
+        self.possible == 0 && self.space.is_empty()
     }
 
     /// Whether nobody holds the domain, and nothing is mapped in it.
     pub(crate) fn is_deserted(&self) -> bool {
-        self.orphaned && self.mappings.is_empty()
+        self.orphaned && self.space.is_empty()
     }
 
     /// Refuses what must never be sent (I5).
@@ -109,8 +107,8 @@ impl DomainRecord {
         if (self.attached == 0 && !self.reviving) || self.in_transition {
             return Err(MapError::NoEndpoint);
         }
-        if self.mappings.is_full() {
-            return Err(MapError::NoRecord { capacity: self.mappings.capacity() });
+        if self.space.is_full() {
+            return Err(MapError::NoRecord { capacity: self.space.capacity() });
         }
         Ok(range)
     }

@@ -1,6 +1,6 @@
 //! Mapping and unmapping.
 
-use super::mapping::{ListId, Mapping, MappingState, Purpose};
+use super::mapping::{ListId, MappingState, Purpose, Record};
 use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
@@ -64,32 +64,32 @@ impl Engine {
         // IOVA 0 stays free: virtio-drivers takes it for a failure, and it catches null pointers of devices.
         let lowest = Iova::new(granule);
         let Placement { limit, align } = placement;
-        match domain.iova.allocate(len, align.max(granule), (lowest, limit), parts) {
+        match domain.space.allocate(len, align.max(granule), (lowest, limit), parts) {
             Ok(Some(range)) => Ok(range),
             Ok(None) => Err(MapError::IovaExhausted { len, limit }),
-            Err(_full) => Err(MapError::NoRecord { capacity: domain.mappings.capacity() }),
+            Err(_full) => Err(MapError::NoRecord { capacity: domain.space.capacity() }),
         }
     }
 
     /// Takes exactly this range out of the free addresses, for a caller that chose it.
     pub(crate) fn take(&mut self, key: DomainKey, range: IovaRange) -> Result<(), MapError> {
         let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
-        match domain.iova.take(range) {
+        match domain.space.take(range) {
             Ok(true) => Ok(()),
             Ok(false) => Err(MapError::InUse(range)),
-            Err(_full) => Err(MapError::NoRecord { capacity: domain.mappings.capacity() }),
+            Err(_full) => Err(MapError::NoRecord { capacity: domain.space.capacity() }),
         }
     }
 
     /// The first stretch of `range` that is not reserved.
     pub(crate) fn unreserved_in(&self, key: DomainKey, range: IovaRange) -> Option<IovaRange> {
-        self.domain(key)?.iova.unreserved_in(range)
+        self.domain(key)?.space.unreserved_in(range)
     }
 
     /// Gives a range back that was allocated or taken, for `parts` mappings, and never mapped.
     pub(crate) fn give_back(&mut self, key: DomainKey, range: IovaRange, parts: usize) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.iova.release(range, parts);
+            domain.space.release(range, parts);
         }
     }
 
@@ -122,8 +122,8 @@ impl Engine {
         ListId(self.lists)
     }
 
-    /// Records a mapping of a range that was allocated or taken, and gives the request for it. On an error the
-    /// range is still the caller's to give back.
+    /// Records a mapping of a range that was allocated or taken, or of its beginning, and gives the request for it.
+    /// `held` is exactly the memory that it leads to. On an error the range is still the caller's to give back.
     pub(crate) fn begin_map(
         &mut self,
         key: DomainKey,
@@ -136,19 +136,10 @@ impl Engine {
         let prot = purpose.prot;
         self.check_map(key, range.start(), len, phys, prot)?;
         let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
-        domain.mappings.insert(Mapping {
-            range,
-            phys,
-            purpose,
-            list,
-            state: MappingState::Mapping,
-            on_device: true,
-            counted: false,
-            owned: false,
-            held: held.take(),
-        });
+        let record = domain.space.insert(range, phys, (purpose, list), held);
+        let record = record.ok_or(MapError::InUse(range))?;
         let request = Request::Map { domain: domain.id, range, phys, prot };
-        Ok((request, Op::Map { domain: key, range }))
+        Ok((request, Op::Map { domain: key, range, record }))
     }
 
     /// Marks whole neighbouring mappings as being unmapped, and gives the one request for them (I6).
@@ -182,26 +173,29 @@ impl Engine {
     ) -> Result<UnmapPlan, UnmapError> {
         let not_mapped = UnmapError::NotMapped(range.start());
         let domain = self.domain_mut(key).ok_or(not_mapped)?;
-        let starts = domain.mappings.get(range.start()).is_some_and(|record| record.state == state);
-        let Some(records) = domain.mappings.whole(range) else {
+        let Some(record) = domain.space.whole(range) else {
+            let starts = domain.space.get(range.start()).is_some_and(|record| record.state == state);
             return Err(if starts { UnmapError::NotWhole(range) } else { not_mapped });
         };
-        if let Some(busy) = records.iter().find(|record| record.state != state) {
-            let busy = UnmapError::NotMapped(busy.range.start());
+        let busy = domain.space.iter_in(range).find(|record| record.state != state);
+        if let Some(busy) = busy.map(|record| UnmapError::NotMapped(record.range.start())) {
             let given_up = self.give_up_stuck(key, range, state);
             return Err(given_up.map_or(busy, |error| UnmapError::Request { range, error }));
         }
-        let gone = records.iter().all(|record| !record.on_device);
-        for record in records {
+        let domain = self.domain_mut(key).ok_or(not_mapped)?;
+        let mut gone = true;
+        domain.space.retain_in(range, Some(record), |record| {
+            gone &= !record.on_device;
             record.owned &= state != MappingState::Live;
             record.state = MappingState::Unmapping;
-        }
+            true
+        });
         if gone {
-            self.let_go(key, range);
+            self.let_go(key, range, Some(record));
             return Ok(UnmapPlan::Nothing);
         }
         let request = Request::Unmap { domain: domain.id, range };
-        Ok(UnmapPlan::Send(request, Op::Unmap { domain: key, range }))
+        Ok(UnmapPlan::Send(request, Op::Unmap { domain: key, range, record }))
     }
 
     /// The owner of mappings unmaps them, some of which are in quarantine without his doing: he gives them up, so that
@@ -212,14 +206,15 @@ impl Engine {
         range: IovaRange,
         state: MappingState,
     ) -> Option<RequestError> {
-        let records = self.domain_mut(key)?.mappings.whole(range)?;
-        let his = |record: &Mapping| match state {
+        let space = &self.domain(key)?.space;
+        space.whole(range)?;
+        let his = |record: &Record| match state {
             MappingState::Live => record.owned,
             MappingState::Apart => true,
             _ => false,
         };
-        let stuck = records.iter().find(|record| record.is_stuck())?.state;
-        if !records.iter().all(|record| his(record) && (record.is_stuck() || record.state == state)) {
+        let stuck = space.iter_in(range).find(|record| record.is_stuck())?.state;
+        if !space.iter_in(range).all(|record| his(record) && (record.is_stuck() || record.state == state)) {
             return None;
         }
         self.disown(key, range);
@@ -234,14 +229,13 @@ impl Engine {
 
     /// The same for what was made with a list.
     pub(crate) fn disown_list(&mut self, key: DomainKey, range: IovaRange, list: ListId) {
-        self.disown_those(key, range, |record| record.list == list);
+        self.disown_those(key, range, |record| record.is_of(list));
     }
 
-    fn disown_those(&mut self, key: DomainKey, range: IovaRange, those: impl Fn(&Mapping) -> bool) {
+    fn disown_those(&mut self, key: DomainKey, range: IovaRange, those: impl Fn(&Record) -> bool) {
         let Some(domain) = self.domain_mut(key) else { return };
-        let iova = &mut domain.iova;
         let mut released = 0;
-        domain.mappings.retain_in(range, |record| {
+        domain.space.retain_in(range, None, |record| {
             if !those(record) {
                 return true;
             }
@@ -250,14 +244,11 @@ impl Engine {
                 MappingState::Live | MappingState::Apart => {
                     record.state = MappingState::Quarantined { in_flight: false };
                 }
-                MappingState::Returned if record.held.is_some() => {
+                MappingState::Returned if record.holds_memory() => {
                     record.state = MappingState::Released;
                     released += 1;
                 }
-                MappingState::Returned => {
-                    iova.release(record.range, 1);
-                    return false;
-                }
+                MappingState::Returned => return false,
                 _ => {}
             }
             true
@@ -272,21 +263,21 @@ impl Engine {
 
     /// Whether somebody counts on the mapping of exactly this range.
     pub(crate) fn is_owned(&self, key: DomainKey, range: IovaRange) -> bool {
-        let record = self.domain(key).and_then(|domain| domain.mappings.get(range.start()));
+        let record = self.domain(key).and_then(|domain| domain.space.get(range.start()));
         record.is_some_and(|record| record.owned && record.range == range)
     }
 
     /// Whether unmapping takes no request, since the domain died.
-    pub(crate) fn is_gone(&mut self, key: DomainKey, range: IovaRange) -> bool {
-        let records = self.domain_mut(key).and_then(|domain| domain.mappings.whole(range));
-        records.is_some_and(|records| records.iter().all(|record| !record.on_device))
+    pub(crate) fn is_gone(&self, key: DomainKey, range: IovaRange) -> bool {
+        let Some(domain) = self.domain(key) else { return false };
+        domain.space.whole(range).is_some() && domain.space.iter_in(range).all(|record| !record.on_device)
     }
 
     /// Whether a domain that has an endpoint again lost mappings. They are to be replayed then, and nothing new
     /// is mapped before [`end_transition`](Self::end_transition).
     pub(crate) fn begin_replay(&mut self, key: DomainKey) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
-        let needed = !domain.in_transition && domain.mappings.iter().any(Mapping::needs_replay);
+        let needed = !domain.in_transition && domain.space.tally().lost > 0;
         domain.in_transition |= needed;
         needed
     }
@@ -294,13 +285,16 @@ impl Engine {
     /// The next mapping to be replayed, above `after`.
     pub(crate) fn next_replay(&mut self, key: DomainKey, after: Option<Iova>) -> Option<(Request, Op, Iova)> {
         let domain = self.domain_mut(key)?;
-        let next = |record: &&Mapping| record.needs_replay() && Some(record.range.start()) > after;
-        let start = domain.mappings.iter().find(next)?.range.start();
-        let record = domain.mappings.get_mut(start)?;
-        (record.state, record.on_device) = (MappingState::Replaying, true);
-        let (range, phys, prot) = (record.range, record.phys, record.purpose.prot);
+        let first = after.map_or(Some(Iova::new(0)), |after| after.checked_add(1))?;
+        let record = domain.space.iter_from(first).find(|record| record.needs_replay())?;
+        let (range, phys, prot) = (record.range, record.phys, record.prot());
+        let start = range.start();
+        let record = domain.space.handle(start)?;
+        domain.space.change(record, start, |record| {
+            (record.state, record.on_device) = (MappingState::Replaying, true);
+        });
         let request = Request::Map { domain: domain.id, range, phys, prot };
-        Some((request, Op::Replay { domain: key, range }, start))
+        Some((request, Op::Replay { domain: key, range, record }, start))
     }
 
     /// The first of a failed list's mappings in `range`: one that the device refused, whose record goes, or one to be
@@ -311,46 +305,45 @@ impl Engine {
         (list, range): (ListId, IovaRange),
     ) -> Option<Unmade> {
         let domain = self.domain_mut(key)?;
-        let listed = |record: &&Mapping| record.list == list && range.contains(record.range);
-        let made = |record: &&Mapping| {
+        let made = |record: &&Record| {
             let made = matches!(record.state, MappingState::Live | MappingState::Returned)
                 || record.owned && record.is_stuck();
-            made && listed(record)
+            made && record.is_of(list)
         };
-        let (state, first) = domain.mappings.iter().find(made).map(|record| (record.state, record.range))?;
+        let first = domain.space.iter_in(range).find(made)?;
+        let (state, mut run) = (first.state, first.range);
         if state == MappingState::Returned {
-            let memory = domain.mappings.remove(first.start()).and_then(|record| record.held);
-            domain.iova.release(first, 1);
-            return Some(Unmade::Refused { range: first, memory });
+            let memory = domain.space.remove(run.start());
+            return Some(Unmade::Refused { range: run, memory });
         }
-        let live = domain.mappings.iter().filter(|record| record.state == state);
-        let touching = live.filter(listed).fold(first, |run, record| {
+        let first = run.start();
+        for record in domain.space.iter_in(range).skip_while(|record| record.range.start() <= first) {
             let touches = run.last().checked_add(1) == Some(record.range.start());
-            IovaRange::new(run.start(), record.range.last()).filter(|_| touches).unwrap_or(run)
-        });
-        Some(Unmade::Live(touching))
+            if !touches || record.state != state || !record.is_of(list) {
+                break;
+            }
+            run = IovaRange::new(run.start(), record.range.last()).unwrap_or(run);
+        }
+        Some(Unmade::Live(run))
     }
 
     /// The first mapping in `range` that waits to be unmapped by itself, or cannot be any more.
     pub(crate) fn next_apart(&self, key: DomainKey, range: IovaRange) -> Option<IovaRange> {
-        let mut records = self.domain(key)?.mappings.iter();
-        let apart = |record: &&Mapping| {
-            let apart = matches!(record.state, MappingState::Apart | MappingState::Stranded);
-            apart && range.contains(record.range)
-        };
-        records.find(apart).map(|record| record.range)
+        let apart = |record: &&Record| matches!(record.state, MappingState::Apart | MappingState::Stranded);
+        self.domain(key)?.space.iter_in(range).find(apart).map(|record| record.range)
     }
 
     /// Takes memory that the device cannot reach any more out of the records of `range`, one a call.
     pub(crate) fn take_released(&mut self, key: DomainKey, range: IovaRange) -> Option<HeldMemory> {
-        let domain = self.domain_mut(key)?;
-        let released =
-            |record: &&Mapping| record.state == MappingState::Released && range.contains(record.range);
-        let found = domain.mappings.iter().find(released)?.range;
-        let record = domain.mappings.remove(found.start())?;
-        domain.iova.release(found, 1);
+        if self.released == 0 {
+            return None;
+        }
+        let space = &mut self.domain_mut(key)?.space;
+        let released = |record: &&Record| record.state == MappingState::Released;
+        let start = space.iter_in(range).find(released)?.range.start();
+        let held = space.remove(start);
         self.released -= 1;
-        record.held
+        held
     }
 
     /// The same wherever it lies, for memory whose owner went away.
@@ -360,8 +353,8 @@ impl Engine {
         }
         let (index, generation) = self.domains.iter().enumerate().find_map(|(index, domain)| {
             let domain = domain.as_ref()?;
-            let released = domain.mappings.iter().any(|record| record.state == MappingState::Released);
-            released.then_some((index as u16, domain.generation))
+            let released = domain.space.tally().released;
+            (released > 0).then_some((index as u16, domain.generation))
         })?;
         self.take_released(DomainKey { index, generation }, IovaRange::WHOLE)
     }

@@ -17,11 +17,14 @@
 //!
 //! A record whose memory the driver holds does not go by itself: it is Released until the memory went back to its
 //! owner. One whose MAP was refused is Returned until whoever sent that took it.
+//!
+//! Addresses that are not free for another reason have a record too, so that there is one place that says who has them:
+//! see [`Holder`].
 
-use crate::addr::{Iova, IovaRange, PhysAddr};
-use crate::dma::HeldMemory;
+use crate::addr::{IovaRange, PhysAddr};
+use crate::dma::{HeldMemory, Kept};
 use crate::prot::Prot;
-use alloc::vec::Vec;
+use core::mem::size_of;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MappingState {
@@ -60,15 +63,59 @@ pub(crate) struct Purpose {
 
 /// Names a list of mappings that are made together, and rolled back together: what lies at their addresses by then
 /// may be another's.
+///
+/// Records keep 40 bits of it: at a million lists a second they repeat after twelve days, and the list would have to be
+/// rolled back for that long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListId(pub(super) u64);
 
-pub(crate) struct Mapping {
+impl ListId {
+    fn kept(self) -> [u8; 5] {
+        let [a, b, c, d, e, ..] = self.0.to_le_bytes();
+        [a, b, c, d, e]
+    }
+}
+
+/// Names a mapping's record as long as it is there, and maybe another one later: who has a handle has to know the
+/// address too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MappingHandle(pub(super) u32);
+
+/// Who has the addresses of a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// The record is not in use.
+    Nobody,
+    /// They are not usable: the end of the list.
+    End,
+    /// They are reserved for good.
+    Reserved,
+    /// Whoever allocated them, and did not map them yet.
+    Taken,
+    /// Nobody; they are kept for the next one who wants as many.
+    Cached,
+    Mapping,
+}
+
+/// A range of addresses that is not free: most are mappings, and to the rest of the engine all are.
+///
+/// Small, since there may be millions: what held memory has in common with its mapping is kept once, and the links of
+/// [`Order`](super::space) lie between the rest.
+pub(crate) struct Record {
+    /// Never changed but by the space that the record is in.
     pub range: IovaRange,
     pub phys: PhysAddr,
-    pub purpose: Purpose,
-    /// What it was made with.
-    pub list: ListId,
+    pub tag: &'static str,
+    kept: Option<Kept>,
+    pub(super) left: u32,
+    pub(super) right: u32,
+    pub(super) prev: u32,
+    pub(super) next: u32,
+    pub(super) gap: u32,
+    list: [u8; 5],
+    pub(super) rank: i8,
+    pub(super) holder: Holder,
+    prot: u8,
     pub state: MappingState,
     /// Whether the device may have it. False when the domain died since.
     pub on_device: bool,
@@ -76,11 +123,68 @@ pub(crate) struct Mapping {
     pub counted: bool,
     /// Whether somebody counts on it, who will unmap it. Such a record does not go by itself, in quarantine neither.
     pub owned: bool,
-    /// Memory that goes back to its owner when the device cannot reach it any more.
-    pub held: Option<HeldMemory>,
 }
 
-impl Mapping {
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<Record>() == 88);
+
+impl Record {
+    pub(super) fn new(range: IovaRange, holder: Holder) -> Self {
+        Self {
+            range,
+            phys: PhysAddr::new(0),
+            tag: "",
+            kept: None,
+            left: u32::MAX,
+            right: u32::MAX,
+            prev: u32::MAX,
+            next: u32::MAX,
+            gap: 0,
+            list: [0; 5],
+            rank: 0,
+            holder,
+            prot: 0,
+            state: MappingState::Mapping,
+            on_device: false,
+            counted: false,
+            owned: false,
+        }
+    }
+
+    /// Makes a mapping of taken addresses, with the memory that is held for it.
+    pub(super) fn begin(&mut self, phys: PhysAddr, purpose: Purpose, list: ListId, kept: Option<Kept>) {
+        self.holder = Holder::Mapping;
+        (self.phys, self.tag, self.kept, self.list) = (phys, purpose.tag, kept, list.kept());
+        self.prot = purpose.prot.bits() as u8;
+        (self.state, self.on_device, self.counted, self.owned) = (MappingState::Mapping, true, false, false);
+    }
+
+    /// What it allows.
+    pub(crate) fn prot(&self) -> Prot {
+        Prot::from_bits_retain(self.prot.into())
+    }
+
+    /// Whether it was made with this list.
+    pub(crate) fn is_of(&self, list: ListId) -> bool {
+        self.list == list.kept()
+    }
+
+    /// Whether both were made together.
+    pub(super) fn is_beside(&self, other: &Self) -> bool {
+        self.list == other.list
+    }
+
+    /// Whether there is memory that goes back to its owner when the device cannot reach it any more.
+    pub(crate) fn holds_memory(&self) -> bool {
+        self.kept.is_some()
+    }
+
+    pub(super) fn take_held(&mut self, granule: u64) -> Option<HeldMemory> {
+        // It was a `usize` when it was mapped.
+        let len = self.range.len_bytes().unwrap_or(0) as usize;
+        Some(self.kept.take()?.into_held(self.phys, len, granule as usize))
+    }
+
     /// Whether the device may have it in a domain without endpoints, now or when it answers.
     pub(crate) fn is_in_doubt(&self) -> bool {
         match self.state {
@@ -101,157 +205,65 @@ impl Mapping {
     pub(crate) fn needs_replay(&self) -> bool {
         !self.on_device && self.state == MappingState::Live
     }
-}
 
-/// The records of a domain, ordered by address, in a list of fixed capacity.
-///
-/// # Invariants
-/// Sorted by start; ranges never overlap (their addresses left the domain's allocator).
-pub(crate) struct MappingTable {
-    records: Vec<Mapping>,
-}
-
-impl MappingTable {
-    /// Room for `capacity` records. Allocates.
-    pub(crate) fn new(capacity: usize) -> Self {
-        Self { records: Vec::with_capacity(capacity) }
-    }
-
-    pub(crate) fn capacity(&self) -> usize {
-        self.records.capacity()
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.records.len()
-    }
-
-    pub(crate) fn is_full(&self) -> bool {
-        self.records.len() == self.records.capacity()
-    }
-
-    pub(crate) fn is_empty(&self) -> bool {
-        self.records.is_empty()
-    }
-
-    /// Moves into the larger list and returns the smaller, empty one, to be dropped outside of the lock.
-    pub(crate) fn grow_into(&mut self, mut spare: Vec<Mapping>) -> Vec<Mapping> {
-        if spare.capacity() > self.records.capacity() {
-            spare.append(&mut self.records);
-            core::mem::swap(&mut self.records, &mut spare);
-        }
-        spare
-    }
-
-    fn position(&self, start: Iova) -> Result<usize, usize> {
-        self.records.binary_search_by_key(&start, |record| record.range.start())
-    }
-
-    /// Adds a record. The caller checked [`is_full`](Self::is_full), and took the range from the allocator.
-    pub(crate) fn insert(&mut self, record: Mapping) {
-        debug_assert!(!self.is_full());
-        let (Ok(at) | Err(at)) = self.position(record.range.start());
-        self.records.insert(at, record);
-    }
-
-    pub(crate) fn get(&self, start: Iova) -> Option<&Mapping> {
-        self.position(start).ok().map(|at| &self.records[at])
-    }
-
-    pub(crate) fn get_mut(&mut self, start: Iova) -> Option<&mut Mapping> {
-        self.position(start).ok().map(|at| &mut self.records[at])
-    }
-
-    pub(crate) fn remove(&mut self, start: Iova) -> Option<Mapping> {
-        self.position(start).ok().map(|at| self.records.remove(at))
-    }
-
-    /// The record that contains `address`.
-    pub(crate) fn containing(&self, address: Iova) -> Option<&Mapping> {
-        let after = self.records.partition_point(|record| record.range.start() <= address);
-        let record = self.records.get(after.checked_sub(1)?)?;
-        (address <= record.range.last()).then_some(record)
-    }
-
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Mapping> {
-        self.records.iter()
-    }
-
-    /// The records of `range`, if it is made of whole records that touch each other.
-    pub(crate) fn whole(&mut self, range: IovaRange) -> Option<&mut [Mapping]> {
-        let first = self.position(range.start()).ok()?;
-        let mut at = first;
-        loop {
-            let record = self.records.get(at)?;
-            if record.range.last() == range.last() {
-                return Some(&mut self.records[first..=at]);
-            }
-            let next = self.records.get(at + 1)?;
-            let touching = record.range.last().checked_add(1) == Some(next.range.start());
-            if !touching || record.range.last() > range.last() {
-                return None;
-            }
-            at += 1;
-        }
-    }
-
-    /// Visits the records of `range` in order and removes those for which `keep` says no.
-    pub(crate) fn retain_in(&mut self, range: IovaRange, mut keep: impl FnMut(&mut Mapping) -> bool) {
-        self.records.retain_mut(|record| !range.contains(record.range) || keep(record));
-    }
-
-    /// Visits all records in order and removes those for which `keep` says no.
-    pub(crate) fn retain_all(&mut self, keep: impl FnMut(&mut Mapping) -> bool) {
-        self.records.retain_mut(keep);
+    /// Whether it adds nothing to a [`Tally`]: so it is with nearly all, which keeps counting cheap.
+    fn is_plain(&self) -> bool {
+        use MappingState::{Deferred, Live, Mapping, Replaying, Unmapping};
+        self.on_device && matches!(self.state, Mapping | Live | Replaying | Deferred | Unmapping)
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Counts of mappings that something is the matter with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    /// In quarantine, with nobody who could unmap them.
+    pub quarantined: u64,
+    pub quarantined_bytes: u64,
+    /// To be mapped again.
+    pub lost: u64,
+    pub stranded: u64,
+    pub released: u64,
+    /// Those that the device does not have in a domain without endpoints.
+    pub certain: u64,
+}
 
-    fn range(start: u64, last: u64) -> IovaRange {
-        IovaRange::new(Iova::new(start), Iova::new(last)).unwrap()
-    }
-
-    fn table(ranges: &[IovaRange]) -> MappingTable {
-        let mut table = MappingTable::new(8);
-        for range in ranges {
-            table.insert(Mapping {
-                range: *range,
-                phys: PhysAddr::new(0),
-                purpose: Purpose { prot: Prot::READ, tag: "" },
-                list: ListId(0),
-                state: MappingState::Live,
-                on_device: true,
-                counted: false,
-                owned: true,
-                held: None,
-            });
+impl Tally {
+    /// Changes a record, and counts what it is then instead of what it was.
+    pub(super) fn change<R>(&mut self, record: &mut Record, change: impl FnOnce(&mut Record) -> R) -> R {
+        if !record.is_plain() {
+            self.count(record, |count, by| *count -= by);
         }
-        table
+        let result = change(record);
+        if !record.is_plain() {
+            self.count(record, |count, by| *count += by);
+        }
+        result
     }
 
-    #[test]
-    fn a_range_is_whole_only_on_boundaries_and_without_holes() {
-        let mut table = table(&[range(0x1000, 0x1fff), range(0x2000, 0x3fff), range(0x5000, 0x5fff)]);
-        assert_eq!(table.whole(range(0x1000, 0x3fff)).unwrap().len(), 2);
-        assert_eq!(table.whole(range(0x2000, 0x3fff)).unwrap().len(), 1);
-        for broken in [
-            range(0x1000, 0x2fff),
-            range(0x1800, 0x3fff),
-            range(0x2000, 0x5fff),
-            range(0x5000, 0x6fff),
-            range(0x4000, 0x4fff),
-        ] {
-            assert!(table.whole(broken).is_none(), "{broken}");
+    /// Counts a record.
+    #[cfg(test)]
+    pub(super) fn remember(&mut self, record: &Record) {
+        self.count(record, |count, by| *count += by);
+    }
+
+    /// Counts a record no more.
+    pub(super) fn forget(&mut self, record: &Record) {
+        if !record.is_plain() {
+            self.count(record, |count, by| *count -= by);
         }
     }
 
-    #[test]
-    fn lookup_by_any_address() {
-        let table = table(&[range(0x1000, 0x1fff), range(0x3000, 0x3fff)]);
-        assert_eq!(table.containing(Iova::new(0x1fff)).unwrap().range, range(0x1000, 0x1fff));
-        assert!(table.containing(Iova::new(0x2000)).is_none());
-        assert!(table.containing(Iova::new(0xfff)).is_none());
+    fn count(&mut self, record: &Record, by: fn(&mut u64, u64)) {
+        let quarantined = match record.state {
+            MappingState::Quarantined { .. } => !record.owned,
+            state => state == MappingState::Stranded,
+        };
+        let bytes = if quarantined { record.range.len_bytes().unwrap_or(0) } else { 0 };
+        by(&mut self.quarantined, quarantined.into());
+        by(&mut self.quarantined_bytes, bytes);
+        by(&mut self.lost, record.needs_replay().into());
+        by(&mut self.stranded, (record.state == MappingState::Stranded).into());
+        by(&mut self.released, (record.state == MappingState::Released).into());
+        by(&mut self.certain, (!record.is_in_doubt()).into());
     }
 }

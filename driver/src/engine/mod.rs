@@ -11,11 +11,11 @@ mod domain;
 mod endpoint;
 mod fault;
 mod group;
-mod iova;
 mod map;
 mod mapping;
 mod recover;
 mod settle;
+mod space;
 
 pub(crate) use attach::AttachPlan;
 pub(crate) use deferred::{Deferral, DeferredList, MERGED, first_run};
@@ -24,18 +24,17 @@ pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Placement, Unmade, UnmapPlan};
-pub(crate) use mapping::{ListId, Mapping, Purpose};
+pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
 pub(crate) use recover::Revival;
 
-use crate::addr::IovaRange;
+use crate::addr::{Iova, IovaRange};
 use crate::error::DomainError;
 use crate::fault::FaultWindow;
 use crate::id::{DomainId, EndpointId};
 use crate::options::{DomainKind, Options};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
-use iova::IovaAllocator;
-use mapping::{MappingState, MappingTable};
+use space::{Room, Space};
 
 /// Names a domain's record. The generation tells a record from a later one in the same place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,15 +69,20 @@ pub(crate) enum Op {
     Map {
         domain: DomainKey,
         range: IovaRange,
+        record: MappingHandle,
     },
     /// A mapping of a domain that had died, which has an endpoint again.
     Replay {
         domain: DomainKey,
         range: IovaRange,
+        record: MappingHandle,
     },
+    /// One mapping, or several that touch each other.
     Unmap {
         domain: DomainKey,
         range: IovaRange,
+        /// The first.
+        record: MappingHandle,
     },
 }
 
@@ -123,10 +127,10 @@ impl Limits {
         Self { endpoints: options.max_endpoints.min(1 << 16), domains: options.max_domains.min(MAX_DOMAINS) }
     }
 
-    /// Ranges of IOVA that may leave a domain's free list: its mappings, its reserved regions, and one granule
-    /// that faults for each endpoint.
-    fn ranges(self, mappings: usize) -> usize {
-        mappings + MAX_RESERVED + self.endpoints
+    /// What a domain has records for: its mappings, its reserved regions, and one granule that faults for each
+    /// endpoint.
+    fn room(self, mappings: usize) -> Room {
+        Room { mappings, holes: MAX_RESERVED, others: self.endpoints }
     }
 }
 
@@ -186,38 +190,34 @@ impl Engine {
         }
     }
 
-    /// The parts of a domain's record that need memory, made before the lock is taken.
-    pub(crate) fn prepare_domain(
-        geometry: &Geometry,
-        limits: Limits,
-        mappings: usize,
-    ) -> (MappingTable, IovaAllocator) {
-        let mappings = MappingTable::new(mappings);
-        let ranges = limits.ranges(mappings.capacity());
-        (mappings, IovaAllocator::new(geometry.usable, ranges, MAX_RESERVED))
+    /// The part of a domain's record that needs memory, made before the lock is taken.
+    pub(crate) fn prepare_domain(geometry: &Geometry, limits: Limits, mappings: usize) -> Space {
+        Space::new(geometry.usable, geometry.granule, limits.room(mappings))
     }
 
-    /// Lists for `capacity` mappings, for [`grow_domain`](Self::grow_domain). Allocates.
-    pub(crate) fn prepare_growth(limits: Limits, capacity: usize) -> (Vec<Mapping>, Vec<IovaRange>) {
-        (Vec::with_capacity(capacity), IovaAllocator::spare(limits.ranges(capacity)))
+    /// How many records a domain lacks for so many mappings in all.
+    pub(crate) fn lacks(&self, key: DomainKey, mappings: usize) -> usize {
+        self.domain(key).map_or(0, |domain| domain.space.lacks(mappings))
     }
 
-    /// Moves a domain's records into larger lists and returns the old ones, to be dropped outside of the lock.
+    /// Adds the records that a domain [lacks](Self::lacks), an empty list of that capacity. It comes back if it is not
+    /// needed, to be dropped outside of the lock.
     pub(crate) fn grow_domain(
         &mut self,
         key: DomainKey,
-        spare: (Vec<Mapping>, Vec<IovaRange>),
-    ) -> (Vec<Mapping>, Vec<IovaRange>) {
+        mappings: usize,
+        spare: Vec<Record>,
+    ) -> Option<Vec<Record>> {
         match self.domain_mut(key) {
-            Some(domain) => (domain.mappings.grow_into(spare.0), domain.iova.grow_into(spare.1)),
-            None => spare,
+            Some(domain) => domain.space.grow(mappings, spare),
+            None => Some(spare),
         }
     }
 
-    /// Takes `parts`, unless there is an error: then the caller drops them outside of the lock.
+    /// Takes `space`, unless there is an error: then the caller drops it outside of the lock.
     pub(crate) fn create_domain(
         &mut self,
-        parts: &mut Option<(MappingTable, IovaAllocator)>,
+        space: &mut Option<Space>,
         kind: DomainKind,
         deferred: &mut Option<DeferredList>,
     ) -> Result<DomainKey, DomainError> {
@@ -226,7 +226,7 @@ impl Engine {
         };
         let id = self.next_id()?;
         let limit = self.limits.domains;
-        let (mappings, iova) = parts.take().ok_or(DomainError::TooMany { limit })?;
+        let space = space.take().ok_or(DomainError::TooMany { limit })?;
         let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
         self.domains[index] = Some(DomainRecord {
             generation,
@@ -234,8 +234,7 @@ impl Engine {
             kind,
             attached: 0,
             possible: 0,
-            mappings,
-            iova,
+            space,
             deferred: deferred.take(),
             stats: DomainStats::default(),
             in_transition: false,
@@ -304,14 +303,9 @@ impl Engine {
 
     /// What is in quarantine: mappings, and their bytes.
     pub(crate) fn quarantined(&self) -> (usize, u64) {
-        let records = self.domains.iter().flatten().flat_map(|domain| domain.mappings.iter());
-        // One that somebody counts on, and can unmap, is not.
-        let stuck = records.filter(|record| match record.state {
-            MappingState::Quarantined { .. } => !record.owned,
-            state => state == MappingState::Stranded,
-        });
-        stuck.fold((0, 0), |(count, bytes), record| {
-            (count + 1, bytes + record.range.len_bytes().unwrap_or(u64::MAX))
+        self.domains.iter().flatten().fold((0, 0), |(count, bytes), domain| {
+            let tally = domain.space.tally();
+            (count + tally.quarantined as usize, bytes + tally.quarantined_bytes)
         })
     }
 
@@ -321,18 +315,17 @@ impl Engine {
         &self,
         after: Option<(DomainKey, IovaRange)>,
     ) -> Option<(DomainKey, IovaRange)> {
-        let place = |key: DomainKey, range: IovaRange| (key.index, range.start());
-        let after = after.map(|(key, range)| place(key, range));
-        let keyed = self.domains.iter().enumerate().filter_map(|(index, domain)| {
-            let domain = domain.as_ref()?;
-            Some((DomainKey { index: index as u16, generation: domain.generation }, domain))
-        });
-        let mut stuck = keyed.flat_map(|(key, domain)| {
-            let stuck = MappingState::Quarantined { in_flight: false };
-            let records = domain.mappings.iter().filter(move |record| record.state == stuck);
-            records.map(move |record| (key, record.range))
-        });
-        stuck.find(|(key, range)| Some(place(*key, *range)) > after)
+        let stuck = MappingState::Quarantined { in_flight: false };
+        self.domains.iter().enumerate().find_map(|(index, domain)| {
+            let (index, domain) = (index as u16, domain.as_ref()?);
+            let first = match after {
+                Some((key, _)) if index < key.index => return None,
+                Some((key, range)) if index == key.index => range.start().checked_add(1)?,
+                _ => Iova::new(0),
+            };
+            let record = domain.space.iter_from(first).find(|record| record.state == stuck)?;
+            Some((DomainKey { index, generation: domain.generation }, record.range))
+        })
     }
 }
 

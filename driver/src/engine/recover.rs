@@ -3,7 +3,7 @@
 //! A reset by itself proves nothing: on several devices domains survive it (I3). A domain's mappings are gone for
 //! certain when each of its endpoints was attached, with success, to a number that has none.
 
-use super::mapping::{Mapping, MappingState};
+use super::mapping::MappingState;
 use super::{Attachment, DomainKey, EndpointRecord, Engine, Op};
 use crate::error::AttachError;
 use crate::id::{DomainId, EndpointId};
@@ -30,7 +30,7 @@ impl Engine {
         }
         for index in 0..self.domains.len() {
             let Some(domain) = self.domains[index].as_mut() else { continue };
-            domain.mappings.retain_all(|record| {
+            domain.space.retain_all(|record| {
                 if let MappingState::Quarantined { in_flight } = &mut record.state {
                     *in_flight = false;
                 }
@@ -127,8 +127,7 @@ impl Engine {
 
     /// Whether an endpoint may be in what the device knows by a number that the domain had before.
     pub(super) fn is_stranded(&self, key: DomainKey) -> bool {
-        let stranded = |record: &Mapping| record.state == MappingState::Stranded;
-        self.domain(key).is_some_and(|domain| domain.mappings.iter().any(stranded))
+        self.domain(key).is_some_and(|domain| domain.space.tally().stranded > 0)
     }
 
     /// Ends a revival. True if every endpoint was readmitted: what the domain had before is gone then, and its live
@@ -141,7 +140,7 @@ impl Engine {
         if let Some(deferred) = &mut domain.deferred {
             deferred.clear();
         }
-        domain.mappings.retain_all(|record| {
+        domain.space.retain_all(|record| {
             let usual = [MappingState::Live, MappingState::Apart, MappingState::Deferred];
             let there = usual.contains(&record.state) || record.is_stuck();
             if lost && there && record.on_device {

@@ -1,7 +1,7 @@
 //! What an answer, or its absence, does to the records.
 
 use super::domain::DomainRecord;
-use super::mapping::{Mapping, MappingState};
+use super::mapping::{MappingHandle, MappingState, Record};
 use super::{Attachment, DomainKey, Engine, Op};
 use crate::addr::IovaRange;
 use crate::error::RequestError;
@@ -19,9 +19,13 @@ impl Engine {
             Op::Attach { endpoint, domain } => self.settle_attach(endpoint, domain, outcome, abandoned),
             Op::Detach { endpoint, domain } => self.settle_detach(endpoint, domain, outcome),
             Op::Readmit { endpoint, domain } => self.settle_readmission(endpoint, domain, outcome),
-            Op::Map { domain, range } => self.settle_map(domain, range, outcome, abandoned),
-            Op::Replay { domain, range } => self.settle_replay(domain, range, outcome),
-            Op::Unmap { domain, range } => self.settle_unmap(domain, range, outcome, abandoned),
+            Op::Map { domain, range, record } => {
+                self.settle_map(domain, (range, record), outcome, abandoned);
+            }
+            Op::Replay { domain, range, record } => self.settle_replay(domain, (range, record), outcome),
+            Op::Unmap { domain, range, record } => {
+                self.settle_unmap(domain, (range, record), outcome, abandoned);
+            }
         }
     }
 
@@ -34,7 +38,9 @@ impl Engine {
             | Op::Readmit { endpoint, domain } => {
                 self.mark_unknown(endpoint, domain, true);
             }
-            Op::Map { domain, range } | Op::Replay { domain, range } | Op::Unmap { domain, range } => {
+            Op::Map { domain, range, .. }
+            | Op::Replay { domain, range, .. }
+            | Op::Unmap { domain, range, .. } => {
                 self.mark(domain, range, MappingState::Quarantined { in_flight: true });
             }
         }
@@ -43,14 +49,13 @@ impl Engine {
     /// Whoever sent it went away after its answer came: what he would have unmapped apart is in quarantine. Where the
     /// answer was another, the addresses may be somebody else's by now. What a MAP made its list knows.
     pub(crate) fn disown_op(&mut self, op: Op, error: RequestError) {
-        if let (Op::Unmap { domain, range }, RequestError::Refused(Status::Range)) = (op, error) {
+        if let (Op::Unmap { domain, range, .. }, RequestError::Refused(Status::Range)) = (op, error) {
             self.disown_apart(domain, range);
         }
     }
 
     fn settle_attach(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome, abandoned: bool) {
-        let deserted =
-            |domain: &DomainRecord| domain.attached == 0 && domain.mappings.iter().any(Mapping::is_in_doubt);
+        let deserted = |domain: &DomainRecord| domain.attached == 0 && domain.space.is_in_doubt();
         match outcome {
             Ok(()) => {
                 self.confirmed.attaches += 1;
@@ -102,57 +107,67 @@ impl Engine {
         }
     }
 
-    fn settle_map(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome, abandoned: bool) {
+    fn settle_map(
+        &mut self,
+        key: DomainKey,
+        (range, record): (IovaRange, MappingHandle),
+        outcome: Outcome,
+        abandoned: bool,
+    ) {
         match outcome {
-            Ok(()) => {
-                if let Some(record) = self.mapping_mut(key, range) {
-                    record.owned = !abandoned;
-                }
-                self.mapped(key, range);
-            }
+            Ok(()) => self.mapped(key, (range, record), |record| record.owned = !abandoned),
             Err(error) if error.outcome_unknown() => {
                 self.mark(key, range, MappingState::Quarantined { in_flight: false });
             }
             // The device said no: nothing was mapped. Whoever sent it takes the record out, in the order of his list.
-            Err(_) if abandoned => self.let_go(key, range),
+            Err(_) if abandoned => self.let_go(key, range, Some(record)),
             Err(_) => self.mark(key, range, MappingState::Returned),
         }
     }
 
-    fn settle_replay(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome) {
+    fn settle_replay(&mut self, key: DomainKey, mapping: (IovaRange, MappingHandle), outcome: Outcome) {
+        let (range, record) = mapping;
         match outcome {
-            Ok(()) => self.mapped(key, range),
+            Ok(()) => self.mapped(key, mapping, |_| {}),
             Err(error) if error.outcome_unknown() => {
                 self.mark(key, range, MappingState::Quarantined { in_flight: false });
             }
             // The device said no: as before the replay.
-            Err(_) => self.let_go(key, range),
+            Err(_) => self.let_go(key, range, Some(record)),
         }
     }
 
-    fn mapping_mut(&mut self, key: DomainKey, range: IovaRange) -> Option<&mut Mapping> {
-        self.domain_mut(key)?.mappings.get_mut(range.start())
-    }
-
     /// The device confirmed a MAP. It is in quarantine if nobody counts on it any more.
-    fn mapped(&mut self, key: DomainKey, range: IovaRange) {
+    fn mapped(
+        &mut self,
+        key: DomainKey,
+        (range, record): (IovaRange, MappingHandle),
+        own: impl FnOnce(&mut Record),
+    ) {
         self.confirmed.maps += 1;
         let Some(domain) = self.domain_mut(key) else { return };
         domain.stats.maps += 1;
         domain.stats.mapped_bytes += range.len_bytes().unwrap_or(0);
         domain.stats.peak_bytes = domain.stats.peak_bytes.max(domain.stats.mapped_bytes);
-        if let Some(record) = domain.mappings.get_mut(range.start()) {
+        domain.space.change(record, range.start(), |record| {
+            own(record);
             record.counted = true;
             record.state = match record.owned {
                 true => MappingState::Live,
                 false => MappingState::Quarantined { in_flight: false },
             };
-        }
+        });
         // A late answer: the domain may have died since.
         self.revoke_if_empty(usize::from(key.index));
     }
 
-    fn settle_unmap(&mut self, key: DomainKey, range: IovaRange, outcome: Outcome, abandoned: bool) {
+    fn settle_unmap(
+        &mut self,
+        key: DomainKey,
+        (range, record): (IovaRange, MappingHandle),
+        outcome: Outcome,
+        abandoned: bool,
+    ) {
         let closed = self.bypass_closed;
         let dead = self.domain(key).is_some_and(|domain| closed && domain.possible == 0);
         match outcome {
@@ -161,10 +176,10 @@ impl Engine {
                 if let Some(domain) = self.domain_mut(key) {
                     domain.stats.unmaps += 1;
                 }
-                self.let_go(key, range);
+                self.let_go(key, range, Some(record));
             }
             // The domain died meanwhile, and its mappings with it.
-            Err(_) if dead => self.let_go(key, range),
+            Err(_) if dead => self.let_go(key, range, Some(record)),
             Err(RequestError::Refused(Status::Range)) if !abandoned && !self.is_one(key, range) => {
                 self.mark(key, range, MappingState::Apart);
             }
@@ -174,30 +189,29 @@ impl Engine {
     }
 
     fn is_one(&self, key: DomainKey, range: IovaRange) -> bool {
-        let record = self.domain(key).and_then(|domain| domain.mappings.get(range.start()));
+        let record = self.domain(key).and_then(|domain| domain.space.get(range.start()));
         record.is_some_and(|record| record.range == range)
     }
 
     /// The device cannot reach the memory of these records any more. Those that somebody counts on stay live, to be
     /// unmapped without a request, or mapped again; of the others those that hold no memory go, and the rest waits
-    /// for it to be taken.
-    pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange) {
+    /// for it to be taken. `first` may name the first of them.
+    pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange, first: Option<MappingHandle>) {
         let Some(domain) = self.domain_mut(key) else { return };
         let orphaned = domain.orphaned;
-        let (iova, stats) = (&mut domain.iova, &mut domain.stats);
+        let stats = &mut domain.stats;
         let mut released = 0;
-        domain.mappings.retain_in(range, |record| {
+        domain.space.retain_in(range, first, |record| {
             uncount(record, &mut stats.mapped_bytes);
             if record.owned && !orphaned {
                 (record.state, record.on_device) = (MappingState::Live, false);
                 return true;
             }
-            if record.held.is_some() {
+            if record.holds_memory() {
                 record.state = MappingState::Released;
                 released += 1;
                 return true;
             }
-            iova.release(record.range, 1);
             false
         });
         self.released += released;
@@ -205,7 +219,7 @@ impl Engine {
 
     fn mark(&mut self, key: DomainKey, range: IovaRange, state: MappingState) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.mappings.retain_in(range, |record| {
+            domain.space.retain_in(range, None, |record| {
                 record.state = state;
                 true
             });
@@ -253,12 +267,12 @@ impl Engine {
     pub(super) fn revoke(&mut self, index: usize) {
         let Some(domain) = self.domains[index].as_mut() else { return };
         let deserted = domain.orphaned && domain.possible == 0;
-        let (iova, stats) = (&mut domain.iova, &mut domain.stats);
+        let stats = &mut domain.stats;
         if let Some(deferred) = &mut domain.deferred {
             deferred.clear();
         }
         let mut released = 0;
-        domain.mappings.retain_all(|record| {
+        domain.space.retain_all(|record| {
             uncount(record, &mut stats.mapped_bytes);
             let settled = MappingState::Quarantined { in_flight: false };
             let leaving = [settled, MappingState::Stranded, MappingState::Deferred];
@@ -272,19 +286,18 @@ impl Engine {
             if !(quarantined && !record.owned || unowned) {
                 return true;
             }
-            if record.held.is_some() {
+            if record.holds_memory() {
                 record.state = MappingState::Released;
                 released += 1;
                 return true;
             }
-            iova.release(record.range, 1);
             false
         });
         self.released += released;
     }
 }
 
-fn uncount(record: &mut Mapping, mapped_bytes: &mut u64) {
+fn uncount(record: &mut Record, mapped_bytes: &mut u64) {
     if core::mem::take(&mut record.counted) {
         *mapped_bytes -= record.range.len_bytes().unwrap_or(0);
     }

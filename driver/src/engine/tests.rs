@@ -5,6 +5,7 @@ use crate::addr::{Iova, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::error::{AttachError, RequestError, UnmapError};
 use crate::options::DomainKind;
+use crate::platform::DmaMemory;
 use crate::prot::Prot;
 use crate::queue::{Completion, Outcome};
 use crate::test_memory::TestMemory;
@@ -80,7 +81,7 @@ impl Engine {
     }
 
     fn state(&self, key: DomainKey, range: IovaRange) -> Option<MappingState> {
-        self.domain(key)?.mappings.get(range.start()).map(|record| record.state)
+        self.domain(key)?.space.get(range.start()).map(|record| record.state)
     }
 
     /// Whether the addresses could be handed out now. Leaves them as they are.
@@ -94,7 +95,8 @@ impl Engine {
 }
 
 fn held() -> Option<HeldMemory> {
-    Some(HeldMemory::from_platform(TestMemory::leak(8), 8))
+    let memory = DmaMemory { phys: PhysAddr::new(0), len: 0x1000, ..TestMemory::leak(8) };
+    Some(HeldMemory::from_platform(memory, 0x1000))
 }
 
 #[test]
@@ -314,7 +316,7 @@ fn a_key_of_before_names_nothing() {
     assert_eq!(engine.begin_attach(EP, old), Err(AttachError::DeadDomain));
     assert_eq!(engine.begin_unmap(old, range(1, 1)), Err(UnmapError::NotMapped(range(1, 1).start())));
     engine.settle(&Completion {
-        op: Op::Map { domain: old, range: range(1, 1) },
+        op: Op::Map { domain: old, range: range(1, 1), record: MappingHandle(0) },
         outcome: Ok(()),
         abandoned: true,
     });

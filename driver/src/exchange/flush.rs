@@ -124,7 +124,7 @@ impl<'a, P: Platform> Flush<'a, P> {
             let each = |state: &mut State, answer| {
                 let Err((op, error)) = answer else { return };
                 failed = Some(error);
-                if let (Op::Unmap { domain, range }, RequestError::Refused(Status::Range)) = (op, error) {
+                if let (Op::Unmap { domain, range, .. }, RequestError::Refused(Status::Range)) = (op, error) {
                     state.engine.disown_apart(domain, range);
                     apart = true;
                 }

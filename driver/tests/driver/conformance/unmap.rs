@@ -71,7 +71,7 @@ fn d23_reserved_of_unmap_is_zero() {
 }
 
 /// The driver does not use the liberty to spill over holes.
-// Seen to fail with a `MappingTable::whole` that does not look whether mappings touch.
+// Seen to fail with a `Space::whole` that does not look whether mappings touch.
 #[test]
 fn d24_an_unmap_covers_whole_mappings_that_touch() {
     for seed in 0..4 {
@@ -91,7 +91,7 @@ fn d24_an_unmap_covers_whole_mappings_that_touch() {
     }
 }
 
-// Seen to fail with a `MappingTable::whole` that takes a range that ends inside of a mapping.
+// Seen to fail with a `Space::whole` that takes a range that ends inside of a mapping.
 #[test]
 fn d25_an_unmap_begins_and_ends_on_edges_of_mappings() {
     let check = |machine: &Machine| {

@@ -1,0 +1,167 @@
+//! Ranges that were given back lately, kept by size, so that the next one who wants that size takes no search.
+
+use super::order::Order;
+use super::slab::{Index, NIL};
+use crate::addr::PhysAddr;
+use crate::engine::mapping::Holder;
+
+/// Sizes in granules up to this one have a magazine each; beyond it the powers of two have.
+const SMALL: u64 = 32;
+
+/// 1 to 32 granules, and 64 to 4096.
+const CLASSES: usize = SMALL as usize + 7;
+
+/// The most ranges in all magazines.
+const MAX_CACHED: usize = 512;
+
+/// Stacks of records in state [`Holder::Cached`], all of a stack of the same size. Each names the next below it in
+/// `phys`, which it has no other use for.
+pub(super) struct Magazines {
+    tops: [Index; CLASSES],
+    cached: usize,
+    /// The magazine that gives way next when all are full together.
+    victim: usize,
+}
+
+/// Which magazine keeps ranges of so many granules.
+fn class_of(granules: u64) -> Option<usize> {
+    match granules {
+        0 => None,
+        1..=SMALL => Some(granules as usize - 1),
+        _ if !granules.is_power_of_two() => None,
+        _ => Some(SMALL as usize + (granules / SMALL).trailing_zeros() as usize - 1)
+            .filter(|class| *class < CLASSES),
+    }
+}
+
+impl Magazines {
+    pub(super) fn new() -> Self {
+        Self { tops: [NIL; CLASSES], cached: 0, victim: 0 }
+    }
+
+    /// Takes the latest range of this size, if it suits.
+    pub(super) fn pop(
+        &mut self,
+        order: &mut Order,
+        granules: u64,
+        suits: impl FnOnce(u64, u64) -> bool,
+    ) -> Option<Index> {
+        let class = class_of(granules)?;
+        let top = self.tops[class];
+        if top == NIL {
+            return None;
+        }
+        let range = order[top].range;
+        if !suits(range.start().get(), range.last().get()) {
+            return None;
+        }
+        Some(self.pop_class(order, class, top))
+    }
+
+    fn pop_class(&mut self, order: &mut Order, class: usize, top: Index) -> Index {
+        let record = &mut order[top];
+        record.holder = Holder::Taken;
+        self.tops[class] = record.phys.get() as Index;
+        self.cached -= 1;
+        top
+    }
+
+    /// Keeps a range that nobody has any more. False where it is to be freed instead.
+    pub(super) fn push(&mut self, order: &mut Order, index: Index) -> bool {
+        let granules = order.granules(order[index].range);
+        // Of ranges that lie behind one another in the tree only the last one goes without changing it.
+        let Some(class) = class_of(granules).filter(|_| order.stands_alone(index)) else { return false };
+        if self.cached == MAX_CACHED {
+            match self.next_victim(class) {
+                Some(victim) => self.free_one(order, victim),
+                None => return false,
+            }
+        }
+        let below = self.tops[class];
+        let record = &mut order[index];
+        record.holder = Holder::Cached;
+        record.phys = PhysAddr::new(below.into());
+        self.tops[class] = index;
+        self.cached += 1;
+        true
+    }
+
+    /// Another magazine that has something, each in its turn.
+    fn next_victim(&mut self, but: usize) -> Option<usize> {
+        for _ in 0..CLASSES {
+            self.victim = (self.victim + 1) % CLASSES;
+            if self.victim != but && self.tops[self.victim] != NIL {
+                return Some(self.victim);
+            }
+        }
+        None
+    }
+
+    fn free_one(&mut self, order: &mut Order, class: usize) {
+        let top = self.tops[class];
+        if top != NIL {
+            let index = self.pop_class(order, class, top);
+            order.remove(index);
+        }
+    }
+
+    /// Frees one range, whichever, so that its record can be had. False where there is none.
+    pub(super) fn free_any(&mut self, order: &mut Order) -> bool {
+        match self.next_victim(CLASSES) {
+            Some(class) => {
+                self.free_one(order, class);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Frees all ranges of the size that this cached one has.
+    pub(super) fn drain_like(&mut self, order: &mut Order, index: Index) {
+        let Some(class) = class_of(order.granules(order[index].range)) else { return };
+        // Bounded by MAX_CACHED.
+        while self.tops[class] != NIL {
+            self.free_one(order, class);
+        }
+    }
+
+    /// Frees all. False where there was nothing.
+    pub(super) fn drain(&mut self, order: &mut Order) -> bool {
+        let any = self.cached > 0;
+        // Bounded by MAX_CACHED.
+        while self.free_any(order) {}
+        any
+    }
+}
+
+#[cfg(test)]
+impl Magazines {
+    /// How many ranges there are, each in the magazine of its size.
+    pub(super) fn count(&self, order: &Order) -> usize {
+        let mut count = 0;
+        for (class, top) in self.tops.iter().enumerate() {
+            let mut index = *top;
+            while index != NIL {
+                assert_eq!(order[index].holder, Holder::Cached);
+                assert_eq!(class_of(order.granules(order[index].range)), Some(class));
+                assert!(order.stands_alone(index));
+                count += 1;
+                index = order[index].phys.get() as Index;
+            }
+        }
+        assert_eq!(count, self.cached);
+        count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_size_has_its_own_magazine() {
+        let classes: [_; 9] = [0, 1, 32, 33, 63, 64, 128, 4096, 8192].map(class_of);
+        let last = CLASSES - 1;
+        assert_eq!(classes, [None, Some(0), Some(31), None, None, Some(32), Some(33), Some(last), None]);
+    }
+}

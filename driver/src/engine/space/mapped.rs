@@ -1,0 +1,173 @@
+//! Mappings: making them of addresses that were taken, finding and ending them.
+
+use super::Space;
+use super::slab::Index;
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::dma::HeldMemory;
+use crate::engine::mapping::{Holder, ListId, MappingHandle, Purpose, Record};
+
+impl Space {
+    /// Makes a mapping of addresses that were taken: all, or the first of them. `held` is taken, which is the memory
+    /// that the mapping leads to. `None` where that is not so.
+    pub(crate) fn insert(
+        &mut self,
+        range: IovaRange,
+        phys: PhysAddr,
+        (purpose, list): (Purpose, ListId),
+        held: &mut Option<HeldMemory>,
+    ) -> Option<MappingHandle> {
+        let index = self.find(range.start())?;
+        let taken = &self.order[index];
+        if taken.holder != Holder::Taken || range.last() > taken.range.last() {
+            return None;
+        }
+        if range.last() < taken.range.last() {
+            self.make_room();
+            let rest = self.order.split(index, range.last().checked_add(1)?)?;
+            self.remember(rest);
+        }
+        self.mappings += 1;
+        self.order[index].begin(phys, purpose, list, held.take().map(HeldMemory::into_kept));
+        Some(MappingHandle(index))
+    }
+
+    fn mapping_at(&self, start: Iova) -> Option<Index> {
+        self.find(start).filter(|index| self.order[*index].holder == Holder::Mapping)
+    }
+
+    /// The mapping that starts at this address.
+    pub(crate) fn get(&self, start: Iova) -> Option<&Record> {
+        Some(&self.order[self.mapping_at(start)?])
+    }
+
+    /// The mapping that a handle was made for, if it is the one that starts at this address.
+    fn named(&self, handle: MappingHandle, start: Iova) -> Option<Index> {
+        let record = self.order.get(handle.0)?;
+        (record.holder == Holder::Mapping && record.range.start() == start).then_some(handle.0)
+    }
+
+    /// A handle of the mapping that starts at this address.
+    pub(crate) fn handle(&self, start: Iova) -> Option<MappingHandle> {
+        self.mapping_at(start).map(MappingHandle)
+    }
+
+    /// Changes the mapping that a handle was made for, if it is the one that starts at this address.
+    pub(crate) fn change<R>(
+        &mut self,
+        handle: MappingHandle,
+        start: Iova,
+        change: impl FnOnce(&mut Record) -> R,
+    ) -> Option<R> {
+        let index = self.named(handle, start)?;
+        Some(self.tally.change(&mut self.order[index], change))
+    }
+
+    /// Removes the mapping that starts at this address, which is free then. With the memory that was held for it.
+    pub(crate) fn remove(&mut self, start: Iova) -> Option<HeldMemory> {
+        let index = self.mapping_at(start)?;
+        let granule = self.order.granule();
+        let held = self.order[index].take_held(granule);
+        self.end(index);
+        self.free(index);
+        held
+    }
+
+    /// Ends a mapping, whose addresses are to be freed.
+    fn end(&mut self, index: Index) {
+        let record = &mut self.order[index];
+        debug_assert!(!record.holds_memory(), "the memory of {} is lost", record.range);
+        self.tally.forget(record);
+        record.holder = Holder::Taken;
+        self.mappings -= 1;
+        self.outside -= 1;
+    }
+
+    /// The mapping that contains `address`.
+    pub(crate) fn containing(&self, address: Iova) -> Option<&Record> {
+        let record = &self.order[self.order.at_or_below(address)?];
+        (record.holder == Holder::Mapping && address <= record.range.last()).then_some(record)
+    }
+
+    /// The mappings that start at or above `start`, in order.
+    pub(crate) fn iter_from(&self, start: Iova) -> impl Iterator<Item = &Record> {
+        let first = self.find(start).unwrap_or_else(|| self.order.at_or_above(start));
+        self.mappings_from(first)
+    }
+
+    /// Those that lie in `range` as a whole, in order.
+    pub(crate) fn iter_in(&self, range: IovaRange) -> impl Iterator<Item = &Record> {
+        self.iter_from(range.start()).take_while(move |record| record.range.last() <= range.last())
+    }
+
+    fn mappings_from(&self, first: Index) -> impl Iterator<Item = &Record> {
+        let records = core::iter::successors(Some(&self.order[first]), |record| self.order.get(record.next));
+        records.filter(|record| record.holder == Holder::Mapping)
+    }
+
+    /// The first mapping of `range`, if it is made of whole mappings that touch each other.
+    pub(crate) fn whole(&self, range: IovaRange) -> Option<MappingHandle> {
+        let first = self.mapping_at(range.start())?;
+        let mut record = &self.order[first];
+        loop {
+            if record.range.last() >= range.last() {
+                return (record.range.last() == range.last()).then_some(MappingHandle(first));
+            }
+            let next = self.order.get(record.next)?;
+            let touches = record.range.last().checked_add(1) == Some(next.range.start());
+            if !touches || next.holder != Holder::Mapping {
+                return None;
+            }
+            record = next;
+        }
+    }
+
+    /// Visits the mappings of `range` in order and removes those for which `keep` says no, whose addresses are free
+    /// then. `handle` may name the first.
+    pub(crate) fn retain_in(
+        &mut self,
+        range: IovaRange,
+        handle: Option<MappingHandle>,
+        keep: impl FnMut(&mut Record) -> bool,
+    ) {
+        let named = handle.and_then(|handle| self.named(handle, range.start()));
+        let first = named.or_else(|| self.find(range.start()));
+        let first = first.unwrap_or_else(|| self.order.at_or_above(range.start()));
+        self.retain_from(first, range.last(), keep);
+    }
+
+    /// Visits all mappings in order and removes those for which `keep` says no, whose addresses are free then.
+    pub(crate) fn retain_all(&mut self, keep: impl FnMut(&mut Record) -> bool) {
+        self.retain_from(self.order.first(), Iova::new(u64::MAX), keep);
+    }
+
+    fn retain_from(&mut self, first: Index, last: Iova, mut keep: impl FnMut(&mut Record) -> bool) {
+        // What was made together and goes together is freed as one range.
+        let mut gone: Option<Index> = None;
+        let mut index = first;
+        loop {
+            let record = &mut self.order[index];
+            if record.holder == Holder::End || record.range.last() > last {
+                break;
+            }
+            let next = record.next;
+            let goes = record.holder == Holder::Mapping && !self.tally.change(record, &mut keep);
+            if goes {
+                self.end(index);
+                match gone {
+                    Some(head) if self.is_beside(head, index) => self.order.absorb(head, index),
+                    _ => {
+                        gone.into_iter().for_each(|head| self.free(head));
+                        gone = Some(index);
+                    }
+                }
+            }
+            index = next;
+        }
+        gone.into_iter().for_each(|head| self.free(head));
+    }
+
+    fn is_beside(&self, low: Index, high: Index) -> bool {
+        let (low, high) = (&self.order[low], &self.order[high]);
+        low.range.last().checked_add(1) == Some(high.range.start()) && low.is_beside(high)
+    }
+}
