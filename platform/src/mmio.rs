@@ -74,6 +74,56 @@ impl Mmio {
     }
 }
 
+/// A device's registers, so that a test of its driver can bring its own.
+pub trait Registers {
+    /// Reads 32 bits.
+    fn read32(&self, offset: usize) -> u32;
+    /// Writes 32 bits.
+    fn write32(&self, offset: usize, value: u32);
+    /// Reads 64 bits.
+    fn read64(&self, offset: usize) -> u64;
+    /// Writes 64 bits.
+    fn write64(&self, offset: usize, value: u64);
+}
+
+impl Registers for Mmio {
+    fn read32(&self, offset: usize) -> u32 {
+        Mmio::read32(self, offset)
+    }
+
+    fn write32(&self, offset: usize, value: u32) {
+        Mmio::write32(self, offset, value);
+    }
+
+    fn read64(&self, offset: usize) -> u64 {
+        Mmio::read64(self, offset)
+    }
+
+    fn write64(&self, offset: usize, value: u64) {
+        Mmio::write64(self, offset, value);
+    }
+}
+
+/// Orders what was written to memory before a doorbell that tells a device of it.
+///
+/// Atomic fences order memory with memory, which is not enough before a store to device memory on arm and riscv.
+#[inline(always)]
+pub fn memory_before_doorbell() {
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a barrier has no effect but ordering.
+    unsafe {
+        core::arch::asm!("dmb oshst", options(nostack, preserves_flags));
+    }
+    #[cfg(target_arch = "riscv64")]
+    // SAFETY: a barrier has no effect but ordering.
+    unsafe {
+        core::arch::asm!("fence w, o", options(nostack, preserves_flags));
+    }
+    // Elsewhere stores of both kinds stay in order, and only the compiler has to be told.
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "riscv64")))]
+    core::sync::atomic::compiler_fence(core::sync::atomic::Ordering::SeqCst);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

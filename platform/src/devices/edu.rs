@@ -16,7 +16,7 @@
 use alloc::boxed::Box;
 use core::fmt;
 
-use crate::mmio::Mmio;
+use crate::mmio::Registers;
 use crate::time::Deadline;
 
 /// The PCI vendor number.
@@ -46,36 +46,6 @@ const COMMAND_FROM_DEVICE: u64 = 2;
 
 /// How long a transfer may take: twenty times of what it does.
 const TRANSFER_TIMEOUT_NS: u64 = 2_000_000_000;
-
-/// The registers, so that a test can bring its own.
-pub trait Registers {
-    /// Reads 32 bits.
-    fn read32(&self, offset: usize) -> u32;
-    /// Writes 32 bits.
-    fn write32(&self, offset: usize, value: u32);
-    /// Reads 64 bits.
-    fn read64(&self, offset: usize) -> u64;
-    /// Writes 64 bits.
-    fn write64(&self, offset: usize, value: u64);
-}
-
-impl Registers for Mmio {
-    fn read32(&self, offset: usize) -> u32 {
-        Mmio::read32(self, offset)
-    }
-
-    fn write32(&self, offset: usize, value: u32) {
-        Mmio::write32(self, offset, value);
-    }
-
-    fn read64(&self, offset: usize) -> u64 {
-        Mmio::read64(self, offset)
-    }
-
-    fn write64(&self, offset: usize, value: u64) {
-        Mmio::write64(self, offset, value);
-    }
-}
 
 /// What went wrong with the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
