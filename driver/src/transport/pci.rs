@@ -234,7 +234,8 @@ impl Common {
     }
 }
 
-/// A modern virtio-iommu on PCI.
+/// A modern virtio-iommu on PCI. But for its two queues nothing here is particular to that device: the first two queues
+/// of any other modern function work too.
 ///
 /// It routes no MSI-X vector: the device interrupts by its line. MSI-X of the function must stay disabled.
 pub struct PciTransport {
@@ -260,7 +261,7 @@ impl PciTransport {
     /// [`RegionError`], when a region is too small for its registers.
     ///
     /// # Safety
-    /// The regions are the mapped structures of one virtio-iommu function with memory decoding on, stay mapped
+    /// The regions are the mapped structures of one modern virtio function with memory decoding on, stay mapped
     /// as device memory while this exists, and nothing else accesses them.
     pub unsafe fn new(regions: Regions) -> Result<Self, RegionError> {
         let error = |region, len| RegionError { region, len };
