@@ -1,4 +1,7 @@
 //! Drivers of devices.
 
+pub mod dma;
 pub mod edu;
+pub mod nvme;
+pub mod storage;
 pub mod virtio;
