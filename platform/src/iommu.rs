@@ -164,8 +164,12 @@ fn place(function: &Function) -> PciFunction {
     PciFunction { segment: function.address.segment(), bdf: function.bdf() }
 }
 
-/// Maps the device's structures.
-fn transport(machine: &Machine, function: &Function) -> Result<PciTransport, BringUpError> {
+/// Maps the structures of a modern virtio function and turns its memory decoding on.
+///
+/// # Errors
+///
+/// [`BringUpError`], of its capabilities and regions.
+pub fn transport(machine: &Machine, function: &Function) -> Result<PciTransport, BringUpError> {
     let config = machine.pci.config();
     let found = VirtioCapabilities::read(|offset| config.read32(function.address, offset));
     let found = found.map_err(BringUpError::Capabilities)?;

@@ -1,5 +1,6 @@
 //! Drivers of devices.
 
+pub mod block;
 pub mod dma;
 pub mod edu;
 pub mod nvme;
