@@ -17,12 +17,18 @@ use crate::witness;
 
 /// How long a boot may take, unless said otherwise.
 pub const DEADLINE: Duration = Duration::from_secs(60);
-/// The scenario that does everything; the only one after which the disk image is checked.
+/// The scenario that `cargo xtask run` boots.
 pub const DEFAULT_SCENARIO: &str = "default";
+/// The scenarios that leave on the disk what must be there.
+const WRITES_DISK: [&str; 3] = [DEFAULT_SCENARIO, "block", "block-direct"];
+/// The scenarios that have an NVMe disk, and leave there what must be.
+const WRITES_NVME: [&str; 1] = ["nvme"];
+/// What makes the seed of the NVMe disk's image from that of the machine: the letters of NVME.
+const NVME_SEED: u64 = 0x4e56_4d45;
 /// The seed that is used unless another is asked for.
 pub const DEFAULT_SEED: u64 = 0x5eed;
 
-/// Whether the machine has its disk.
+/// Whether the machine has a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DiskDevice {
     /// With an image made from the seed.
@@ -34,7 +40,7 @@ pub enum DiskDevice {
 /// A boot to be done.
 #[derive(Clone, Debug)]
 pub struct Boot {
-    /// The machine. Its `disk`, `cmdline` and, where there is none, `trace` are filled in here.
+    /// The machine. Its `disk`, `nvme`, `cmdline` and, where there is none, `trace` are filled in here.
     pub machine: Machine,
     /// The scenario's name.
     pub scenario: String,
@@ -42,9 +48,11 @@ pub struct Boot {
     pub seed: u64,
     /// Whether there is a disk.
     pub disk: DiskDevice,
+    /// Whether there is an NVMe disk.
+    pub nvme: DiskDevice,
     /// More words for the kernel's command line.
     pub words: String,
-    /// A directory for the image and the trace; it is made if it is not there.
+    /// A directory for the images and the trace; it is made if it is not there.
     pub directory: PathBuf,
     /// When QEMU is killed; never if none.
     pub deadline: Option<Duration>,
@@ -70,7 +78,7 @@ pub struct Outcome {
 }
 
 impl Boot {
-    /// The scenario on the machine, with the default seed, a disk, and the default deadline.
+    /// The scenario on the machine, with the default seed, the disks that it needs, and the default deadline.
     #[must_use]
     pub fn new(machine: Machine, scenario: &str, directory: &Path) -> Self {
         Self {
@@ -78,6 +86,7 @@ impl Boot {
             scenario: scenario.to_owned(),
             seed: DEFAULT_SEED,
             disk: DiskDevice::Present,
+            nvme: if WRITES_NVME.contains(&scenario) { DiskDevice::Present } else { DiskDevice::Absent },
             words: String::new(),
             directory: directory.to_owned(),
             deadline: Some(DEADLINE),
@@ -94,6 +103,7 @@ impl Boot {
         fs::create_dir_all(&self.directory)
             .with_context(|| format!("cannot make {}", self.directory.display()))?;
         let disk = Disk::create(&self.directory.join("disk.img"), self.seed)?;
+        let nvme = Disk::create(&self.directory.join("nvme.img"), self.seed ^ NVME_SEED)?;
         let trace = self.machine.trace.take().unwrap_or_else(|| self.directory.join("trace.log"));
         // An old trace must not speak for a QEMU that wrote none.
         if trace.exists() {
@@ -101,7 +111,8 @@ impl Boot {
         }
         self.machine.trace = Some(trace.clone());
         self.machine.disk = (self.disk == DiskDevice::Present).then(|| disk.path.clone());
-        self.machine.cmdline = self.cmdline(&disk);
+        self.machine.nvme = (self.nvme == DiskDevice::Present).then(|| nvme.path.clone());
+        self.machine.cmdline = self.cmdline(&disk, &nvme);
 
         let mut command = Command::new(&qemu.path);
         command.args(self.machine.arguments());
@@ -118,14 +129,17 @@ impl Boot {
         let verdict = Verdict::read(lines.iter().map(String::as_str), self.machine.arch, ended);
         let mut outcome = Outcome { lines, verdict, ended, seen: None, objections: Vec::new(), stderr, wall };
         if outcome.verdict.passed() {
-            self.cross_examine(&disk, &trace, &mut outcome);
+            self.cross_examine(&disk, &nvme, &trace, &mut outcome);
         }
         Ok(outcome)
     }
 
-    fn cmdline(&self, disk: &Disk) -> String {
+    fn cmdline(&self, disk: &Disk, nvme: &Disk) -> String {
         let mut line =
             format!("scenario={} seed={:#x} disk.sha256={}", self.scenario, self.seed, disk.sha256);
+        if self.nvme == DiskDevice::Present {
+            line.push_str(&format!(" nvme.sha256={}", nvme.sha256));
+        }
         if !self.words.is_empty() {
             line.push(' ');
             line.push_str(&self.words);
@@ -133,8 +147,8 @@ impl Boot {
         line
     }
 
-    /// Holds a PASS against what QEMU saw and against the disk.
-    fn cross_examine(&self, disk: &Disk, trace: &Path, outcome: &mut Outcome) {
+    /// Holds a PASS against what QEMU saw and against the disks.
+    fn cross_examine(&self, disk: &Disk, nvme: &Disk, trace: &Path, outcome: &mut Outcome) {
         if self.machine.iommu == Iommu::On {
             match Counts::read(trace) {
                 Ok(seen) => {
@@ -144,11 +158,14 @@ impl Boot {
                 Err(error) => outcome.objections.push(format!("{error:#}")),
             }
         }
-        if self.scenario == DEFAULT_SCENARIO
-            && self.disk == DiskDevice::Present
-            && let Err(error) = disk.verify()
-        {
-            outcome.objections.push(format!("{error:#}"));
+        let disks = [(disk, self.disk, &WRITES_DISK[..]), (nvme, self.nvme, &WRITES_NVME[..])];
+        for (disk, device, written_by) in disks {
+            if device == DiskDevice::Present
+                && written_by.contains(&self.scenario.as_str())
+                && let Err(error) = disk.verify()
+            {
+                outcome.objections.push(format!("{error:#}"));
+            }
         }
     }
 }

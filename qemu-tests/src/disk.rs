@@ -1,4 +1,4 @@
-//! The disk image: made from a seed before the boot, checked after it.
+//! Disk images: made from a seed before the boot, checked after it.
 //!
 //! The first MiB is a pattern that the guest reads and digests; its SHA-256 travels on the kernel's command line. The
 //! second MiB is zero, and the guest writes another pattern into its first 64 KiB. Kernel and harness use the
@@ -54,10 +54,16 @@ impl Disk {
         let image = fs::read(&self.path)
             .with_context(|| format!("cannot read the disk image {}", self.path.display()))?;
         if image.len() != IMAGE_BYTES {
-            bail!("the disk image has {} bytes instead of {IMAGE_BYTES}", image.len());
+            bail!(
+                "the disk image {} has {} bytes instead of {IMAGE_BYTES}",
+                self.path.display(),
+                image.len()
+            );
         }
         match first_difference(&image, &expected(self.seed)) {
-            Some(difference) => bail!("the disk image is not as it must be: {difference}"),
+            Some(difference) => {
+                bail!("the disk image {} is not as it must be: {difference}", self.path.display())
+            }
             None => Ok(()),
         }
     }

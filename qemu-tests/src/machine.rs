@@ -1,7 +1,7 @@
 //! What a machine is made of, and the QEMU arguments that make it.
 //!
 //! Devices have fixed PCI slots, so that output is the same from run to run, and devices that are added by hand
-//! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`.
+//! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`, 00:06.0 NVMe disk.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -68,6 +68,8 @@ pub struct Machine {
     pub iommu: Iommu,
     /// The image of the disk; none leaves the device out.
     pub disk: Option<PathBuf>,
+    /// The image of the NVMe disk; none leaves the device out.
+    pub nvme: Option<PathBuf>,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// The kernel image, an ELF file with a PVH note.
@@ -83,13 +85,14 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The default machine with this kernel: an IOMMU, no disk, 256 MiB, no trace.
+    /// The default machine with this kernel: an IOMMU, no disks, 256 MiB, no trace.
     #[must_use]
     pub fn new(arch: Arch, kernel: PathBuf) -> Self {
         Self {
             arch,
             iommu: Iommu::On,
             disk: None,
+            nvme: None,
             memory_mib: 256,
             kernel,
             cmdline: String::new(),
@@ -122,6 +125,10 @@ impl Machine {
         arguments.words("-object rng-builtin,id=entropy");
         arguments.words("-device virtio-rng-pci,rng=entropy,iommu_platform=on,disable-legacy=on,addr=3");
         arguments.words("-device edu,dma_mask=0xffffffffffffffff,addr=4");
+        if let Some(nvme) = &self.nvme {
+            arguments.words("-drive").joined("if=none,id=nvme,format=raw,file=", nvme);
+            arguments.words("-device nvme,drive=nvme,serial=0,addr=6");
+        }
         if let Some(file) = &self.trace {
             arguments.words("-D").word(file);
             for event in trace::EVENTS {
@@ -181,6 +188,7 @@ mod tests {
     fn the_default_machine_has_every_device_in_its_slot() {
         let mut machine = Machine::new(Arch::X86_64, "kernel".into());
         machine.disk = Some("disk.img".into());
+        machine.nvme = Some("nvme.img".into());
         machine.cmdline = "scenario=default seed=0x1".into();
         let line = joined(&machine);
         for part in [
@@ -190,6 +198,8 @@ mod tests {
             "addr=3",
             "edu,dma_mask=",
             "addr=4",
+            "file=nvme.img",
+            "nvme,drive=nvme,serial=0,addr=6",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }
@@ -202,7 +212,7 @@ mod tests {
         let mut machine = Machine::new(Arch::X86_64, "kernel".into());
         machine.iommu = Iommu::Off;
         let line = joined(&machine);
-        assert!(!line.contains("virtio-iommu") && !line.contains("virtio-blk"));
+        assert!(!line.contains("virtio-iommu") && !line.contains("virtio-blk") && !line.contains("nvme"));
     }
 
     #[test]
