@@ -25,11 +25,11 @@ use crate::report::Report;
 const CHECKS: usize = 12;
 
 /// The disk's first half is given, and its second half is written to: sectors of 512 bytes.
-const DISK_HALF_BYTES: usize = 1 << 20;
+pub(super) const DISK_HALF_BYTES: usize = 1 << 20;
 const WRITTEN_SECTOR: usize = DISK_HALF_BYTES / 512;
-const WRITTEN_BYTES: usize = 64 * 1024;
+pub(super) const WRITTEN_BYTES: usize = 64 * 1024;
 /// What makes the seed of the written half from that of the given one: the letters of WRIT.
-const WRITTEN_SEED: u64 = 0x5752_4954;
+pub(super) const WRITTEN_SEED: u64 = 0x5752_4954;
 
 /// Several requests of the disk, with their headers and answers.
 const DISK_BOUNCE_BYTES: usize = 256 * 1024;
@@ -89,17 +89,16 @@ pub(super) fn run(info: &BootInfo) -> ! {
         format_args!("{} faults are edu's, {others:?} the others'", iommu.viommu.fault_count(edu.id)),
     );
     show::table(&iommu, &[&disk, &entropy, &edu]);
-    report.value("attach", stats.attaches, "requests");
-    report.value("detach", stats.detaches, "requests");
-    report.value("map", stats.maps, "requests");
-    report.value("unmap", stats.unmaps, "requests");
-    report.value("requests", stats.requests, "requests");
-    report.value("kicks", stats.kicks, "kicks");
-    report.value("faults", stats.faults.delivered, "records");
+    show::totals(&iommu, &mut report);
     report.end()
 }
 
-fn find<'m>(machine: &'m Machine, vendor: u16, device: u16, name: &str) -> Result<&'m Function, String> {
+pub(super) fn find<'m>(
+    machine: &'m Machine,
+    vendor: u16,
+    device: u16,
+    name: &str,
+) -> Result<&'m Function, String> {
     machine
         .pci
         .with_id(vendor, device)
@@ -208,7 +207,7 @@ fn copy_through(device: &dyn DmaDevice, edu: &mut Edu) -> Result<(), String> {
     }
 }
 
-fn close(iommu: &Iommu, endpoint: Endpoint<KernelPlatform>) -> Result<(), String> {
+pub(super) fn close(iommu: &Iommu, endpoint: Endpoint<KernelPlatform>) -> Result<(), String> {
     let domain = endpoint.domain().clone();
     endpoint.close().map_err(text)?;
     iommu.viommu.poll();
@@ -218,7 +217,7 @@ fn close(iommu: &Iommu, endpoint: Endpoint<KernelPlatform>) -> Result<(), String
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     let mut text = String::new();
     for byte in bytes {
         // A string takes everything.

@@ -1,23 +1,29 @@
 //! What the kernel can be asked to do, by name.
 //!
 //! ```text
-//! default     real I/O through the IOMMU, then attacks on it; ends PASS
-//! leak        frees memory that is still mapped                  } each ends FAIL at the one check
-//! early       frees memory before its UNMAP was answered         } that such a bug must fail
-//! lie         a transport that turns every failure into success  }
-//! bench       counts instructions, and says nothing about right or wrong
+//! default       real I/O through the IOMMU, then attacks on it
+//! nvme          an NVMe disk: requests mapped one by one, in batches, from a pool; what they took; attacks
+//! block         the same with a virtio disk, by the kernel's own driver
+//! block-direct  that driver on a machine without an IOMMU
+//! bench         counts instructions, and says nothing about right or wrong
+//! leak          frees memory that is still mapped                  } each ends FAIL at the one check
+//! early         frees memory before its UNMAP was answered         } that such a bug must fail
+//! lie           a transport that turns every failure into success  }
 //! panic, page-fault, overflow, write-code      end by an exception
 //! silent, half, babble                         guests that the harness must not believe
 //! ```
 
 mod attack;
 mod bench;
+mod block;
 mod default;
 mod defect;
 mod misbehave;
+mod nvme;
 mod scatter;
 mod setup;
 mod show;
+mod storage;
 mod tamper;
 
 use alloc::string::String;
@@ -28,13 +34,18 @@ use crate::println;
 use crate::report::{Outcome, Report};
 
 /// The words that the kernel understands on its command line.
-const KNOWN: [&str; 11] = [
+const KNOWN: &[&str] = &[
     "scenario",
     "seed",
     "disk.sha256",
+    "nvme.sha256",
     "hide",
     "viot",
     "log",
+    // What disks do.
+    "mapped",
+    "pooled",
+    // What is measured.
     "bench",
     "operations",
     "warm-up",
@@ -49,11 +60,14 @@ pub fn run(info: &BootInfo) -> ! {
     if name == "silent" {
         misbehave::silent();
     }
-    if let Some(word) = info.command_line.unknown(&KNOWN) {
+    if let Some(word) = info.command_line.unknown(KNOWN) {
         refuse(format_args!("the kernel does not know the word `{word}` on its command line"));
     }
     match name {
         "default" => default::run(info),
+        "nvme" => nvme::run(info),
+        "block" => block::run(info),
+        "block-direct" => block::direct(info),
         "leak" => defect::leak(info),
         "early" => defect::early(info),
         "lie" => defect::lie(info),
@@ -65,8 +79,8 @@ pub fn run(info: &BootInfo) -> ! {
         "half" => misbehave::half(),
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
-            "there is no scenario `{unknown}`; there are: default leak early lie bench panic page-fault overflow \
-             write-code silent half babble"
+            "there is no scenario `{unknown}`; there are: default nvme block block-direct bench leak early lie panic \
+             page-fault overflow write-code silent half babble"
         )),
     }
 }

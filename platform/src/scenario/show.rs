@@ -9,6 +9,7 @@ use crate::iommu::{Iommu, KernelPlatform};
 use crate::machine::Machine;
 use crate::pci::PciAddress;
 use crate::println;
+use crate::report::Report;
 
 /// What the IOMMU is and what is behind it.
 pub(super) fn iommu(machine: &Machine, iommu: &Iommu) {
@@ -77,4 +78,36 @@ pub(super) fn table(iommu: &Iommu, rows: &[&Worker]) {
         );
     }
     println!();
+}
+
+/// What the IOMMU was asked in all, which the host compares with what QEMU saw.
+pub(super) fn totals(iommu: &Iommu, report: &mut Report) {
+    let stats = iommu.viommu.stats();
+    report.value("attach", stats.attaches, "requests");
+    report.value("detach", stats.detaches, "requests");
+    report.value("map", stats.maps, "requests");
+    report.value("unmap", stats.unmaps, "requests");
+    report.value("requests", stats.requests, "requests");
+    report.value("kicks", stats.kicks, "kicks");
+    report.value("faults", stats.faults.delivered, "records");
+}
+
+/// Checks that no request was lost, and that every fault is this endpoint's. Of records, which come in floods, some are
+/// beyond the limit.
+pub(super) fn nothing_lost(iommu: &Iommu, id: EndpointId, report: &mut Report) {
+    let stats = iommu.viommu.stats();
+    let clean = stats.quarantined_mappings == 0 && stats.abandoned_requests == 0 && stats.stray_answers == 0;
+    let own = iommu.viommu.fault_count(id);
+    let all = stats.faults.delivered;
+    report.check(
+        "nothing-lost",
+        clean && stats.faults.malformed == 0 && own == all,
+        format_args!(
+            "{} mappings in quarantine, {} requests unanswered; {own} of {all} faults are the disk's, \
+             {} not kept",
+            stats.quarantined_mappings,
+            stats.abandoned_requests,
+            stats.faults.limited + stats.faults.dropped
+        ),
+    );
 }
