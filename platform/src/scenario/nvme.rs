@@ -4,7 +4,7 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use virtio_iommu::{DmaDevice, Options};
+use virtio_iommu::{DmaDevice, Iova, Options};
 
 use super::default::{close, text};
 use super::give_up;
@@ -14,7 +14,7 @@ use super::storage::{self, ATTACKS, Bench, Image, PARTS, Part, Work};
 use crate::boot::BootInfo;
 use crate::devices::dma::Dma;
 use crate::devices::nvme::{self, Nvme};
-use crate::devices::storage::{Buffer, Operation, Storage, StorageError, finish};
+use crate::devices::storage::{Operation, Storage, StorageError, finish};
 use crate::iommu::Iommu;
 use crate::machine::Machine;
 use crate::pci::function::{BusMaster, Function};
@@ -26,8 +26,10 @@ const CHECKS: usize = 5;
 /// What makes the seed of its image from that of the machine: the letters of NVME.
 const SEED: u64 = 0x4e56_4d45;
 
-/// What a long read takes that has a list of pages.
-const LISTED_BYTES: usize = 64 * 1024;
+/// The length of a read whose pages take a list.
+const LISTED_BYTES: usize = 16 * 1024;
+/// What a page holds that no read may change.
+const UNTOUCHED: [u8; 4096] = [0xa5; 4096];
 
 pub(super) fn run(info: &BootInfo) -> ! {
     let parts: Vec<Part> = PARTS.into_iter().chain(ATTACKS).collect();
@@ -54,8 +56,8 @@ fn through(
     parts: &[Part],
     report: &mut Report,
 ) -> Result<Worker, String> {
-    let (work, image) = (Work::of(info)?, Image::of(info, SEED, "nvme.sha256")?);
     let function = find(machine)?;
+    let (work, image) = (Work::of(info)?, Image::of(info, SEED, "nvme.sha256")?);
     let opened = setup::open(iommu, function, 0).map_err(text)?;
     let mut disk = open(machine, function, Dma::Through(&opened.endpoint))?;
     let limits = disk.limits();
@@ -97,28 +99,31 @@ fn open<'a>(machine: &Machine, function: &Function, dma: Dma<'a>) -> Result<Nvme
 /// A read whose list of pages is where nothing is mapped: the command fails, the fault is the controller's, and the
 /// memory of its first page is as it was.
 fn list_out_of_reach(iommu: &Iommu, opened: &Opened, disk: &mut Nvme<'_>) -> Result<StorageError, String> {
-    const UNTOUCHED: [u8; 4096] = [0xa5; 4096];
     let dma = Dma::Through(&opened.endpoint);
-    let mut first = Buffer::premapped(dma, UNTOUCHED.len()).map_err(text)?;
-    first.write(&UNTOUCHED);
-    let Buffer::Premapped(memory) = &first else { return Err("premapped is premapped".into()) };
-    let list = opened.endpoint.faulting_iova();
+    let mut first = dma.alloc(UNTOUCHED.len()).map_err(text)?;
+    first.copy_in(0, &UNTOUCHED);
+    let pages = [first.iova(), opened.endpoint.faulting_iova()];
     let before = iommu.viommu.fault_count(opened.id);
-    // SAFETY: the first page is `first`, which is freed after this is done; nothing is where the list should be.
-    let submitted = unsafe { disk.submit_at(Operation::Read, (0, 0), LISTED_BYTES, [memory.iova(), list]) };
-    submitted.map_err(text)?;
-    let mut done = Vec::new();
-    finish(disk, &mut done).map_err(text)?;
+    let answer = read_at(disk, pages);
     iommu.viommu.poll();
     let faults = iommu.viommu.fault_count(opened.id) - before;
     let mut found = [0; UNTOUCHED.len()];
-    first.read(&mut found);
-    first.free(dma).map_err(text)?;
-    if found != UNTOUCHED || faults == 0 {
-        return Err(format!("{faults} faults, and the first page is untouched: {}", found == UNTOUCHED));
+    first.copy_out(0, &mut found);
+    dma.free(first).map_err(text)?;
+    let untouched = found == UNTOUCHED;
+    match answer? {
+        Err(error @ StorageError::Refused { .. }) if untouched && faults > 0 => Ok(error),
+        answer => {
+            Err(format!("the first page is untouched: {untouched}; {faults} faults; answer {answer:?}"))
+        }
     }
-    match done.pop().map(|done| done.result) {
-        Some(Err(error @ StorageError::Refused { .. })) => Ok(error),
-        other => Err(format!("the command must fail, and said {other:?}")),
-    }
+}
+
+/// A read to these pages, the second of which is a list of others.
+fn read_at(disk: &mut Nvme<'_>, pages: [Iova; 2]) -> Result<Result<(), StorageError>, String> {
+    // SAFETY: the first page is memory of the caller's that this may overwrite; nothing is where the list should be.
+    unsafe { disk.submit_at(Operation::Read, (0, 0), LISTED_BYTES, pages) }.map_err(text)?;
+    let mut done = Vec::new();
+    finish(disk, &mut done).map_err(text)?;
+    done.pop().map(|done| done.result).ok_or_else(|| "nothing is done".into())
 }

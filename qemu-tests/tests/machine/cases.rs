@@ -17,6 +17,7 @@ pub(crate) struct Case {
     pub(crate) name: &'static str,
     pub(crate) scenario: &'static str,
     pub(crate) iommu: Iommu,
+    /// Of every kind.
     pub(crate) disk: DiskDevice,
     /// More words for the kernel.
     pub(crate) words: &'static str,
@@ -41,6 +42,7 @@ impl Case {
 /// Every case.
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = whole_path();
+    cases.extend(disks());
     cases.extend(caught());
     cases.extend(bad_input());
     cases.extend(broken_guests());
@@ -52,6 +54,19 @@ fn whole_path() -> Vec<Case> {
     vec![
         Case::default("x86_64/default", Expect::Pass),
         Case { extra: "-device pci-testdev", ..Case::default("x86_64/default-with-testdev", Expect::Pass) },
+    ]
+}
+
+/// Disks by the kernel's own drivers. Each scenario holds every request against what it may ask of the IOMMU.
+fn disks() -> Vec<Case> {
+    // No indirect descriptors: short chains, and fewer of them. Transfers of four pages at most.
+    let (chains, short) = ("-global virtio-blk-pci.indirect_desc=off", "-global nvme.mdts=2");
+    vec![
+        Case::new("x86_64/nvme", "nvme", Expect::Pass),
+        Case { extra: short, ..Case::new("x86_64/nvme-short-transfers", "nvme", Expect::Pass) },
+        Case::new("x86_64/block", "block", Expect::Pass),
+        Case { extra: chains, ..Case::new("x86_64/block-without-indirect", "block", Expect::Pass) },
+        Case { iommu: Iommu::Off, ..Case::new("x86_64/block-direct", "block-direct", Expect::Pass) },
     ]
 }
 
@@ -67,9 +82,15 @@ fn caught() -> Vec<Case> {
 /// Machines and command lines that lack something: a clear line, an orderly end.
 fn bad_input() -> Vec<Case> {
     let naming = Expect::FailNaming;
+    let one_queue = "-global nvme.max_ioqpairs=1";
     vec![
         Case { iommu: Iommu::Off, ..Case::default("x86_64/iommu-off", naming(&["no virtio-iommu"])) },
         Case { disk: DiskDevice::Absent, ..Case::default("x86_64/no-disk", naming(&["disk"])) },
+        Case { disk: DiskDevice::Absent, ..Case::new("x86_64/no-nvme", "nvme", naming(&["NVMe", "010802"])) },
+        Case {
+            extra: one_queue,
+            ..Case::new("x86_64/nvme-one-queue", "nvme", Expect::OnlyFailedCheck("nvme.attached"))
+        },
         Case { words: "hide=VIOT", ..Case::default("x86_64/no-viot", naming(&["VIOT"])) },
         Case { words: "viot=cut", ..Case::default("x86_64/viot-cut", naming(&["VIOT"])) },
         Case { words: "viot=stray", ..Case::default("x86_64/viot-stray", naming(&["VIOT"])) },

@@ -5,6 +5,7 @@
 
 mod cases;
 mod expect;
+mod growth;
 
 use std::env;
 use std::fs;
@@ -12,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
-use qemu_tests::boot::Boot;
+use qemu_tests::boot::{Boot, DiskDevice};
 use qemu_tests::machine::{Arch, Machine};
 use qemu_tests::process;
 use qemu_tests::qemu::Qemu;
@@ -52,13 +53,24 @@ fn main() -> ExitCode {
     {
         eprintln!("\nNOT RUN: {reason}\n");
     }
-    let trials = cases::all().into_iter().map(|case| trial(case, setting.clone())).collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let cases = cases::all().into_iter().map(|case| {
+        let name = case.name;
+        trial(name, setting.clone(), move |setting| run(&case, setting))
+    });
+    let growths = growth::all().into_iter().map(|growth| {
+        let name = growth.name;
+        trial(name, setting.clone(), move |setting| growth.run(setting))
+    });
+    libtest_mimic::run(&arguments, cases.chain(growths).collect()).exit_code()
 }
 
-fn trial(case: Case, setting: Result<Setting, String>) -> Trial {
-    Trial::ignorable_test(case.name, move || match &setting {
-        Ok(setting) => run(&case, setting).map(|()| Completion::Completed),
+fn trial(
+    name: &str,
+    setting: Result<Setting, String>,
+    run: impl FnOnce(&Setting) -> Result<(), Failed> + Send + 'static,
+) -> Trial {
+    Trial::ignorable_test(name, move || match &setting {
+        Ok(setting) => run(setting).map(|()| Completion::Completed),
         Err(reason) => Ok(Completion::ignored_with(reason)),
     })
 }
@@ -86,6 +98,9 @@ fn run(case: &Case, setting: &Setting) -> Result<(), Failed> {
     let mut boot = Boot::new(machine, case.scenario, &directory);
     boot.words = case.words.to_owned();
     boot.disk = case.disk;
+    if case.disk == DiskDevice::Absent {
+        boot.nvme = DiskDevice::Absent;
+    }
     boot.deadline = Some(case.deadline);
     let outcome = boot.run(&setting.qemu, &mut |_| {}).map_err(|error| format!("{error:#}"))?;
     let log = directory.join("serial.log");
