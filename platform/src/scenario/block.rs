@@ -9,7 +9,7 @@ use super::default::{close, find, text};
 use super::give_up;
 use super::setup::{self, Opened};
 use super::show::{self, Worker};
-use super::storage::{self, ATTACKS, Bench, Image, PARTS, Part, Work};
+use super::storage::{self, ATTACKS, Bench, Figures, Image, PARTS, Part, Work};
 use crate::boot::BootInfo;
 use crate::devices::block::Block;
 use crate::devices::dma::Dma;
@@ -20,7 +20,7 @@ use crate::pci::function::{BusMaster, Function};
 use crate::report::Report;
 
 /// Checks beside those of the parts.
-const CHECKS: usize = 4;
+const CHECKS: usize = 5;
 const DIRECT_CHECKS: usize = 2;
 
 /// The parts of a disk behind an IOMMU.
@@ -59,14 +59,32 @@ fn through(
     let opened = setup::open(iommu, function, 0).map_err(text)?;
     let mut disk = open(machine, function, Dma::Through(&opened.endpoint))?;
     report.check("block.attached", true, format_args!("{:?}, {disk:?}", opened.domain));
-    let mut bench = Bench::new(&mut disk, Some((iommu, &opened)), work, image);
+    let mut bench = Bench::new(&mut disk, Some((iommu, &opened)), work, image.clone());
     storage::check("block", &mut bench, parts, report);
-    machine.pci.set_bus_master(function.address, BusMaster::Off);
     disk.close(&mut Vec::new()).map_err(text)?;
+    machine.pci.set_bus_master(function.address, BusMaster::Off);
     let Opened { id, domain, endpoint } = opened;
     report.check_result("block.closed", close(iommu, endpoint), |()| "detached, its memory is back");
+    storage::check_again("block", || exercise(machine, iommu, work, image), report);
     show::nothing_lost(iommu, id, report);
     Ok(Worker { id, address: function.address, name: "virtio-blk", domain })
+}
+
+/// Opens the disk in a domain of its own, does every part, and closes it.
+pub(super) fn exercise(
+    machine: &Machine,
+    iommu: &Iommu,
+    work: Work,
+    image: Image,
+) -> Result<Vec<Figures>, String> {
+    let function = find(machine, VENDOR, BLOCK, "disk")?;
+    let opened = setup::open(iommu, function, 0).map_err(text)?;
+    let mut disk = open(machine, function, Dma::Through(&opened.endpoint))?;
+    let done = storage::exercise(&mut Bench::new(&mut disk, Some((iommu, &opened)), work, image), &parts());
+    disk.close(&mut Vec::new()).map_err(text)?;
+    machine.pci.set_bus_master(function.address, BusMaster::Off);
+    close(iommu, opened.endpoint)?;
+    done
 }
 
 /// By physical addresses, on a machine without an IOMMU.
@@ -86,8 +104,8 @@ fn without(info: &BootInfo, report: &mut Report) -> Result<(), String> {
     let mut disk = open(&machine, function, Dma::Direct)?;
     report.check("block.opened", true, format_args!("{disk:?}"));
     storage::check("block", &mut Bench::new(&mut disk, None, work, image), &PARTS, report);
-    machine.pci.set_bus_master(function.address, BusMaster::Off);
     report.check_result("block.closed", disk.close(&mut Vec::new()), |()| "reset, its memory is back");
+    machine.pci.set_bus_master(function.address, BusMaster::Off);
     Ok(())
 }
 

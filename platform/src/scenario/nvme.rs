@@ -10,7 +10,7 @@ use super::default::{close, text};
 use super::give_up;
 use super::setup::{self, Opened};
 use super::show::{self, Worker};
-use super::storage::{self, ATTACKS, Bench, Image, PARTS, Part, Work};
+use super::storage::{self, ATTACKS, Bench, Figures, Image, PARTS, Part, Work};
 use crate::boot::BootInfo;
 use crate::devices::dma::Dma;
 use crate::devices::nvme::{self, Nvme};
@@ -21,7 +21,7 @@ use crate::pci::function::{BusMaster, Function};
 use crate::report::Report;
 
 /// Checks beside those of the parts.
-const CHECKS: usize = 5;
+const CHECKS: usize = 6;
 
 /// What makes the seed of its image from that of the machine: the letters of NVME.
 const SEED: u64 = 0x4e56_4d45;
@@ -31,8 +31,12 @@ const LISTED_BYTES: usize = 16 * 1024;
 /// What a page holds that no read may change.
 const UNTOUCHED: [u8; 4096] = [0xa5; 4096];
 
+fn parts() -> Vec<Part> {
+    PARTS.into_iter().chain(ATTACKS).collect()
+}
+
 pub(super) fn run(info: &BootInfo) -> ! {
-    let parts: Vec<Part> = PARTS.into_iter().chain(ATTACKS).collect();
+    let parts = parts();
     let mut report = Report::start(CHECKS + storage::checks(parts.len()));
     let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
         Ok(up) => up,
@@ -66,17 +70,34 @@ fn through(
         disk.queues() >= 2 && limits.depth >= 16,
         format_args!("{:?}, {} sectors, {} queues", opened.domain, limits.sectors, disk.queues()),
     );
-    let mut bench = Bench::new(&mut disk, Some((iommu, &opened)), work, image);
+    let mut bench = Bench::new(&mut disk, Some((iommu, &opened)), work, image.clone());
     storage::check("nvme", &mut bench, parts, report);
     let listed = list_out_of_reach(iommu, &opened, &mut disk);
     report.check_result("nvme.attack.list", listed, |what| format!("a list out of reach: {what}"));
-    let mut cancelled = Vec::new();
-    disk.close(&mut cancelled).map_err(text)?;
+    disk.close(&mut Vec::new()).map_err(text)?;
     machine.pci.set_bus_master(function.address, BusMaster::Off);
     let Opened { id, domain, endpoint } = opened;
     report.check_result("nvme.closed", close(iommu, endpoint), |()| "detached, its memory is back");
+    storage::check_again("nvme", || exercise(machine, iommu, work, image), report);
     show::nothing_lost(iommu, id, report);
     Ok(Worker { id, address: function.address, name: "nvme", domain })
+}
+
+/// Opens the disk in a domain of its own, does every part, and closes it.
+pub(super) fn exercise(
+    machine: &Machine,
+    iommu: &Iommu,
+    work: Work,
+    image: Image,
+) -> Result<Vec<Figures>, String> {
+    let function = find(machine)?;
+    let opened = setup::open(iommu, function, 0).map_err(text)?;
+    let mut disk = open(machine, function, Dma::Through(&opened.endpoint))?;
+    let done = storage::exercise(&mut Bench::new(&mut disk, Some((iommu, &opened)), work, image), &parts());
+    disk.close(&mut Vec::new()).map_err(text)?;
+    machine.pci.set_bus_master(function.address, BusMaster::Off);
+    close(iommu, opened.endpoint)?;
+    done
 }
 
 /// The first NVMe controller.

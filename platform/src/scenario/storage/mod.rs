@@ -23,7 +23,7 @@ use crate::devices::storage::{
     Buffer, Completion, Operation, Request, Storage, StorageError, TIMEOUT_NS, finish,
 };
 use crate::iommu::Iommu;
-use crate::memory::frames::FRAME_BYTES;
+use crate::memory::frames::{self, FRAME_BYTES};
 use crate::println;
 use crate::report::Report;
 use crate::time::Deadline;
@@ -122,11 +122,29 @@ pub(super) const PARTS: [Part; 6] = [
 pub(super) const ATTACKS: [Part; 2] =
     [("attack.write", attack::write_to_memory), ("attack.read", attack::read_from_memory)];
 
-/// Does every part, and gives the figures of each.
-#[expect(dead_code, reason = "for scenarios with several devices at work")]
+/// Does every part, and gives the figures of each. Requests may be in flight after an error.
 pub(super) fn exercise(bench: &mut Bench<'_>, parts: &[Part]) -> Result<Vec<Figures>, String> {
     let done = parts.iter().map(|(name, part)| part(bench).map_err(|error| format!("{name}: {error}")));
     done.collect()
+}
+
+/// Checks that a disk that was closed works like a new one, and that it leaves no frame behind.
+pub(super) fn check_again(
+    disk: &str,
+    exercise: impl FnOnce() -> Result<Vec<Figures>, String>,
+    report: &mut Report,
+) {
+    let before = frames::usage();
+    let again = exercise().and_then(|figures| {
+        let after = frames::usage();
+        let requests: u64 = figures.iter().map(|figures| figures.requests).sum();
+        if after == before {
+            Ok(format!("{requests} requests after it was closed and opened; no frame is lost"))
+        } else {
+            Err(format!("frames in use: {} before, {} after", before.used, after.used))
+        }
+    });
+    report.check_result(&format!("{disk}.again"), again, String::clone);
 }
 
 /// Does every part as a check each, `disk` being the first word of its name, and shows the figures.
