@@ -3,18 +3,11 @@
 //! Ring, headers, status bytes and tables of descriptors are mapped once. What `virtio-drivers` does for each request,
 //! sharing header, status and data one by one, would take three mappings.
 //!
-//! ```text
-//! each slot:  table of descriptors | header (16) | status (16, one used)
-//!             [0] header -> [2..] data -> [1] status
-//! ```
-//!
-//! With INDIRECT_DESC the ring has one descriptor for each slot, which leads to the slot's table; without, the slot's
-//! part of the ring's own table is laid out the same way.
-//!
 //! Leaves out: interrupts, EVENT_IDX, several queues, flushing (without that feature a write is done when it is answered).
 
 mod error;
 mod ring;
+mod slots;
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -22,13 +15,12 @@ use core::fmt;
 
 pub use error::BlockError;
 use virtio_iommu::transport::{DeviceStatus, Transport};
-use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use self::ring::{DESCRIPTOR_BYTES, Descriptor, INDIRECT, NEXT, Ring, WRITE};
+use self::ring::Ring;
+use self::slots::{CHAIN, Chains, STATUS_OK, Slots};
 use super::dma::{Coherent, Dma};
 use super::storage::{
-    Completion, InFlight, Limits, Operation, Piece, Request, Started, Storage, StorageError, Strays,
+    Completion, InFlight, Limits, Operation, Request, Started, Storage, StorageError, Strays,
 };
 use crate::mmio;
 use crate::time::Deadline;
@@ -47,38 +39,18 @@ const CONFIG_CAPACITY: usize = 0;
 const CONFIG_SIZE_MAX: usize = 8;
 const CONFIG_SEG_MAX: usize = 12;
 
-const TYPE_IN: u32 = 0;
-const TYPE_OUT: u32 = 1;
-const STATUS_OK: u8 = 0;
-/// What no device answers.
-const STATUS_NONE: u8 = 0xff;
-
 const QUEUE: u16 = 0;
 const QUEUE_SIZE: u16 = 256;
 /// Requests in flight at most.
 const DEPTH: u16 = 64;
-/// Descriptors of a request where the ring's own are used.
-const CHAIN: u16 = 8;
 const BATCH: usize = 32;
 const SECTOR_BYTES: usize = 512;
 const MAX_PIECES: u16 = 64;
 const MAX_BYTES: usize = 256 * 1024;
-const HEADER_BYTES: usize = 16;
 /// How long a reset may take.
 const RESET_TIMEOUT_NS: u64 = 1_000_000_000;
 /// How often the capacity is read again because it changed meanwhile.
 const MAX_CONFIG_READS: usize = 8;
-
-/// What a request begins with.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-struct Header {
-    kind: U32,
-    reserved: U32,
-    sector: U64,
-}
-
-const _: () = assert!(size_of::<Header>() == HEADER_BYTES);
 
 /// A disk at work. Dropping it leaves it at work, with all of its memory: [`close`](Self::close) ends it in order.
 pub struct Block<'a> {
@@ -96,34 +68,6 @@ impl fmt::Debug for Block<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Block({:?}, {:?})", self.limits, self.dma)
     }
-}
-
-/// How requests use the ring's descriptors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Chains {
-    /// One, which leads to the slot's table.
-    Indirect,
-    /// [`CHAIN`] of them.
-    Direct,
-}
-
-impl Chains {
-    /// Descriptors of the ring for each slot.
-    const fn stride(self) -> u16 {
-        match self {
-            Self::Indirect => 1,
-            Self::Direct => CHAIN,
-        }
-    }
-}
-
-/// What each request has apart from its data.
-#[derive(Debug)]
-struct Slots {
-    memory: Coherent,
-    chains: Chains,
-    /// Descriptors of a slot's table.
-    table: usize,
 }
 
 impl<'a> Block<'a> {
@@ -171,10 +115,7 @@ impl<'a> Block<'a> {
         (slots, chains): (Coherent, Chains),
         limits: Limits,
     ) -> Self {
-        let mut slots = Slots { memory: slots, chains, table: Slots::table(chains, limits) };
-        for slot in 0..limits.depth as u16 {
-            slots.lay_out(&mut ring, slot);
-        }
+        let slots = Slots::new(slots, chains, limits, &mut ring);
         let in_flight = InFlight::new(limits);
         Self { dma, transport, ring, slots, limits, in_flight, strays: Strays::default(), broken: None }
     }
@@ -191,13 +132,13 @@ impl<'a> Block<'a> {
             done.push(completion);
         }
         let freed = self.dma.free(self.ring.into_memory());
-        Ok(freed.and(self.dma.free(self.slots.memory))?)
+        Ok(freed.and(self.dma.free(self.slots.into_memory()))?)
     }
 
     /// What the device says of a request that it is done with.
     fn judge(&self, started: Started, len: u32) -> Result<(), StorageError> {
         let Started { slot, operation, sector, len_bytes } = started;
-        let status = self.slots.memory.read::<u8>(self.slots.status_at(slot));
+        let status = self.slots.status(slot);
         if status != STATUS_OK {
             return Err(StorageError::Refused { sector, status: status.into() });
         }
@@ -207,96 +148,6 @@ impl<'a> Block<'a> {
             Operation::Write => 1,
         };
         if len == expected { Ok(()) } else { Err(StorageError::Length { sector, wrote: len, expected }) }
-    }
-}
-
-impl Slots {
-    /// Descriptors of a slot's table.
-    const fn table(chains: Chains, limits: Limits) -> usize {
-        match chains {
-            Chains::Indirect => 2 + limits.max_pieces,
-            Chains::Direct => 0,
-        }
-    }
-
-    const fn len_bytes(chains: Chains, limits: Limits) -> usize {
-        limits.depth * Self::stride(Self::table(chains, limits))
-    }
-
-    const fn stride(table: usize) -> usize {
-        table * DESCRIPTOR_BYTES + 2 * HEADER_BYTES
-    }
-
-    fn table_at(&self, slot: u16) -> usize {
-        usize::from(slot) * Self::stride(self.table)
-    }
-
-    fn header_at(&self, slot: u16) -> usize {
-        self.table_at(slot) + self.table * DESCRIPTOR_BYTES
-    }
-
-    fn status_at(&self, slot: u16) -> usize {
-        self.header_at(slot) + HEADER_BYTES
-    }
-
-    /// The slot whose chain begins with a descriptor.
-    fn of_head(&self, head: u32) -> Option<u32> {
-        let stride = u32::from(self.chains.stride());
-        head.is_multiple_of(stride).then_some(head / stride)
-    }
-
-    /// Writes a descriptor of a slot's chain, numbered from 0.
-    fn set(
-        &mut self,
-        ring: &mut Ring,
-        slot: u16,
-        index: u16,
-        to: (virtio_iommu::Iova, usize),
-        flags: u16,
-        next: u16,
-    ) {
-        let (address, len) = to;
-        match self.chains {
-            Chains::Indirect => {
-                let offset = self.table_at(slot) + DESCRIPTOR_BYTES * usize::from(index);
-                self.memory.write(offset, Descriptor::new(address, len, flags, next));
-            }
-            Chains::Direct => {
-                let first = slot * CHAIN;
-                ring.set(first + index, Descriptor::new(address, len, flags, first + next));
-            }
-        }
-    }
-
-    /// Writes what stays the same for all requests of a slot: that the header comes first and the status last.
-    fn lay_out(&mut self, ring: &mut Ring, slot: u16) {
-        let header = self.memory.iova_at(self.header_at(slot));
-        let status = self.memory.iova_at(self.status_at(slot));
-        self.set(ring, slot, 0, (header, HEADER_BYTES), NEXT, 2);
-        self.set(ring, slot, 1, (status, 1), WRITE, 0);
-    }
-
-    /// Fills a slot and adds it to the ring.
-    fn put(&mut self, ring: &mut Ring, started: Started, pieces: &[Piece]) {
-        let Started { slot, operation, sector, .. } = started;
-        let (kind, write) = match operation {
-            Operation::Read => (TYPE_IN, WRITE),
-            Operation::Write => (TYPE_OUT, 0),
-        };
-        let header = Header { kind: kind.into(), reserved: U32::ZERO, sector: sector.into() };
-        self.memory.write(self.header_at(slot), header);
-        self.memory.write(self.status_at(slot), STATUS_NONE);
-        let last = pieces.len() as u16 + 1;
-        for (index, piece) in (2..).zip(pieces) {
-            let next = if index == last { 1 } else { index + 1 };
-            self.set(ring, slot, index, (piece.iova, piece.len), write | NEXT, next);
-        }
-        if self.chains == Chains::Indirect {
-            let table = self.memory.iova_at(self.table_at(slot));
-            let len = (2 + pieces.len()) * DESCRIPTOR_BYTES;
-            ring.set(slot, Descriptor::new(table, len, INDIRECT, 0));
-        }
-        ring.push(slot * self.chains.stride());
     }
 }
 

@@ -4,6 +4,8 @@ use std::vec::Vec;
 
 use virtio_iommu::transport::{InterruptCause, QueueAddresses, TransportError};
 
+use super::ring::{INDIRECT, NEXT, WRITE};
+use super::slots::STATUS_NONE;
 use super::*;
 use crate::devices::storage::Buffer;
 
