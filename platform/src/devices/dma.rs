@@ -246,7 +246,8 @@ impl Coherent {
     }
 
     fn at<T>(&self, offset: usize) -> *mut T {
-        assert!(offset.is_multiple_of(align_of::<T>().min(8)), "offset {offset:#x} is not aligned");
+        const { assert!(align_of::<T>() <= 8, "the memory itself is aligned to 8") };
+        assert!(offset.is_multiple_of(align_of::<T>()), "offset {offset:#x} is not aligned");
         self.bytes_at(offset, size_of::<T>()).cast()
     }
 

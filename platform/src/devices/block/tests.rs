@@ -7,7 +7,7 @@ use virtio_iommu::transport::{InterruptCause, QueueAddresses, TransportError};
 use super::ring::{INDIRECT, NEXT, WRITE};
 use super::slots::STATUS_NONE;
 use super::*;
-use crate::devices::storage::Buffer;
+use crate::devices::storage::{Buffer, finish};
 
 /// Registers of a disk; what it does with memory is [`Disk`].
 #[derive(Clone, Default)]
@@ -273,6 +273,27 @@ fn a_device_that_asks_for_no_doorbell_gets_none() {
     poke(rig.block.ring.addresses().device_area.get(), 1u16);
     rig.submit(Operation::Read, 5, 512);
     assert_eq!((rig.take().sector, rig.fake.0.lock().unwrap().rung), (5, 0));
+}
+
+#[test]
+fn a_device_that_answers_nothing_is_given_up() {
+    let mut rig = Rig::new(Chains::Indirect);
+    rig.submit(Operation::Read, 5, 512);
+    rig.fake.0.lock().unwrap().status = 0xf;
+    let mut done = Vec::new();
+    assert_eq!(finish(&mut rig.block, &mut done), Err(StorageError::Timeout { in_flight: 1 }));
+    for status in [0x4f, 0, 0xff] {
+        rig.fake.0.lock().unwrap().status = status;
+        let broken = StorageError::Broken { what: "device status", value: status.into() };
+        assert_eq!(finish(&mut rig.block, &mut done), Err(broken), "{status:#x} is not waited for");
+    }
+    assert!(done.is_empty());
+    // A late answer still counts.
+    let found = rig.take();
+    poke(found.status, STATUS_OK);
+    rig.done(found.head.into(), 513);
+    assert_eq!(finish(&mut rig.block, &mut done), Ok(()));
+    assert_eq!((done.len(), done[0].tag), (1, 5));
 }
 
 fn registers(change: impl FnOnce(&mut Registers)) -> Fake {
