@@ -8,7 +8,7 @@ use core::ptr::NonNull;
 use core::sync::atomic::{AtomicU16, Ordering};
 
 use virtio_iommu::{
-    CoherentMemory, Direction, DmaDevice, DmaError, DmaMapping, Iova, PhysSegment, UnmapError,
+    CoherentMemory, Direction, DmaDevice, DmaError, DmaMapping, Iova, PhysSegment, UnmapError, Unmapped,
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -81,7 +81,7 @@ impl Dma<'_> {
     /// [`UnmapError`]: the memory is in quarantine.
     pub fn free(&self, memory: Coherent) -> Result<(), UnmapError> {
         match (memory.owner, self) {
-            (Owner::Device(memory), Self::Through(device)) => device.free_coherent(memory),
+            (Owner::Device(memory), Self::Through(device)) => device.free_coherent(memory).map(drop),
             (Owner::Device(memory), Self::Direct) => Err(UnmapError::NotMapped(memory.iova())),
             (Owner::Frames(pages), _) => {
                 drop(ManuallyDrop::into_inner(pages));
@@ -131,7 +131,11 @@ impl Dma<'_> {
     pub fn unmap(&self, mapped: Mapped) -> Result<(), UnmapError> {
         match (mapped, self) {
             (Mapped::Direct, _) => Ok(()),
-            (Mapped::Through(mapping), Self::Through(device)) => device.unmap(mapping),
+            (Mapped::Through(mapping), Self::Through(device)) => match device.unmap(mapping)? {
+                Unmapped::Now => Ok(()),
+                // The memory goes back to its owner now, so that it cannot wait.
+                Unmapped::AtFlush => device.flush(),
+            },
             (Mapped::Through(mapping), Self::Direct) => Err(UnmapError::NotMapped(mapping.iova())),
         }
     }

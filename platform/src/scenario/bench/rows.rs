@@ -94,7 +94,7 @@ fn map_unmap(rig: &Rig, meter: &mut Meter, name: &'static str, frames: usize) ->
         laps.time(0, || {
             // SAFETY: the pages are ours, and leaked below if they may still be mapped.
             let mapping = unsafe { device.map(phys, len, Direction::Both) }.map_err(text)?;
-            device.unmap(mapping).map_err(text)
+            device.unmap(mapping).map(drop).map_err(text)
         })
     });
     keep_if_failed(measured, pages)
@@ -108,7 +108,7 @@ fn split(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
     let measured = meter.measure(["map_4k_strict", "unmap_4k_strict"], 1, |laps| {
         // SAFETY: the page is ours, and leaked below if it may still be mapped.
         let mapping = laps.time(0, || unsafe { device.map(phys, FRAME, Direction::Both) }).map_err(text)?;
-        laps.time(1, || device.unmap(mapping)).map_err(text)
+        laps.time(1, || device.unmap(mapping)).map(drop).map_err(text)
     });
     keep_if_failed(measured, pages)
 }
@@ -127,7 +127,8 @@ fn batch(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
             })
         })
         .map_err(text)?;
-        laps.time(1, || mappings.drain(..).try_for_each(|mapping| device.unmap(mapping))).map_err(text)
+        laps.time(1, || mappings.drain(..).try_for_each(|mapping| device.unmap(mapping).map(drop)))
+            .map_err(text)
     });
     keep_if_failed(measured, pages)
 }
@@ -163,7 +164,7 @@ fn list_of(
         // SAFETY: the pages are the caller's, who leaks them if they may still be mapped.
         let map = || unsafe { device.map_scatter(list, Direction::Both, &mut iovas) };
         let mapping = laps.time(0, map).map_err(text)?;
-        laps.time(1, || device.unmap(mapping)).map_err(text)
+        laps.time(1, || device.unmap(mapping)).map(drop).map_err(text)
     })
 }
 
@@ -173,7 +174,7 @@ fn coherent(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
     meter.measure(["coherent_4k"], 1, |laps| {
         laps.time(0, || {
             let memory = device.alloc_coherent(FRAME).map_err(text)?;
-            device.free_coherent(memory).map_err(text)
+            device.free_coherent(memory).map(drop).map_err(text)
         })
     })?;
     Ok(End::Measured)
