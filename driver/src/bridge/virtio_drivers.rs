@@ -40,16 +40,17 @@ use virtio_drivers::transport::{DeviceStatus, DeviceType, InterruptStatus, Trans
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-/// The place where a slot keeps its device's view. Filled once, for good, before its driver is made.
+/// The place where a slot keeps its device's view. Filled before its driver is made, and emptied by
+/// [`take`](Self::take) alone.
 pub struct DeviceCell {
     /// Null while it can be filled; [`CLOSED`] when the driver began without; else a leaked box, so that the wide
     /// pointer is set in one step.
-    device: AtomicPtr<&'static dyn DmaDevice>,
+    device: AtomicPtr<Box<dyn DmaDevice>>,
     exhausted: AtomicU64,
 }
 
 /// Stands for a device that is not behind the IOMMU. Never dereferenced.
-const CLOSED: *mut &'static dyn DmaDevice = ptr::dangling_mut();
+const CLOSED: *mut Box<dyn DmaDevice> = ptr::dangling_mut();
 
 impl DeviceCell {
     /// An empty cell.
@@ -58,24 +59,35 @@ impl DeviceCell {
         Self { device: AtomicPtr::new(ptr::null_mut()), exhausted: AtomicU64::new(0) }
     }
 
-    /// Fills the cell for the rest of the kernel's life. Allocates.
+    /// Fills the cell. Allocates.
     ///
     /// # Errors
     /// The device, if the cell is filled already, or its driver began without.
     pub fn fill<D: DmaDevice + 'static>(&self, device: D) -> Result<(), D> {
-        let device = Box::into_raw(Box::new(device));
-        // SAFETY: a box that was just leaked.
-        let view: &'static dyn DmaDevice = unsafe { &*device };
+        let view: Box<dyn DmaDevice> = Box::new(device);
         let place = Box::into_raw(Box::new(view));
         let set = self.device.compare_exchange(ptr::null_mut(), place, Ordering::Release, Ordering::Relaxed);
         if set.is_ok() {
             return Ok(());
         }
-        // SAFETY: nobody else saw either box, and `view` is not used any more.
-        unsafe {
-            drop(Box::from_raw(place));
-            Err(*Box::from_raw(device))
+        // SAFETY: the box from above, of this type, which nobody else saw.
+        Err(unsafe { open(place) })
+    }
+
+    /// Empties the cell and gives the device back, to be closed; `None` where it is not filled. The cell can be filled
+    /// again.
+    ///
+    /// # Safety
+    /// `D` is the type that the cell was filled with. The slot's driver was dropped, and nobody uses what
+    /// [`get`](Self::get) gave, or calls it meanwhile.
+    pub unsafe fn take<D: DmaDevice + 'static>(&self) -> Option<D> {
+        let place = self.device.load(Ordering::Acquire);
+        if place.is_null() || place == CLOSED {
+            return None;
         }
+        self.device.store(ptr::null_mut(), Ordering::Release);
+        // SAFETY: a box that `fill` leaked, of this type and used by nobody, by the caller's promise.
+        Some(unsafe { open(place) })
     }
 
     /// The device's view, or `None` when there is no IOMMU in front of it. The first call decides: a cell that
@@ -87,14 +99,24 @@ impl DeviceCell {
                 self.device.compare_exchange(ptr::null_mut(), CLOSED, Ordering::AcqRel, Ordering::Acquire);
             place = closed.err().unwrap_or(CLOSED);
         }
-        // SAFETY: not null and not the mark, so a box that `fill` leaked and that nobody changes.
-        (place != CLOSED).then(|| unsafe { *place })
+        // SAFETY: not null and not the mark, so a box that `fill` leaked; `take`'s caller sees to it that it stays
+        // as long as it is used.
+        (place != CLOSED).then(|| unsafe { &**place })
     }
 
     /// How often a buffer could not be shared, so that the device was given an address that faults.
     pub fn exhausted(&self) -> u64 {
         self.exhausted.load(Ordering::Relaxed)
     }
+}
+
+/// Opens the two boxes that [`DeviceCell::fill`] made.
+///
+/// # Safety
+/// Both boxes are leaked, hold a `D`, and belong to the caller.
+unsafe fn open<D: DmaDevice>(place: *mut Box<dyn DmaDevice>) -> D {
+    // SAFETY: the caller's promise.
+    unsafe { *Box::from_raw(Box::into_raw(*Box::from_raw(place)).cast::<D>()) }
 }
 
 /// A device, as a type. Implemented by [`dma_slot!`](crate::dma_slot).
@@ -105,7 +127,8 @@ pub trait Slot {
 
 /// Makes a type that stands for one device, for [`IommuHal`](crate::bridge::virtio_drivers::IommuHal).
 ///
-/// `dma_slot!(pub Disk);` makes `Disk`, with `Disk::fill(endpoint)` to be called once before its driver is made.
+/// `dma_slot!(pub Disk);` makes `Disk`, with `Disk::fill(endpoint)` to be called once before its driver is made;
+/// [`DeviceCell::take`](crate::bridge::virtio_drivers::DeviceCell::take) gives the endpoint back in the end.
 /// If it is not filled by then, the kernel's own `Hal` is used as it is, for good.
 #[macro_export]
 macro_rules! dma_slot {
@@ -114,7 +137,7 @@ macro_rules! dma_slot {
         $visibility enum $name {}
 
         impl $name {
-            /// Fills the slot with the device's view of its domain, for good, before its driver is made.
+            /// Fills the slot with the device's view of its domain, before its driver is made.
             ///
             /// # Errors
             /// The device, if the slot is filled already, or its driver began without.

@@ -199,6 +199,28 @@ fn a_slot_that_is_not_filled_is_the_kernels_own() {
     assert!(Empty::fill(endpoint).is_err(), "too late");
 }
 
+/// Fails when a driver's end leaves the endpoint with the slot, or a second life of the device finds the first one's.
+#[test]
+fn what_a_slot_was_filled_with_comes_back_after_its_driver() {
+    virtio_iommu::dma_slot!(Twice);
+    // SAFETY: never filled, so that nothing has a type.
+    assert!(unsafe { Twice::cell().take::<Endpoint<TestPlatform>>() }.is_none());
+    let (machine, viommu, mut endpoint) = machine();
+    for life in 1..=2 {
+        assert!(Twice::fill(endpoint).is_ok(), "life {life}");
+        let (iova, ptr) = IommuHal::<KernelHal, Twice>::dma_alloc(1, BOTH);
+        assert!(machine.reaches(EP, iova));
+        // SAFETY: allocated above, and used by nobody.
+        assert_eq!(unsafe { IommuHal::<KernelHal, Twice>::dma_dealloc(iova, ptr, 1) }, 0);
+        // SAFETY: filled with this type, and no driver is left.
+        endpoint = unsafe { Twice::cell().take() }.expect("filled above");
+    }
+    let domain = endpoint.domain().clone();
+    endpoint.close().unwrap();
+    assert_eq!((domain.mapping_count(), calls()), (0, (2, 2, 0, 0)));
+    assert_eq!(viommu.stats().quarantined_mappings, 0);
+}
+
 #[test]
 fn a_slot_is_filled_once() {
     virtio_iommu::dma_slot!(Once);
