@@ -4,8 +4,11 @@
 ///
 /// Atomic fences order memory with memory, which is not enough before a store to device memory on arm and
 /// riscv. On x86 stores of both kinds stay in order and only the compiler has to be told.
+///
+/// The driver does it before each [`notify`](crate::transport::Transport::notify) of its own. A kernel that drives
+/// another virtio device over a [`transport`](crate::transport) has to as well.
 #[inline(always)]
-pub(crate) fn memory_before_doorbell() {
+pub fn memory_before_doorbell() {
     // There is no device memory in the model: the doorbell is a relaxed store.
     #[cfg(loom)]
     loom::sync::atomic::fence(core::sync::atomic::Ordering::Release);

@@ -9,6 +9,8 @@ mod register;
 #[cfg(feature = "virtio-drivers")]
 pub mod virtio_drivers;
 
+pub use crate::barrier::memory_before_doorbell;
+
 use crate::addr::PhysAddr;
 use bitflags::bitflags;
 use core::fmt;
