@@ -190,6 +190,6 @@ pub fn transport(machine: &Machine, function: &Function) -> Result<PciTransport,
         isr: region(found.isr)?,
         device: region(found.device.ok_or(BringUpError::Capabilities(CapabilityError::Missing(4)))?)?,
     };
-    // SAFETY: mapped for good with decoding on, and nobody else drives this function.
+    // SAFETY: mapped for good with decoding on, and the caller has the device for itself.
     unsafe { PciTransport::new(regions) }.map_err(BringUpError::Region)
 }
