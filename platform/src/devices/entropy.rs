@@ -192,7 +192,7 @@ impl<T: Transport> Entropy<T> {
     /// [`EntropyError::Reset`], [`EntropyError::Unmap`].
     pub fn close(self, device: &dyn DmaDevice) -> Result<(), EntropyError> {
         reset(&self.registers).map_err(EntropyError::Reset)?;
-        device.free_coherent(self.memory).map_err(EntropyError::Unmap)
+        device.free_coherent(self.memory).map(drop).map_err(EntropyError::Unmap)
     }
 
     /// Where a word of the memory is. The device may write there at any time.

@@ -5,9 +5,9 @@ use alloc::vec::Vec;
 
 use virtio_iommu::Options;
 
-use super::default::{close, find, text};
+use super::default::{close, text};
 use super::give_up;
-use super::setup::{self, Opened};
+use super::setup::{self, Opened, find};
 use super::show::{self, Worker};
 use super::storage::{self, ATTACKS, Bench, Figures, Image, PARTS, Part, Work};
 use crate::boot::BootInfo;

@@ -3,22 +3,21 @@
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
-use core::fmt::Write;
 
 use fastrand::Rng;
 use sha2::{Digest, Sha256};
 use virtio_iommu::{DmaDevice, Endpoint, Options};
 
 use super::attack::{self, Arena};
-use super::setup::{self, Opened};
-use super::show::{self, Worker};
+use super::setup::{self, Opened, find};
+use super::show::{self, Worker, hex};
 use super::{give_up, scatter, word};
 use crate::boot::BootInfo;
 use crate::devices::edu::{self, BUFFER_BYTES, Edu};
 use crate::devices::virtio::{BLOCK, Disk, DiskSlot, ENTROPY, Entropy, EntropySlot, VENDOR};
 use crate::iommu::{Iommu, KernelPlatform};
 use crate::machine::Machine;
-use crate::pci::function::{BusMaster, Function};
+use crate::pci::function::BusMaster;
 use crate::report::Report;
 
 /// Checks before the attacks, and after them.
@@ -26,14 +25,14 @@ const CHECKS: usize = 12;
 
 /// The disk's first half is given, and its second half is written to: sectors of 512 bytes.
 pub(super) const DISK_HALF_BYTES: usize = 1 << 20;
-const WRITTEN_SECTOR: usize = DISK_HALF_BYTES / 512;
+pub(super) const WRITTEN_SECTOR: usize = DISK_HALF_BYTES / 512;
 pub(super) const WRITTEN_BYTES: usize = 64 * 1024;
 /// What makes the seed of the written half from that of the given one: the letters of WRIT.
 pub(super) const WRITTEN_SEED: u64 = 0x5752_4954;
 
 /// Several requests of the disk, with their headers and answers.
-const DISK_BOUNCE_BYTES: usize = 256 * 1024;
-const ENTROPY_BOUNCE_BYTES: usize = 16 * 1024;
+pub(super) const DISK_BOUNCE_BYTES: usize = 256 * 1024;
+pub(super) const ENTROPY_BOUNCE_BYTES: usize = 16 * 1024;
 
 pub(super) fn run(info: &BootInfo) -> ! {
     let mut report = Report::start(CHECKS + attack::CHECKS);
@@ -42,11 +41,7 @@ pub(super) fn run(info: &BootInfo) -> ! {
         Err(error) => give_up(report, "iommu", error),
     };
     show::iommu(&machine, &iommu);
-    report.check(
-        "iommu",
-        true,
-        format_args!("live at {}, {} functions behind it", iommu.address, iommu.members.len()),
-    );
+    show::live(&iommu, &mut report);
 
     let disk = match disk(&machine, &iommu, info, &mut report) {
         Ok(worker) => worker,
@@ -91,19 +86,6 @@ pub(super) fn run(info: &BootInfo) -> ! {
     show::table(&iommu, &[&disk, &entropy, &edu]);
     show::totals(&iommu, &mut report);
     report.end()
-}
-
-pub(super) fn find<'m>(
-    machine: &'m Machine,
-    vendor: u16,
-    device: u16,
-    name: &str,
-) -> Result<&'m Function, String> {
-    machine
-        .pci
-        .with_id(vendor, device)
-        .next()
-        .ok_or_else(|| format!("no {name}: the machine has no PCI function {vendor:04x}:{device:04x}"))
 }
 
 /// Reads what the harness wrote, by its digest, and writes what the harness will look for.
@@ -215,15 +197,6 @@ pub(super) fn close(iommu: &Iommu, endpoint: Endpoint<KernelPlatform>) -> Result
         0 => Ok(()),
         count => Err(format!("{count} mappings are left")),
     }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    let mut text = String::new();
-    for byte in bytes {
-        // A string takes everything.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
 }
 
 pub(super) fn text(error: impl core::fmt::Display) -> String {

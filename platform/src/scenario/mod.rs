@@ -1,10 +1,14 @@
 //! What the kernel can be asked to do, by name.
 //!
 //! ```text
-//! default       real I/O through the IOMMU, then attacks on it
-//! nvme          an NVMe disk: requests mapped one by one, in batches, from a pool; what they took; attacks
-//! block         the same with a virtio disk, by the kernel's own driver
-//! block-direct  that driver on a machine without an IOMMU
+//! default       real I/O through the IOMMU, then attacks on it                 \
+//! devices       every device at work, with figures                             |
+//! bridge        the unmodified drivers of `virtio-drivers`                     |
+//! soak          all devices at once, for a while                               | each ends PASS
+//! nvme          an NVMe disk: requests mapped one by one, in batches, from a   |
+//!               pool; what they took; attacks                                  |
+//! block         the same with a virtio disk, by the kernel's own driver        |
+//! block-direct  that driver on a machine without an IOMMU                      /
 //! bench         counts instructions, and says nothing about right or wrong
 //! leak          frees memory that is still mapped                  } each ends FAIL at the one check
 //! early         frees memory before its UNMAP was answered         } that such a bug must fail
@@ -16,15 +20,19 @@
 mod attack;
 mod bench;
 mod block;
+mod bridge;
 mod default;
 mod defect;
+mod devices;
 mod misbehave;
 mod nvme;
 mod scatter;
 mod setup;
 mod show;
+mod soak;
 mod storage;
 mod tamper;
+mod work;
 
 use alloc::string::String;
 use core::fmt;
@@ -39,10 +47,14 @@ const KNOWN: &[&str] = &[
     "seed",
     "disk.sha256",
     "nvme.sha256",
+    "net.port",
+    "net.sha256",
+    "policy",
     "hide",
     "viot",
     "log",
-    // What disks do.
+    // How long devices work, and how much.
+    "soak.seconds",
     "mapped",
     "pooled",
     // What is measured.
@@ -65,6 +77,9 @@ pub fn run(info: &BootInfo) -> ! {
     }
     match name {
         "default" => default::run(info),
+        "devices" => devices::run(info),
+        "bridge" => bridge::run(info),
+        "soak" => soak::run(info),
         "nvme" => nvme::run(info),
         "block" => block::run(info),
         "block-direct" => block::direct(info),
@@ -79,7 +94,7 @@ pub fn run(info: &BootInfo) -> ! {
         "half" => misbehave::half(),
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
-            "there is no scenario `{unknown}`; there are: default nvme block block-direct bench leak early lie panic \
+            "there is no scenario `{unknown}`; there are: default devices bridge soak nvme block block-direct bench leak early lie panic \
              page-fault overflow write-code silent half babble"
         )),
     }

@@ -1,5 +1,6 @@
 //! From the boot information to a live IOMMU with endpoints that are open.
 
+use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
@@ -62,6 +63,30 @@ fn firmware_viot(info: &BootInfo, machine: &Machine) -> Result<Vec<u8>, String> 
     Ok(table)
 }
 
+/// What the command line wants domains to be made with: `policy=strict`, which is what there is without the word, or
+/// `policy=deferred`.
+pub(super) fn domain_options(info: &BootInfo) -> Result<DomainOptions, String> {
+    match info.command_line.get("policy").unwrap_or("strict") {
+        "strict" => Ok(DomainOptions::default()),
+        // Here the other way of unmapping goes in.
+        other => Err(format!("policy={other} is not a way of unmapping; there is: strict")),
+    }
+}
+
+/// The first function with these numbers, which `name` names for people.
+pub(super) fn find<'m>(
+    machine: &'m Machine,
+    vendor: u16,
+    device: u16,
+    name: &str,
+) -> Result<&'m Function, String> {
+    machine
+        .pci
+        .with_id(vendor, device)
+        .next()
+        .ok_or_else(|| format!("no {name}: the machine has no PCI function {vendor:04x}:{device:04x}"))
+}
+
 /// An endpoint in a domain of its own.
 pub(super) struct Opened {
     pub id: EndpointId,
@@ -90,8 +115,18 @@ impl fmt::Display for OpenFailure {
 
 /// Opens a function in a new domain. Its bus mastering stays off.
 pub(super) fn open(iommu: &Iommu, function: &Function, bounce_bytes: usize) -> Result<Opened, OpenFailure> {
+    open_in(iommu, function, bounce_bytes, DomainOptions::default())
+}
+
+/// Opens a function in a new domain that is made with `options`. Its bus mastering stays off.
+pub(super) fn open_in(
+    iommu: &Iommu,
+    function: &Function,
+    bounce_bytes: usize,
+    options: DomainOptions,
+) -> Result<Opened, OpenFailure> {
     let id = iommu.endpoint(function).ok_or(OpenFailure::NotBehind)?;
-    let domain = iommu.viommu.create_domain(DomainOptions::default()).map_err(OpenFailure::Domain)?;
+    let domain = iommu.viommu.create_domain(options).map_err(OpenFailure::Domain)?;
     let options = EndpointOptions { bounce_bytes, ..EndpointOptions::default() };
     let endpoint = iommu.viommu.open(id, &domain, options).map_err(OpenFailure::Open)?;
     Ok(Opened { id, domain, endpoint })

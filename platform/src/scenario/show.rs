@@ -1,12 +1,15 @@
 //! What people read.
 
+use alloc::format;
 use alloc::string::String;
 use core::fmt::Write;
 
 use virtio_iommu::{Domain, EndpointId, ReservedKind, Unattached};
 
+use super::work::Row;
 use crate::iommu::{Iommu, KernelPlatform};
 use crate::machine::Machine;
+use crate::memory::frames::{self, Usage};
 use crate::pci::PciAddress;
 use crate::println;
 use crate::report::Report;
@@ -50,6 +53,7 @@ pub(super) fn iommu(machine: &Machine, iommu: &Iommu) {
 }
 
 /// A device at work: a row of the closing table.
+#[derive(Clone)]
 pub(super) struct Worker {
     pub id: EndpointId,
     pub address: PciAddress,
@@ -78,6 +82,72 @@ pub(super) fn table(iommu: &Iommu, rows: &[&Worker]) {
         );
     }
     println!();
+}
+
+/// Reports that the IOMMU is up.
+pub(super) fn live(iommu: &Iommu, report: &mut Report) {
+    report.check(
+        "iommu",
+        true,
+        format_args!("live at {}, {} functions behind it", iommu.address, iommu.members.len()),
+    );
+}
+
+/// Checks that every device is closed and nothing of it is left: no mapping, no quarantine, no frames, and no faults on
+/// the way. `before` is what was allocated before the first one was opened.
+pub(super) fn nothing_left(iommu: &Iommu, before: Usage, report: &mut Report) {
+    iommu.viommu.poll();
+    let (stats, after) = (iommu.viommu.stats(), frames::usage());
+    // Frames of page tables stay; they are never a run that can be freed.
+    let runs = (before.live_runs, after.live_runs);
+    let faults =
+        stats.faults.delivered + stats.faults.limited + stats.faults.dropped + stats.faults.malformed;
+    let unclear = stats.abandoned_requests + stats.stray_answers + stats.quarantined_mappings as u64;
+    report.check(
+        "nothing-left",
+        runs.0 == runs.1 && unclear == 0 && faults == 0,
+        format_args!(
+            "{} runs of frames before and {} after, {} mappings in quarantine, {} requests unanswered, {} answers to \
+             none, {faults} faults",
+            runs.0, runs.1, stats.quarantined_mappings, stats.abandoned_requests, stats.stray_answers
+        ),
+    );
+}
+
+/// What each device moved, how fast, and what that took of the IOMMU. The seconds are those of all its work, making and
+/// checking the bytes included.
+pub(super) fn figures(rows: &[(&str, Row)], report: &mut Report) {
+    println!();
+    println!(
+        "  device      endpoint  domain  rounds   to device  from device  seconds     MB/s    maps  unmaps  requests   kicks"
+    );
+    for (_, Row { worker, done, spent_ns, .. }) in rows {
+        let stats = worker.domain.stats();
+        let moved = done.to_device + done.from_device;
+        // Bytes in a microsecond are megabytes in a second.
+        let hundredths = (u128::from(moved) * 100_000).checked_div(u128::from(*spent_ns)).unwrap_or(0);
+        println!(
+            "  {:<10}  {:<#8x}  {:>6}  {:>6}  {:>10}  {:>11}  {:>3}.{:03}  {:>4}.{:02}  {:>6}  {:>6}  {:>8}  {:>6}",
+            worker.name,
+            worker.id.get(),
+            worker.domain.id().get(),
+            done.rounds,
+            done.to_device,
+            done.from_device,
+            spent_ns / 1_000_000_000,
+            spent_ns / 1_000_000 % 1000,
+            hundredths / 100,
+            hundredths % 100,
+            stats.maps,
+            stats.unmaps,
+            stats.requests,
+            stats.kicks,
+        );
+    }
+    println!();
+    for (name, row) in rows {
+        report.value(&format!("{name}.rounds"), row.done.rounds, "rounds");
+    }
 }
 
 /// What the IOMMU was asked in all, which the host compares with what QEMU saw.
@@ -110,4 +180,14 @@ pub(super) fn nothing_lost(iommu: &Iommu, id: EndpointId, report: &mut Report) {
             stats.faults.limited + stats.faults.dropped
         ),
     );
+}
+
+/// Bytes in lower-case hex.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    for byte in bytes {
+        // A string takes everything.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }

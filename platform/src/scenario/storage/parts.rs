@@ -8,7 +8,8 @@ use alloc::vec::Vec;
 use fastrand::Rng;
 use sha2::{Digest, Sha256};
 
-use super::super::default::{DISK_HALF_BYTES, WRITTEN_BYTES, WRITTEN_SEED, hex, text};
+use super::super::default::{DISK_HALF_BYTES, WRITTEN_BYTES, WRITTEN_SEED, text};
+use super::super::show::hex;
 use super::{Bench, Figures, PAGE};
 use crate::devices::storage::buffer::scattered;
 use crate::devices::storage::{Buffer, Completion, Operation, Request, StorageError};
