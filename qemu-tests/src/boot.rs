@@ -7,26 +7,33 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use crate::console;
 use crate::disk::Disk;
 use crate::machine::{Gdb, Iommu, Machine};
 use crate::process::{Ended, Process};
 use crate::protocol::{Reason, Verdict};
 use crate::qemu::Qemu;
+use crate::server::{self, Peer, Server, Transfer};
 use crate::trace::Counts;
 use crate::witness;
 
 /// How long a boot may take, unless said otherwise.
 pub const DEADLINE: Duration = Duration::from_secs(60);
-/// The scenario that `cargo xtask run` boots.
+/// The scenario of a run that names none.
 pub const DEFAULT_SCENARIO: &str = "default";
 /// The scenarios that leave on the disk what must be there.
-const WRITES_DISK: [&str; 3] = [DEFAULT_SCENARIO, "block", "block-direct"];
+const WRITES_DISK: [&str; 6] = [DEFAULT_SCENARIO, "devices", "bridge", "soak", "block", "block-direct"];
 /// The scenarios that have an NVMe disk, and leave there what must be.
 const WRITES_NVME: [&str; 1] = ["nvme"];
 /// What makes the seed of the NVMe disk's image from that of the machine: the letters of NVME.
 const NVME_SEED: u64 = 0x4e56_4d45;
+/// The scenario that lasts as long as it is told to, the word that tells it, and how long it lasts without.
+const SOAK: (&str, &str, u64) = ("soak", "soak.seconds=", 60);
 /// The seed that is used unless another is asked for.
 pub const DEFAULT_SEED: u64 = 0x5eed;
+
+/// The kernel refuses more seconds.
+const SOAK_MAX: u64 = 600;
 
 /// Whether the machine has a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,11 +57,13 @@ pub struct Boot {
     pub disk: DiskDevice,
     /// Whether there is an NVMe disk.
     pub nvme: DiskDevice,
+    /// Whether there is a server for the guest.
+    pub peer: Peer,
     /// More words for the kernel's command line.
     pub words: String,
     /// A directory for the images and the trace; it is made if it is not there.
     pub directory: PathBuf,
-    /// When QEMU is killed; never if none.
+    /// When QEMU is killed; never if none. What a soak lasts is added.
     pub deadline: Option<Duration>,
 }
 
@@ -87,6 +96,7 @@ impl Boot {
             seed: DEFAULT_SEED,
             disk: DiskDevice::Present,
             nvme: if WRITES_NVME.contains(&scenario) { DiskDevice::Present } else { DiskDevice::Absent },
+            peer: Peer::Listening,
             words: String::new(),
             directory: directory.to_owned(),
             deadline: Some(DEADLINE),
@@ -112,13 +122,19 @@ impl Boot {
         self.machine.trace = Some(trace.clone());
         self.machine.disk = (self.disk == DiskDevice::Present).then(|| disk.path.clone());
         self.machine.nvme = (self.nvme == DiskDevice::Present).then(|| nvme.path.clone());
-        self.machine.cmdline = self.cmdline(&disk, &nvme);
+        let console = self.directory.join("console.txt");
+        // QEMU begins it anew; where it does not even start, nothing came out.
+        fs::write(&console, "").with_context(|| format!("cannot write {}", console.display()))?;
+        self.machine.console = Some(console.clone());
+        let deadline = self.deadline.filter(|_| self.machine.gdb == Gdb::Off);
+        let deadline = deadline.map(|deadline| deadline + self.soak_time());
+        let server = Server::start(self.seed, self.peer, deadline)?;
+        self.machine.cmdline = self.cmdline(&disk, &nvme, &server);
 
         let mut command = Command::new(&qemu.path);
         command.args(self.machine.arguments());
         let mut process = Process::start(&mut command)?;
         let mut lines = Vec::new();
-        let deadline = self.deadline.filter(|_| self.machine.gdb == Gdb::Off);
         let ended = process.follow(deadline, &mut |line| {
             observer(line);
             lines.push(line.to_owned());
@@ -128,15 +144,30 @@ impl Boot {
 
         let verdict = Verdict::read(lines.iter().map(String::as_str), self.machine.arch, ended);
         let mut outcome = Outcome { lines, verdict, ended, seen: None, objections: Vec::new(), stderr, wall };
+        let transfers = server.stop();
         if outcome.verdict.passed() {
-            self.cross_examine(&disk, &nvme, &trace, &mut outcome);
+            self.cross_examine(&disk, &nvme, &trace, &transfers, &mut outcome);
+            if let Err(error) = console::verify(&console, self.seed, &outcome.verdict.values) {
+                outcome.objections.push(format!("{error:#}"));
+            }
         }
         Ok(outcome)
     }
 
-    fn cmdline(&self, disk: &Disk, nvme: &Disk) -> String {
-        let mut line =
-            format!("scenario={} seed={:#x} disk.sha256={}", self.scenario, self.seed, disk.sha256);
+    /// How long the guest is asked to go on for.
+    fn soak_time(&self) -> Duration {
+        let (scenario, word, default) = SOAK;
+        let told = self.words.split_whitespace().rev().find_map(|given| given.strip_prefix(word));
+        // What is no number the guest refuses by itself.
+        let seconds = told.map_or(default, |seconds| seconds.parse().unwrap_or(0));
+        Duration::from_secs(if self.scenario == scenario { seconds.min(SOAK_MAX) } else { 0 })
+    }
+
+    fn cmdline(&self, disk: &Disk, nvme: &Disk, server: &Server) -> String {
+        let mut line = format!(
+            "scenario={} seed={:#x} disk.sha256={} net.port={} net.sha256={}",
+            self.scenario, self.seed, disk.sha256, server.port, server.sha256
+        );
         if self.nvme == DiskDevice::Present {
             line.push_str(&format!(" nvme.sha256={}", nvme.sha256));
         }
@@ -147,8 +178,15 @@ impl Boot {
         line
     }
 
-    /// Holds a PASS against what QEMU saw and against the disks.
-    fn cross_examine(&self, disk: &Disk, nvme: &Disk, trace: &Path, outcome: &mut Outcome) {
+    /// Holds a PASS against what QEMU saw, against what came over the network, and against the disks.
+    fn cross_examine(
+        &self,
+        disk: &Disk,
+        nvme: &Disk,
+        trace: &Path,
+        transfers: &[Transfer],
+        outcome: &mut Outcome,
+    ) {
         if self.machine.iommu == Iommu::On {
             match Counts::read(trace) {
                 Ok(seen) => {
@@ -158,6 +196,7 @@ impl Boot {
                 Err(error) => outcome.objections.push(format!("{error:#}")),
             }
         }
+        outcome.objections.extend(server::differences(&outcome.verdict.values, transfers));
         let disks = [(disk, self.disk, &WRITES_DISK[..]), (nvme, self.nvme, &WRITES_NVME[..])];
         for (disk, device, written_by) in disks {
             if device == DiskDevice::Present

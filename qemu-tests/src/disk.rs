@@ -39,8 +39,7 @@ impl Disk {
     /// When the file cannot be written.
     pub fn create(path: &Path, seed: u64) -> Result<Self> {
         let image = image(seed);
-        let digest = Sha256::digest(&image[..READ_BYTES]);
-        let sha256 = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let sha256 = sha256(&image[..READ_BYTES]);
         fs::write(path, image).with_context(|| format!("cannot write the disk image {}", path.display()))?;
         Ok(Self { path: path.to_owned(), seed, sha256 })
     }
@@ -98,6 +97,12 @@ pub fn pattern(seed: u64, len_bytes: usize) -> Vec<u8> {
     let mut bytes = vec![0; len_bytes];
     fastrand::Rng::with_seed(seed).fill(&mut bytes);
     bytes
+}
+
+/// SHA-256 of `bytes`, in lower-case hex.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The image before the guest runs.

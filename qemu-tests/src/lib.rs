@@ -1,24 +1,29 @@
 //! Boots kernel images in QEMU and decides whether what they claim is true.
 //!
 //! ```text
-//! boot ----> machine, disk     what is put together before the start
+//! boot ----> machine, disk, server   what is put together before the start
 //!   |
 //!   '------> process           the running QEMU: lines, a deadline, an end that always comes
 //!              |
-//!              '-> protocol    what the guest claims         \
-//!                  trace       what QEMU saw                  > outcome
-//!                  disk        what is in the image afterwards /
+//!              '-> protocol    what the guest claims          \
+//!                  trace       what QEMU saw                   \
+//!                  disk        what is in the image afterwards  > outcome
+//!                  server      what came over the network      /
+//!                  console     what came out of the console   /
 //! ```
 //!
 //! The guest is not trusted. It passes only if it printed a complete protocol, QEMU ended with the status that fits
-//! it, QEMU's own trace has the same numbers ([`witness`]), and the disk image holds what it says it wrote.
+//! it, QEMU's own trace has the same numbers ([`witness`]), the disk image holds what it says it wrote, and the server
+//! and the console got what it says it sent.
 //! `cargo xtask run` and `tests/machine.rs` use this library alike.
 
 pub mod boot;
+pub mod console;
 pub mod disk;
 pub mod machine;
 pub mod process;
 pub mod protocol;
 pub mod qemu;
+pub mod server;
 pub mod trace;
 pub mod witness;

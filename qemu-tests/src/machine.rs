@@ -1,7 +1,8 @@
 //! What a machine is made of, and the QEMU arguments that make it.
 //!
 //! Devices have fixed PCI slots, so that output is the same from run to run, and devices that are added by hand
-//! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`, 00:06.0 NVMe disk.
+//! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`, 00:05.0 network, 00:06.0 NVMe disk,
+//! 00:07.0 console.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -70,6 +71,8 @@ pub struct Machine {
     pub disk: Option<PathBuf>,
     /// The image of the NVMe disk; none leaves the device out.
     pub nvme: Option<PathBuf>,
+    /// Where what comes out of the console goes; none throws it away.
+    pub console: Option<PathBuf>,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// The kernel image, an ELF file with a PVH note.
@@ -93,6 +96,7 @@ impl Machine {
             iommu: Iommu::On,
             disk: None,
             nvme: None,
+            console: None,
             memory_mib: 256,
             kernel,
             cmdline: String::new(),
@@ -129,6 +133,15 @@ impl Machine {
             arguments.words("-drive").joined("if=none,id=nvme,format=raw,file=", nvme);
             arguments.words("-device nvme,drive=nvme,serial=0,addr=6");
         }
+        arguments.words("-netdev user,id=net");
+        arguments
+            .words("-device virtio-net-pci,netdev=net,iommu_platform=on,disable-legacy=on,addr=5,romfile=");
+        match &self.console {
+            Some(file) => arguments.words("-chardev").joined("file,id=console,path=", file),
+            None => arguments.words("-chardev null,id=console"),
+        };
+        arguments.words("-device virtio-serial-pci,iommu_platform=on,disable-legacy=on,addr=7");
+        arguments.words("-device virtconsole,chardev=console");
         if let Some(file) = &self.trace {
             arguments.words("-D").word(file);
             for event in trace::EVENTS {
@@ -189,6 +202,7 @@ mod tests {
         let mut machine = Machine::new(Arch::X86_64, "kernel".into());
         machine.disk = Some("disk.img".into());
         machine.nvme = Some("nvme.img".into());
+        machine.console = Some("console.txt".into());
         machine.cmdline = "scenario=default seed=0x1".into();
         let line = joined(&machine);
         for part in [
@@ -200,6 +214,11 @@ mod tests {
             "addr=4",
             "file=nvme.img",
             "nvme,drive=nvme,serial=0,addr=6",
+            "virtio-net-pci,netdev=net",
+            "addr=5",
+            "file,id=console,path=console.txt",
+            "virtio-serial-pci",
+            "addr=7",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }

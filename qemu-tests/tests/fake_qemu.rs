@@ -136,7 +136,33 @@ fn the_kernel_is_told_scenario_seed_and_digest() {
     assert_eq!(words[0], "scenario=default");
     assert_eq!(words[1], format!("seed={DEFAULT_SEED:#x}"));
     assert_eq!(words[2].strip_prefix("disk.sha256=").unwrap().len(), 64);
-    assert_eq!(words[3..], ["viot=cut"]);
+    assert!(words[3].strip_prefix("net.port=").unwrap().parse::<u16>().unwrap() > 0);
+    assert_eq!(words[4].strip_prefix("net.sha256=").unwrap().len(), 64);
+    assert_eq!(words[5..], ["viot=cut"]);
+}
+
+#[test]
+fn network_and_console_need_more_than_a_claim() {
+    let more = "@@ value net.rounds 1 rounds\n@@ value console.domain 9 domain\n@@ end";
+    let outcome = run("network", &CLAIMS.replace("@@ end", more), TRACE, written());
+    assert_eq!(
+        outcome.problems(),
+        [
+            "the guest claims net.rounds 1, but the server completed 0",
+            "the console printed \"\" instead of \"seed 0x5eed by way of domain 0x9\\n\""
+        ]
+    );
+}
+
+#[test]
+fn a_soak_has_its_time_on_top_of_the_deadline() {
+    let directory = directory("soak");
+    let qemu = qemu(&directory, "echo hello; while :; do sleep 1; done");
+    let mut boot = boot(&directory);
+    (boot.scenario, boot.words) = ("soak".into(), "soak.seconds=9 soak.seconds=1".into());
+    boot.deadline = Some(Duration::from_millis(300));
+    let outcome = boot.run(&qemu, &mut |_| {}).unwrap();
+    assert!(outcome.summary().contains("deadline of 1.3 s"), "{}", outcome.summary());
 }
 
 #[test]

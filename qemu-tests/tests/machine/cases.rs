@@ -5,6 +5,7 @@ use std::time::Duration;
 use qemu_tests::boot::{DEADLINE, DEFAULT_SCENARIO, DiskDevice};
 use qemu_tests::machine::Iommu;
 use qemu_tests::protocol::Reason;
+use qemu_tests::server::Peer;
 
 use crate::expect::Expect;
 
@@ -19,6 +20,7 @@ pub(crate) struct Case {
     pub(crate) iommu: Iommu,
     /// Of every kind.
     pub(crate) disk: DiskDevice,
+    pub(crate) peer: Peer,
     /// More words for the kernel.
     pub(crate) words: &'static str,
     /// More arguments for QEMU.
@@ -29,8 +31,8 @@ pub(crate) struct Case {
 
 impl Case {
     fn new(name: &'static str, scenario: &'static str, expect: Expect) -> Self {
-        let (iommu, disk) = (Iommu::On, DiskDevice::Present);
-        Self { name, scenario, iommu, disk, words: "", extra: "", deadline: DEADLINE, expect }
+        let (iommu, disk, peer) = (Iommu::On, DiskDevice::Present, Peer::Listening);
+        Self { name, scenario, iommu, disk, peer, words: "", extra: "", deadline: DEADLINE, expect }
     }
 
     /// The default scenario.
@@ -45,6 +47,7 @@ pub(crate) fn all() -> Vec<Case> {
     cases.extend(disks());
     cases.extend(caught());
     cases.extend(bad_input());
+    cases.extend(bad_network());
     cases.extend(broken_guests());
     cases
 }
@@ -54,6 +57,9 @@ fn whole_path() -> Vec<Case> {
     vec![
         Case::default("x86_64/default", Expect::Pass),
         Case { extra: "-device pci-testdev", ..Case::default("x86_64/default-with-testdev", Expect::Pass) },
+        Case::new("x86_64/devices", "devices", Expect::Pass),
+        Case::new("x86_64/bridge", "bridge", Expect::Pass),
+        Case { words: "soak.seconds=5", ..Case::new("x86_64/soak", "soak", Expect::Pass) },
     ]
 }
 
@@ -94,7 +100,29 @@ fn bad_input() -> Vec<Case> {
         Case { words: "hide=VIOT", ..Case::default("x86_64/no-viot", naming(&["VIOT"])) },
         Case { words: "viot=cut", ..Case::default("x86_64/viot-cut", naming(&["VIOT"])) },
         Case { words: "viot=stray", ..Case::default("x86_64/viot-stray", naming(&["VIOT"])) },
+        Case {
+            words: "policy=lazy",
+            ..Case::new("x86_64/unknown-policy", "devices", naming(&["policy=lazy"]))
+        },
+        Case {
+            words: "soak.seconds=0",
+            ..Case::new("x86_64/soak-of-nothing", "soak", naming(&["soak.seconds=0"]))
+        },
         Case::new("x86_64/unknown-scenario", "no-such-scenario", naming(&["no-such-scenario"])),
+    ]
+}
+
+/// A network that is not what the guest needs: one check fails, within the deadline.
+fn bad_network() -> Vec<Case> {
+    let case = |name, words: &'static [&'static str]| Case::new(name, "devices", Expect::FailNaming(words));
+    let (refused, silence) =
+        (&["FAIL", "net", "connecting", "refused"], &["FAIL", "net", "fetching", "nothing moved"]);
+    let digest = &["FAIL", "net", "fetching", "SHA-256", "instead of 00"];
+    vec![
+        Case { peer: Peer::Refusing, ..case("x86_64/server-refuses", refused) },
+        Case { peer: Peer::Silent, ..case("x86_64/server-is-silent", silence) },
+        Case { words: "net.sha256=00", ..case("x86_64/server-sends-another-file", digest) },
+        Case { words: "net.port=65536", ..case("x86_64/server-has-no-port", &["FAIL", "net.port"]) },
     ]
 }
 

@@ -101,6 +101,7 @@ fn run(case: &Case, setting: &Setting) -> Result<(), Failed> {
     if case.disk == DiskDevice::Absent {
         boot.nvme = DiskDevice::Absent;
     }
+    boot.peer = case.peer;
     boot.deadline = Some(case.deadline);
     let outcome = boot.run(&setting.qemu, &mut |_| {}).map_err(|error| format!("{error:#}"))?;
     let log = directory.join("serial.log");
