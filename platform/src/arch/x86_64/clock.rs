@@ -1,7 +1,7 @@
-//! The monotonic clock: the time-stamp counter, its rate measured once.
+//! The monotonic clock: the time-stamp counter, its rate measured at boot.
 //!
-//! The rate comes from the programmable interval timer's channel 2, whose output can be polled at port 0x61; where there
-//! is none, from the CPU's or the hypervisor's own statement. Where nothing states it, there is no clock.
+//! The rate comes from the programmable interval timer's channel 2, whose output can be polled at port 0x61. Several short
+//! measurements are made, since a busy host may stop the machine in the middle of one. Where there is no timer, it comes from the CPU's or the hypervisor's own statement. Where nothing states it, there is no clock.
 
 use core::arch::x86_64::_rdtsc;
 
@@ -12,8 +12,9 @@ use super::cpuid;
 
 /// The timer's input frequency.
 const PIT_HZ: u64 = 1_193_182;
-/// How long the measurement lasts, in periods of the timer: about 10 ms.
-const MEASURED_PERIODS: u16 = 11_932;
+/// How long a measurement lasts, in periods of the timer: about 1 ms.
+const MEASURED_PERIODS: u16 = 1_193;
+const MEASUREMENTS: usize = 10;
 /// The most polls of the timer's output, and the most ticks of the counter meanwhile: ten times of what a fast machine
 /// needs, as the counter may tick once for each instruction.
 const MAX_POLLS: u32 = 100_000_000;
@@ -37,7 +38,7 @@ static CLOCK: Once<Option<Clock>> = Once::new();
 /// Measures the counter's rate. Takes about 10 ms.
 pub fn init() {
     CLOCK.call_once(|| {
-        let hz = measure_by_pit().or_else(stated_by_cpu).or_else(stated_by_hypervisor);
+        let hz = least_by_pit().or_else(stated_by_cpu).or_else(stated_by_hypervisor);
         hz.filter(|hz| PLAUSIBLE_HZ.contains(hz)).map(|hz| Clock { tsc_at_start: read_tsc(), hz })
     });
 }
@@ -66,6 +67,13 @@ fn read_tsc() -> u64 {
     unsafe { _rdtsc() }
 }
 
+/// The least of several measurements: whatever holds one up makes it larger.
+fn least_by_pit() -> Option<u64> {
+    (0..MEASUREMENTS).filter_map(|_| measure_by_pit()).min()
+}
+
+/// `None` where there is no timer, or the machine stood still while the timer was started, so that the counter would be
+/// read too late.
 fn measure_by_pit() -> Option<u64> {
     let mut control = Port::<u8>::new(0x61);
     let mut mode = Port::<u8>::new(0x43);
@@ -80,6 +88,7 @@ fn measure_by_pit() -> Option<u64> {
         let [low, high] = MEASURED_PERIODS.to_le_bytes();
         count.write(low);
         count.write(high);
+        let asked = read_tsc();
         control.write((before & !SPEAKER) | GATE);
         let start = read_tsc();
         // Programmed in mode 0 the output is low at first; one that is high already is not there.
@@ -91,7 +100,8 @@ fn measure_by_pit() -> Option<u64> {
         let ticks = elapsed();
         control.write(before);
         let hz = u128::from(ticks) * u128::from(PIT_HZ) / u128::from(MEASURED_PERIODS);
-        output.and(u64::try_from(hz).ok())
+        let at_once = start.wrapping_sub(asked) <= ticks / 16;
+        output.filter(|_| at_once).and(u64::try_from(hz).ok())
     }
 }
 
