@@ -21,7 +21,8 @@ use crate::time;
 const FRAMES_OF_A_POLL: usize = 64;
 /// Bytes of each buffer of a connection.
 const CONNECTION_BYTES: usize = 64 * 1024;
-/// What an echo request carries.
+/// The number by which our echo requests are known, and what they carry.
+const ECHO_IDENT: u16 = 0x1e55;
 const ECHO: [u8; 32] = *b"echo of a kernel with an IOMMU..";
 /// The first local port of a connection; each takes the next.
 const FIRST_PORT: u16 = 49_152;
@@ -274,9 +275,6 @@ impl Network {
         self.card.net
     }
 }
-
-/// The number by which our echo requests are known.
-const ECHO_IDENT: u16 = 0x1e55;
 
 fn now() -> Result<Instant, NetworkError> {
     let now = time::now_ns().ok_or(NetworkError::NoClock)?;
