@@ -367,8 +367,15 @@ impl<P: Platform> Domain<P> {
         self.with(|engine| engine.give_back(self.0.key, range, 1));
     }
 
-    /// Puts a live mapping into quarantine, whose owner goes away without unmapping it.
+    /// Puts a live mapping into quarantine, whose owner goes away without unmapping it. Where the device does not have
+    /// it any more, since the domain died, it is gone at once, and memory that was held for it is back.
     pub(crate) fn quarantine(&self, range: IovaRange) {
-        self.with(|engine| engine.disown(self.0.key, range));
+        let key = self.0.key;
+        self.with(|engine| match engine.is_gone(key, range) {
+            // Sends nothing then.
+            true => drop(engine.begin_unmap(key, range)),
+            false => engine.disown(key, range),
+        });
+        self.0.shared.release_unmapped(key, range);
     }
 }

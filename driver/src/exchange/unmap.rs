@@ -93,7 +93,7 @@ impl<'a, P: Platform> Owned<'a, P> {
 impl<P: Platform> Shared<P> {
     /// Gives back what was held for mappings that are gone.
     #[inline]
-    fn release_unmapped(&self, key: DomainKey, range: IovaRange) {
+    pub(crate) fn release_unmapped(&self, key: DomainKey, range: IovaRange) {
         while let Some(held) = { self.state.lock().engine.take_released(key, range) } {
             self.release(held);
         }
