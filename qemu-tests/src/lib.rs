@@ -12,11 +12,14 @@
 //!                  console     what came out of the console   /
 //! ```
 //!
+//! `bench` reads what a measuring guest states beside its checks, and the trace to it.
+//!
 //! The guest is not trusted. It passes only if it printed a complete protocol, QEMU ended with the status that fits
 //! it, QEMU's own trace has the same numbers ([`witness`]), the disk image holds what it says it wrote, and the server
 //! and the console got what it says it sent.
 //! `cargo xtask run` and `tests/machine.rs` use this library alike.
 
+pub mod bench;
 pub mod boot;
 pub mod console;
 pub mod disk;

@@ -86,9 +86,18 @@ impl Qemu {
     ///
     /// As [`Self::probe`], and when it is too old.
     pub fn probe_recent(path: &Path) -> Result<Self> {
+        Self::probe_since(path, OLDEST)
+    }
+
+    /// Asks the program for its version and refuses one older than `oldest`.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::probe`], and when it is too old.
+    pub fn probe_since(path: &Path, oldest: Version) -> Result<Self> {
         let qemu = Self::probe(path)?;
-        if qemu.version < OLDEST {
-            bail!("{} is QEMU {}, but {} or later is needed", path.display(), qemu.version, OLDEST);
+        if qemu.version < oldest {
+            bail!("{} is QEMU {}, but {oldest} or later is needed", path.display(), qemu.version);
         }
         Ok(qemu)
     }

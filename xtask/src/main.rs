@@ -1,9 +1,10 @@
-//! Every developer and CI command: `cargo xtask run`, `test`, `fuzz`, `setup` and `ci`.
+//! Every developer and CI command: `cargo xtask run`, `test`, `bench`, `fuzz`, `setup` and `ci`.
 //!
 //! | module | what it holds |
 //! |---|---|
 //! | `run` | builds the kernel, boots one scenario, shows it, judges it |
 //! | `test` | the tests, tier by tier |
+//! | `bench` | counts what the driver's operations cost, and compares it |
 //! | `loom` | the driver's tests in every interleaving |
 //! | `qtest` | the tier that has a package of its own |
 //! | `fuzz` | the driver's fuzz targets, built and run |
@@ -15,6 +16,7 @@
 //! | `paths`, `progress`, `command` | where things are, what the user sees, how programs are run |
 
 mod backtrace;
+mod bench;
 mod ci;
 mod command;
 mod conformance;
@@ -47,6 +49,8 @@ enum Command {
     Run(run::RunArguments),
     /// Run the tests: every tier, or one.
     Test(test::TestArguments),
+    /// Count the instructions, requests and kicks of the driver's operations, beside Linux's.
+    Bench(bench::BenchArguments),
     /// Run the driver's fuzz targets, and go on from what earlier runs found.
     Fuzz(fuzz::FuzzArguments),
     /// Find, or install, the compiler for the kernel and QEMU. `run` and `test` do this where something is missing.
@@ -88,6 +92,7 @@ fn dispatch(command: &Command) -> Result<ExitCode> {
     match command {
         Command::Run(arguments) => run::run(arguments),
         Command::Test(arguments) => test::test(arguments),
+        Command::Bench(arguments) => bench::bench(arguments),
         Command::Fuzz(arguments) => fuzz::fuzz(arguments),
         Command::Setup(arguments) => setup::setup(arguments).map(|()| ExitCode::SUCCESS),
         Command::Ci(arguments) => ci::ci(arguments),

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use clap::Args;
 use qemu_tests::machine::Arch;
-use qemu_tests::qemu::Qemu;
+use qemu_tests::qemu::{OLDEST, Qemu, Version};
 
 use crate::progress;
 
@@ -26,6 +26,9 @@ pub(crate) struct SetupArguments {
     #[arg(long, value_name = "PATH")]
     pub(crate) qemu: Option<PathBuf>,
 }
+
+/// The oldest QEMU that the benchmark runs on: what it is compared with was measured on this one.
+const OLDEST_FOR_BENCH: Version = Version { major: 10, minor: 0, micro: 0 };
 
 /// Finds or installs everything and says what will be used.
 pub(crate) fn setup(arguments: &SetupArguments) -> Result<()> {
@@ -43,5 +46,14 @@ pub(crate) fn setup(arguments: &SetupArguments) -> Result<()> {
 ///
 /// When none can be had; the error says what to do.
 pub(crate) fn qemu(arch: Arch, chosen: Option<&Path>) -> Result<Qemu> {
-    qemu::ensure(arch, chosen)
+    qemu::ensure(arch, OLDEST, chosen)
+}
+
+/// Finds or unpacks a QEMU whose figures can be compared.
+///
+/// # Errors
+///
+/// As [`qemu()`].
+pub(crate) fn qemu_for_bench(arch: Arch, chosen: Option<&Path>) -> Result<Qemu> {
+    qemu::ensure(arch, OLDEST_FOR_BENCH, chosen)
 }

@@ -55,17 +55,29 @@ pub(super) const ROWS: [Row; 17] = [
     Row { name: "map_unmap_1m_strict", run: |rig, meter| map_unmap(rig, meter, "map_unmap_1m_strict", 256) },
     Row { name: "map_unmap_4k_deferred", run: |_, _| Ok(End::NotMeasured("there is no deferred unmapping")) },
     Row { name: "map_unmap_4k_pool", run: |_, _| Ok(End::NotMeasured("there is no pool")) },
-    Row { name: "split", run: split },
+    Row { name: "halves_4k_strict", run: halves },
     Row { name: "batch64", run: batch },
     Row { name: "sg64_scattered", run: scattered },
     Row { name: "sg64_contiguous", run: contiguous },
     Row { name: "coherent_4k", run: coherent },
     Row { name: "attach_detach", run: attach_detach },
     Row { name: "blk_added", run: |_, _| Ok(End::NotMeasured("there is no block driver to compare with")) },
-    Row { name: "live_1", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1", 1) },
-    Row { name: "live_1k", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1k", 1_000) },
-    Row { name: "live_100k", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_100k", 100_000) },
-    Row { name: "live_1m", run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1m", 1_000_000) },
+    Row {
+        name: "map_unmap_4k_strict_live_1",
+        run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1", 1),
+    },
+    Row {
+        name: "map_unmap_4k_strict_live_1k",
+        run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1k", 1_000),
+    },
+    Row {
+        name: "map_unmap_4k_strict_live_100k",
+        run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_100k", 100_000),
+    },
+    Row {
+        name: "map_unmap_4k_strict_live_1m",
+        run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1m", 1_000_000),
+    },
 ];
 
 const FRAME: usize = FRAME_BYTES as usize;
@@ -101,7 +113,7 @@ fn map_unmap(rig: &Rig, meter: &mut Meter, name: &'static str, frames: usize) ->
 }
 
 /// The same in two halves.
-fn split(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+fn halves(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
     let pages = DmaPages::allocate(1).map_err(text)?;
     let device: &dyn DmaDevice = &rig.opened.endpoint;
     let phys = PhysAddr::new(pages.phys());
