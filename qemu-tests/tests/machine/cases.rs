@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
+use qemu_tests::bench;
 use qemu_tests::boot::{DEADLINE, DEFAULT_SCENARIO, DiskDevice};
 use qemu_tests::machine::Iommu;
 use qemu_tests::protocol::Reason;
 use qemu_tests::server::Peer;
 
+use crate::counts;
 use crate::expect::Expect;
 
 /// How long to wait for a guest that will never say anything.
@@ -45,6 +47,7 @@ impl Case {
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = whole_path();
     cases.extend(disks());
+    cases.push(counted());
     cases.extend(caught());
     cases.extend(bad_input());
     cases.extend(bad_network());
@@ -74,6 +77,13 @@ fn disks() -> Vec<Case> {
         Case { extra: chains, ..Case::new("x86_64/block-without-indirect", "block", Expect::Pass) },
         Case { iommu: Iommu::Off, ..Case::new("x86_64/block-direct", "block-direct", Expect::Pass) },
     ]
+}
+
+/// What the operations ask of the device. Instructions are no matter for a test.
+fn counted() -> Case {
+    let extra = "-trace memory_region_ops_read -trace memory_region_ops_write";
+    let counted = Case::new("x86_64/bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
+    Case { words: bench::COUNT, extra, ..counted }
 }
 
 /// Wrong uses of the driver, each of which one check must notice.

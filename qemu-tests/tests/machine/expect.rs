@@ -1,5 +1,8 @@
 //! How a case may end.
 
+use std::path::Path;
+
+use qemu_tests::bench::{Asked, asked};
 use qemu_tests::boot::Outcome;
 use qemu_tests::protocol::{End, Reason};
 
@@ -7,6 +10,8 @@ use qemu_tests::protocol::{End, Reason};
 pub(crate) enum Expect {
     /// PASS, and neither QEMU's trace nor the disk speaks against it.
     Pass,
+    /// PASS as above, of a guest that measured, with nothing to say against what it asked of the device.
+    Counts(fn(&[Asked]) -> Result<(), String>),
     /// An orderly FAIL with exactly this failed check, all planned checks being there.
     OnlyFailedCheck(&'static str),
     /// An orderly FAIL, and one line that holds each of these, in any case of letters.
@@ -19,11 +24,16 @@ pub(crate) enum Expect {
 
 impl Expect {
     /// Says what is not as it must be.
-    pub(crate) fn check(&self, outcome: &Outcome) -> Result<(), String> {
+    pub(crate) fn check(&self, outcome: &Outcome, trace: &Path) -> Result<(), String> {
         let reasons = &outcome.verdict.reasons;
         match self {
             Self::Pass if outcome.passed() => Ok(()),
             Self::Pass => Err("it must pass".to_owned()),
+            Self::Counts(_) if !outcome.passed() => Err("it must pass".to_owned()),
+            Self::Counts(judge) => {
+                let asked = asked(&outcome.verdict.values, trace).map_err(|error| format!("{error:#}"))?;
+                judge(&asked)
+            }
             Self::OnlyFailedCheck(name) => {
                 let orderly =
                     |reason: &Reason| matches!(reason, Reason::FailedCheck { .. } | Reason::EndFail);

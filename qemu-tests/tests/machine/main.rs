@@ -4,6 +4,7 @@
 //! reported as ignored, with the reason; with `QEMU_TESTS_TIER=host` there is nothing here to run.
 
 mod cases;
+mod counts;
 mod expect;
 mod growth;
 
@@ -107,7 +108,7 @@ fn run(case: &Case, setting: &Setting) -> Result<(), Failed> {
     let log = directory.join("serial.log");
     // The verdict stands without the log.
     let _ = fs::write(&log, outcome.lines.join("\n") + "\n");
-    case.expect.check(&outcome).map_err(|complaint| {
+    case.expect.check(&outcome, &directory.join("trace.log")).map_err(|complaint| {
         let last = outcome.lines.len().saturating_sub(25);
         let tail = outcome.lines[last..].join("\n    ");
         let stderr = outcome.stderr.trim();
