@@ -73,7 +73,17 @@ fn rig(info: &BootInfo) -> Result<Rig, String> {
     let idle = iommu.endpoint(find(VENDOR, ENTROPY, "entropy source")?);
     let idle = idle.ok_or_else(|| String::from("the IOMMU does not know the entropy source"))?;
     let empty = iommu.viommu.create_domain(DomainOptions::default()).map_err(text)?;
-    Ok(Rig { iommu, opened, idle, empty, raw_requests: 0, live_limit: live, live: 0, heap_before: None })
+    Ok(Rig {
+        iommu,
+        opened,
+        idle,
+        empty,
+        raw_requests: 0,
+        live_limit: live,
+        live: 0,
+        can_fill: true,
+        heap_before: None,
+    })
 }
 
 fn text<E: Display>(error: E) -> String {
