@@ -12,6 +12,7 @@ mod meter;
 mod rows;
 
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 use core::fmt::Display;
 
 use virtio_iommu::{DomainOptions, Options};
@@ -30,7 +31,9 @@ pub(super) fn run(info: &BootInfo) -> ! {
     let chosen = || ROWS.iter().filter(|row| only.is_none_or(|only| row.name == only));
     let mut report = Report::start(chosen().count().max(1));
     if chosen().next().is_none() {
-        give_up(report, "bench", format_args!("there is no row `{}`", only.unwrap_or_default()));
+        let names: Vec<_> = ROWS.iter().map(|row| row.name).collect();
+        let only = only.unwrap_or_default();
+        give_up(report, "bench", format_args!("there is no row `{only}`; there are: {}", names.join(" ")));
     }
     let mut rig = match rig(info) {
         Ok(rig) => rig,
