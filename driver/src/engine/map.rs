@@ -177,18 +177,22 @@ impl Engine {
             let starts = domain.space.get(range.start()).is_some_and(|record| record.state == state);
             return Err(if starts { UnmapError::NotWhole(range) } else { not_mapped });
         };
-        let busy = domain.space.iter_in(range).find(|record| record.state != state);
-        if let Some(busy) = busy.map(|record| UnmapError::NotMapped(record.range.start())) {
+        let mut busy = None;
+        let is_ready = |record: &Record| {
+            busy = (record.state != state).then(|| UnmapError::NotMapped(record.range.start()));
+            busy.is_none()
+        };
+        if !domain.space.all(record, range.last(), is_ready) {
             let given_up = self.give_up_stuck(key, range, state);
-            return Err(given_up.map_or(busy, |error| UnmapError::Request { range, error }));
+            return Err(
+                given_up.map_or(busy.unwrap_or(not_mapped), |error| UnmapError::Request { range, error })
+            );
         }
-        let domain = self.domain_mut(key).ok_or(not_mapped)?;
         let mut gone = true;
-        domain.space.retain_in(range, Some(record), |record| {
+        domain.space.visit(record, range.last(), |record| {
             gone &= !record.on_device;
             record.owned &= state != MappingState::Live;
             record.state = MappingState::Unmapping;
-            true
         });
         if gone {
             self.let_go(key, range, Some(record));
@@ -270,7 +274,8 @@ impl Engine {
     /// Whether unmapping takes no request, since the domain died.
     pub(crate) fn is_gone(&self, key: DomainKey, range: IovaRange) -> bool {
         let Some(domain) = self.domain(key) else { return false };
-        domain.space.whole(range).is_some() && domain.space.iter_in(range).all(|record| !record.on_device)
+        let first = domain.space.whole(range);
+        first.is_some_and(|first| domain.space.all(first, range.last(), |record| !record.on_device))
     }
 
     /// Whether a domain that has an endpoint again lost mappings. They are to be replayed then, and nothing new

@@ -152,6 +152,7 @@ impl Record {
     }
 
     /// Makes a mapping of taken addresses, with the memory that is held for it.
+    #[inline]
     pub(super) fn begin(&mut self, phys: PhysAddr, purpose: Purpose, list: ListId, kept: Option<Kept>) {
         self.holder = Holder::Mapping;
         (self.phys, self.tag, self.kept, self.list) = (phys, purpose.tag, kept, list.kept());
@@ -207,6 +208,7 @@ impl Record {
     }
 
     /// Whether it adds nothing to a [`Tally`]: so it is with nearly all, which keeps counting cheap.
+    #[inline]
     fn is_plain(&self) -> bool {
         use MappingState::{Deferred, Live, Mapping, Replaying, Unmapping};
         self.on_device && matches!(self.state, Mapping | Live | Replaying | Deferred | Unmapping)
@@ -229,6 +231,7 @@ pub(crate) struct Tally {
 
 impl Tally {
     /// Changes a record, and counts what it is then instead of what it was.
+    #[inline]
     pub(super) fn change<R>(&mut self, record: &mut Record, change: impl FnOnce(&mut Record) -> R) -> R {
         if !record.is_plain() {
             self.count(record, |count, by| *count -= by);
@@ -247,12 +250,14 @@ impl Tally {
     }
 
     /// Counts a record no more.
+    #[inline]
     pub(super) fn forget(&mut self, record: &Record) {
         if !record.is_plain() {
             self.count(record, |count, by| *count -= by);
         }
     }
 
+    #[cold]
     fn count(&mut self, record: &Record, by: fn(&mut u64, u64)) {
         let quarantined = match record.state {
             MappingState::Quarantined { .. } => !record.owned,

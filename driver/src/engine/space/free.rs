@@ -23,24 +23,23 @@ impl Space {
             return Err(ListFull);
         }
         let (lowest, limit) = (lowest.get(), limit.get());
-        let suits = |start, last| {
+        let suits = |range: IovaRange| {
+            let (start, last) = (range.start().get(), range.last().get());
             let there = start >= lowest && last <= limit && start & (align - 1) == 0;
             there && last - start == len.wrapping_sub(1)
         };
-        let granules = len / self.order.granule();
-        let index = match self.magazines.pop(&mut self.order, granules, suits) {
-            Some(index) => index,
-            None => match self.search(Wanted { len, align, lowest, limit }) {
-                Some(index) => index,
-                None => return Ok(None),
-            },
+        let granules = self.order.page(Iova::new(len));
+        let found = match self.magazines.pop(&mut self.order, granules, suits) {
+            None => self.search(Wanted { len, align, lowest, limit }),
+            found => found,
         };
+        let Some((index, range)) = found else { return Ok(None) };
         self.outside += parts;
-        self.remember(index);
-        Ok(Some(self.order[index].range))
+        self.remember(index, range.start());
+        Ok(Some(range))
     }
 
-    fn search(&mut self, wanted: Wanted) -> Option<Index> {
+    fn search(&mut self, wanted: Wanted) -> Option<(Index, IovaRange)> {
         self.make_room();
         let found = match self.order.highest(wanted) {
             None if self.magazines.drain(&mut self.order) => self.order.highest(wanted),
@@ -48,7 +47,7 @@ impl Space {
         };
         let (next, start) = found?;
         let range = IovaRange::from_len(Iova::new(start), wanted.len)?;
-        self.order.insert(range, Holder::Taken, next)
+        Some((self.order.insert(range, Holder::Taken, next)?, range))
     }
 
     /// Takes exactly `range` (whole granules), if all of it is free. It comes back in one part.
@@ -63,7 +62,7 @@ impl Space {
         let Some(next) = self.clear(range) else { return Ok(false) };
         let Some(index) = self.order.insert(range, Holder::Taken, next) else { return Err(ListFull) };
         self.outside += 1;
-        self.remember(index);
+        self.remember(index, range.start());
         Ok(true)
     }
 
@@ -146,6 +145,7 @@ impl Space {
     }
 
     /// Nobody has these addresses any more.
+    #[inline]
     pub(super) fn free(&mut self, index: Index) {
         if !self.magazines.push(&mut self.order, index) {
             self.order.remove(index);

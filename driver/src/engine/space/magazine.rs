@@ -2,8 +2,8 @@
 
 use super::order::Order;
 use super::slab::{Index, NIL};
-use crate::addr::PhysAddr;
-use crate::engine::mapping::Holder;
+use crate::addr::{IovaRange, PhysAddr};
+use crate::engine::mapping::{Holder, Record};
 
 /// Sizes in granules up to this one have a magazine each; beyond it the powers of two have.
 const SMALL: u64 = 32;
@@ -24,6 +24,7 @@ pub(super) struct Magazines {
 }
 
 /// Which magazine keeps ranges of so many granules.
+#[inline]
 fn class_of(granules: u64) -> Option<usize> {
     match granules {
         0 => None,
@@ -34,53 +35,55 @@ fn class_of(granules: u64) -> Option<usize> {
     }
 }
 
+/// The next record of a magazine.
+fn below(record: &Record) -> Index {
+    record.phys.get() as Index
+}
+
 impl Magazines {
     pub(super) fn new() -> Self {
         Self { tops: [NIL; CLASSES], cached: 0, victim: 0 }
     }
 
     /// Takes the latest range of this size, if it suits.
+    #[inline]
     pub(super) fn pop(
         &mut self,
         order: &mut Order,
         granules: u64,
-        suits: impl FnOnce(u64, u64) -> bool,
-    ) -> Option<Index> {
-        let class = class_of(granules)?;
-        let top = self.tops[class];
-        if top == NIL {
+        suits: impl FnOnce(IovaRange) -> bool,
+    ) -> Option<(Index, IovaRange)> {
+        let top = &mut self.tops[class_of(granules)?];
+        let index = *top;
+        let record = order.get_mut(index)?;
+        let range = record.range;
+        if !suits(range) {
             return None;
         }
-        let range = order[top].range;
-        if !suits(range.start().get(), range.last().get()) {
-            return None;
-        }
-        Some(self.pop_class(order, class, top))
-    }
-
-    fn pop_class(&mut self, order: &mut Order, class: usize, top: Index) -> Index {
-        let record = &mut order[top];
+        *top = below(record);
         record.holder = Holder::Taken;
-        self.tops[class] = record.phys.get() as Index;
         self.cached -= 1;
-        top
+        Some((index, range))
     }
 
     /// Keeps a range that nobody has any more. False where it is to be freed instead.
+    #[inline]
     pub(super) fn push(&mut self, order: &mut Order, index: Index) -> bool {
         let granules = order.granules(order[index].range);
-        // Of ranges that lie behind one another in the tree only the last one goes without changing it.
-        let Some(class) = class_of(granules).filter(|_| order.stands_alone(index)) else { return false };
+        let Some(class) = class_of(granules) else { return false };
         if self.cached == MAX_CACHED {
             match self.next_victim(class) {
                 Some(victim) => self.free_one(order, victim),
                 None => return false,
             }
         }
-        let below = self.tops[class];
         let record = &mut order[index];
+        // What lies behind another goes, so that no more and more of them do.
+        if record.rank < 0 {
+            return false;
+        }
         record.holder = Holder::Cached;
-        record.phys = PhysAddr::new(below.into());
+        record.phys = PhysAddr::new(self.tops[class].into());
         self.tops[class] = index;
         self.cached += 1;
         true
@@ -100,8 +103,9 @@ impl Magazines {
     fn free_one(&mut self, order: &mut Order, class: usize) {
         let top = self.tops[class];
         if top != NIL {
-            let index = self.pop_class(order, class, top);
-            order.remove(index);
+            self.tops[class] = below(&order[top]);
+            self.cached -= 1;
+            order.remove(top);
         }
     }
 
@@ -144,9 +148,9 @@ impl Magazines {
             while index != NIL {
                 assert_eq!(order[index].holder, Holder::Cached);
                 assert_eq!(class_of(order.granules(order[index].range)), Some(class));
-                assert!(order.stands_alone(index));
+                assert!(order[index].rank > 0);
                 count += 1;
-                index = order[index].phys.get() as Index;
+                index = below(&order[index]);
             }
         }
         assert_eq!(count, self.cached);

@@ -1,7 +1,7 @@
 //! Mappings: making them of addresses that were taken, finding and ending them.
 
 use super::Space;
-use super::slab::Index;
+use super::slab::{Index, NIL};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::mapping::{Holder, ListId, MappingHandle, Purpose, Record};
@@ -24,13 +24,14 @@ impl Space {
         if range.last() < taken.range.last() {
             self.make_room();
             let rest = self.order.split(index, range.last().checked_add(1)?)?;
-            self.remember(rest);
+            self.remember(rest, range.last().checked_add(1)?);
         }
         self.mappings += 1;
         self.order[index].begin(phys, purpose, list, held.take().map(HeldMemory::into_kept));
         Some(MappingHandle(index))
     }
 
+    #[inline]
     fn mapping_at(&self, start: Iova) -> Option<Index> {
         self.find(start).filter(|index| self.order[*index].holder == Holder::Mapping)
     }
@@ -58,8 +59,9 @@ impl Space {
         start: Iova,
         change: impl FnOnce(&mut Record) -> R,
     ) -> Option<R> {
-        let index = self.named(handle, start)?;
-        Some(self.tally.change(&mut self.order[index], change))
+        let record = self.order.get_mut(handle.0)?;
+        let named = record.holder == Holder::Mapping && record.range.start() == start;
+        named.then(|| self.tally.change(record, change))
     }
 
     /// Removes the mapping that starts at this address, which is free then. With the memory that was held for it.
@@ -67,19 +69,16 @@ impl Space {
         let index = self.mapping_at(start)?;
         let granule = self.order.granule();
         let held = self.order[index].take_held(granule);
-        self.end(index);
+        self.tally.forget(&self.order[index]);
+        self.ended(1);
         self.free(index);
         held
     }
 
-    /// Ends a mapping, whose addresses are to be freed.
-    fn end(&mut self, index: Index) {
-        let record = &mut self.order[index];
-        debug_assert!(!record.holds_memory(), "the memory of {} is lost", record.range);
-        self.tally.forget(record);
-        record.holder = Holder::Taken;
-        self.mappings -= 1;
-        self.outside -= 1;
+    /// So many mappings ended.
+    fn ended(&mut self, count: usize) {
+        self.mappings -= count;
+        self.outside -= count;
     }
 
     /// The mapping that contains `address`.
@@ -142,28 +141,65 @@ impl Space {
 
     fn retain_from(&mut self, first: Index, last: Iova, mut keep: impl FnMut(&mut Record) -> bool) {
         // What was made together and goes together is freed as one range.
-        let mut gone: Option<Index> = None;
+        let mut gone = NIL;
         let mut index = first;
         loop {
             let record = &mut self.order[index];
             if record.holder == Holder::End || record.range.last() > last {
                 break;
             }
-            let next = record.next;
-            let goes = record.holder == Holder::Mapping && !self.tally.change(record, &mut keep);
-            if goes {
-                self.end(index);
-                match gone {
-                    Some(head) if self.is_beside(head, index) => self.order.absorb(head, index),
-                    _ => {
-                        gone.into_iter().for_each(|head| self.free(head));
-                        gone = Some(index);
+            let (next, is_last) = (record.next, record.range.last() == last);
+            if record.holder == Holder::Mapping && !self.tally.change(record, &mut keep) {
+                debug_assert!(!record.holds_memory(), "the memory of {} is lost", record.range);
+                self.tally.forget(record);
+                record.holder = Holder::Taken;
+                self.ended(1);
+                if gone != NIL && self.is_beside(gone, index) {
+                    self.order.absorb(gone, index);
+                } else {
+                    if gone != NIL {
+                        self.free(gone);
                     }
+                    gone = index;
                 }
+            }
+            if is_last {
+                break;
             }
             index = next;
         }
-        gone.into_iter().for_each(|head| self.free(head));
+        if gone != NIL {
+            self.free(gone);
+        }
+    }
+
+    /// Visits the mappings of a run that is [whole](Self::whole) up to `last`, in order.
+    pub(crate) fn visit(&mut self, first: MappingHandle, last: Iova, mut visit: impl FnMut(&mut Record)) {
+        let mut index = first.0;
+        while let Some(record) = self.order.get_mut(index) {
+            if record.holder == Holder::Mapping {
+                self.tally.change(record, &mut visit);
+            }
+            if record.range.last() >= last {
+                break;
+            }
+            index = record.next;
+        }
+    }
+
+    /// Whether all mappings of a run that is [whole](Self::whole) up to `last` are as `is` says.
+    pub(crate) fn all(&self, first: MappingHandle, last: Iova, mut is: impl FnMut(&Record) -> bool) -> bool {
+        let mut index = first.0;
+        while let Some(record) = self.order.get(index) {
+            if !is(record) {
+                return false;
+            }
+            if record.range.last() >= last {
+                break;
+            }
+            index = record.next;
+        }
+        true
     }
 
     fn is_beside(&self, low: Index, high: Index) -> bool {

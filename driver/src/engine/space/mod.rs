@@ -70,7 +70,7 @@ pub(crate) struct Space {
     order: Order,
     magazines: Magazines,
     /// Where records lie, by their addresses' last bits: a hint.
-    recent: Box<[Index]>,
+    recent: Box<[Index; RECENT]>,
     usable: IovaRange,
     /// What is reserved for good.
     holes: Vec<IovaRange>,
@@ -93,7 +93,7 @@ impl Space {
         Self {
             order,
             magazines: Magazines::new(),
-            recent: alloc::vec![NIL; RECENT].into_boxed_slice(),
+            recent: Box::new([NIL; RECENT]),
             usable,
             holes: Vec::with_capacity(room.holes),
             room,
@@ -162,19 +162,23 @@ impl Space {
         self.order.page(address) as usize % RECENT
     }
 
-    fn remember(&mut self, index: Index) {
-        let hint = self.hint(self.order[index].range.start());
+    fn remember(&mut self, index: Index, start: Iova) {
+        let hint = self.hint(start);
         self.recent[hint] = index;
     }
 
     /// The record that starts at this address.
+    #[inline]
     fn find(&self, start: Iova) -> Option<Index> {
         let starts = |index: &Index| {
             let record = self.order.get(*index);
             record.is_some_and(|record| record.holder != Holder::Nobody && record.range.start() == start)
         };
-        let recent = Some(self.recent[self.hint(start)]).filter(starts);
-        recent.or_else(|| self.order.at_or_below(start).filter(starts))
+        let recent = self.recent[self.hint(start)];
+        if starts(&recent) {
+            return Some(recent);
+        }
+        self.order.at_or_below(start).filter(starts)
     }
 
     /// Sees to it that a record can be added, as the invariant promises.

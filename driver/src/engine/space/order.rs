@@ -9,7 +9,8 @@
 //! A free range has no record: it is what lies before the record that follows, and each subtree knows the longest in it
 //! (an AVL tree, as Linux keeps its gaps between mappings). So what is given back needs no place, and free neighbours
 //! are one range by nature. A record that touches the one before it may stay out of the tree, *behind* it, since there
-//! is nothing free before it: the parts of a list lie so. Such a chain is bounded by [`MAX_BEHIND`].
+//! is nothing free before it: the parts of a list lie so, at most [`MAX_BEHIND`] in a row, or twice as many where the first of
+//! them are new.
 
 use super::slab::{Index, NIL, Slab};
 use crate::addr::{Iova, IovaRange};
@@ -48,12 +49,14 @@ pub(super) struct Wanted {
 impl core::ops::Index<Index> for Order {
     type Output = Record;
 
+    #[inline]
     fn index(&self, index: Index) -> &Record {
         &self.slab[index]
     }
 }
 
 impl core::ops::IndexMut<Index> for Order {
+    #[inline]
     fn index_mut(&mut self, index: Index) -> &mut Record {
         &mut self.slab[index]
     }
@@ -85,8 +88,14 @@ impl Order {
         self.slab.add(chunk)
     }
 
+    #[inline]
     pub(super) fn get(&self, index: Index) -> Option<&Record> {
         self.slab.get(index)
+    }
+
+    #[inline]
+    pub(super) fn get_mut(&mut self, index: Index) -> Option<&mut Record> {
+        self.slab.get_mut(index)
     }
 
     pub(super) fn first(&self) -> Index {
@@ -107,13 +116,8 @@ impl Order {
         (range.len_minus_one() >> self.granule_bits) + 1
     }
 
-    /// Whether a record is in the tree, and none lies behind it.
-    pub(super) fn stands_alone(&self, index: Index) -> bool {
-        let record = &self[index];
-        record.rank > 0 && self[record.next].rank > 0
-    }
-
     /// The last record that starts at or below `address`.
+    #[inline(never)]
     pub(super) fn at_or_below(&self, address: Iova) -> Option<Index> {
         let (mut node, mut found) = (self.root, NIL);
         while node != NIL {

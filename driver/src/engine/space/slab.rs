@@ -96,21 +96,40 @@ impl Slab {
     }
 
     /// The record in a place that may be none.
+    #[inline]
     pub(super) fn get(&self, index: Index) -> Option<&Record> {
-        self.chunks.get((index >> OFFSET_BITS) as usize)?.get(index as usize & (MAX_CHUNK - 1))
+        let (chunk, at) = place(index);
+        self.chunks.get(chunk)?.get(at)
     }
+
+    /// The record in a place that may be none.
+    #[inline]
+    pub(super) fn get_mut(&mut self, index: Index) -> Option<&mut Record> {
+        let (chunk, at) = place(index);
+        self.chunks.get_mut(chunk)?.get_mut(at)
+    }
+}
+
+/// Of the chunk and the record in it.
+#[inline]
+fn place(index: Index) -> (usize, usize) {
+    ((index >> OFFSET_BITS) as usize, index as usize & (MAX_CHUNK - 1))
 }
 
 impl core::ops::Index<Index> for Slab {
     type Output = Record;
 
+    #[inline]
     fn index(&self, index: Index) -> &Record {
-        &self.chunks[(index >> OFFSET_BITS) as usize][index as usize & (MAX_CHUNK - 1)]
+        let (chunk, at) = place(index);
+        &self.chunks[chunk][at]
     }
 }
 
 impl core::ops::IndexMut<Index> for Slab {
+    #[inline]
     fn index_mut(&mut self, index: Index) -> &mut Record {
-        &mut self.chunks[(index >> OFFSET_BITS) as usize][index as usize & (MAX_CHUNK - 1)]
+        let (chunk, at) = place(index);
+        &mut self.chunks[chunk][at]
     }
 }

@@ -21,7 +21,10 @@ impl Order {
                 in_tree.push(index);
             } else {
                 behind += 1;
-                assert!(behind <= MAX_BEHIND && self.gap(index) == 0 && prev != NIL, "{behind}");
+                assert!(
+                    behind <= 2 * i32::from(MAX_BEHIND) && self.gap(index) == 0 && prev != NIL,
+                    "{behind}"
+                );
                 assert!(record.rank < 0);
             }
             (prev, index) = (index, record.next);
