@@ -118,6 +118,46 @@ fn a_mapping_from_its_beginning_to_its_end() {
     assert!(engine.state(key, at).is_none() && engine.is_free(key, at));
 }
 
+/// Fails when the tag is lost on the way, or another record's is told.
+#[test]
+fn a_mapping_that_leaks_is_found_by_its_tag() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    for (page, tag) in [(1, "disk"), (2, "net ring"), (3, "disk")] {
+        engine.take(key, range(page, 1)).unwrap();
+        let purpose = Purpose { prot: Prot::READ, tag };
+        let place = (LIST, range(page, 1));
+        let (_, op) = engine.begin_map(key, place, PhysAddr::new(0), purpose, &mut None).unwrap();
+        engine.answer(op, Ok(()));
+    }
+    for page in [1, 3] {
+        let op = engine.sent_unmap(key, range(page, 1));
+        engine.answer(op, Ok(()));
+    }
+    let left = engine.domain(key).unwrap().space.iter_from(Iova::new(0));
+    let left: Vec<_> = left.map(|record| (record.tag, record.range)).collect();
+    assert_eq!(left, [("net ring", range(2, 1))]);
+}
+
+/// A late answer finds its own mapping or none.
+#[test]
+fn an_answer_reaches_no_later_mapping_in_the_same_place() {
+    let mut engine = engine();
+    let key = domain(&mut engine);
+    engine.attach(EP, key);
+    engine.map(key, range(1, 1), None);
+    let op = engine.sent_unmap(key, range(1, 1));
+    engine.answer(op, Ok(()));
+    engine.take(key, range(1, 3)).unwrap();
+    engine.give_back(key, range(1, 3), 1);
+    let other = engine.sent_map(key, range(2, 1), None);
+    let (Op::Unmap { record: old, .. }, Op::Map { record: new, .. }) = (op, other) else { panic!() };
+    assert_eq!(old, new, "else this shows nothing");
+    engine.settle(&Completion { op, outcome: Ok(()), abandoned: true });
+    assert_eq!(engine.state(key, range(2, 1)), Some(MappingState::Mapping));
+}
+
 /// I3: every way to lose an answer, and every late answer.
 #[test]
 fn what_is_in_doubt_is_quarantined_until_the_answer() {

@@ -12,6 +12,7 @@ mod hostile_device;
 mod identity;
 mod locks;
 mod map;
+mod mappings;
 mod msi;
 mod quirks;
 mod recovery;
