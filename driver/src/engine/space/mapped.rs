@@ -140,8 +140,8 @@ impl Space {
     }
 
     fn retain_from(&mut self, first: Index, last: Iova, mut keep: impl FnMut(&mut Record) -> bool) {
-        // What was made together and goes together is freed as one range.
-        let mut gone = NIL;
+        // What was made together and goes together is freed as one range: its first record, and its last one so far.
+        let mut gone = (NIL, NIL);
         let mut index = first;
         loop {
             let record = &mut self.order[index];
@@ -153,23 +153,30 @@ impl Space {
                 debug_assert!(!record.holds_memory(), "the memory of {} is lost", record.range);
                 self.tally.forget(record);
                 record.holder = Holder::Taken;
+                let goes_with = gone.1 != NIL && record.prev == gone.1;
                 self.ended(1);
-                if gone != NIL && self.is_beside(gone, index) {
-                    self.order.absorb(gone, index);
-                } else {
-                    if gone != NIL {
-                        self.free(gone);
-                    }
-                    gone = index;
+                if !(goes_with && self.is_beside(gone.1, index)) {
+                    self.free_run(gone);
+                    gone.0 = index;
                 }
+                gone.1 = index;
             }
             if is_last {
                 break;
             }
             index = next;
         }
-        if gone != NIL {
-            self.free(gone);
+        self.free_run(gone);
+    }
+
+    /// Frees the records from the first to the last, which touch each other, as one range. There may be none.
+    #[inline]
+    fn free_run(&mut self, (first, last): (Index, Index)) {
+        if first != last {
+            self.order.merge(first, last);
+        }
+        if first != NIL {
+            self.free(first);
         }
     }
 
@@ -202,8 +209,10 @@ impl Space {
         true
     }
 
+    /// Whether two neighbours touch, and were made together.
     fn is_beside(&self, low: Index, high: Index) -> bool {
         let (low, high) = (&self.order[low], &self.order[high]);
-        low.range.last().checked_add(1) == Some(high.range.start()) && low.is_beside(high)
+        // What lies behind another does.
+        high.rank < 0 || low.range.last().checked_add(1) == Some(high.range.start()) && low.is_beside(high)
     }
 }

@@ -231,15 +231,24 @@ impl Order {
         Some(rest)
     }
 
-    /// Takes the next record's range into this one, which it touches. What it held is gone.
-    pub(super) fn absorb(&mut self, index: Index, next: Index) {
-        let (start, last) = (self[index].range.start(), self[next].range.last());
-        if self[next].rank > 0 {
-            self.detach(next);
+    /// Makes one record of neighbours that touch, from the first to the last. It stands where the first did, and the
+    /// others go, with what they held.
+    pub(super) fn merge(&mut self, first: Index, last: Index) {
+        let (start, end, next) = (self[first].range.start(), self[last].range.last(), self[last].next);
+        let mut index = self[first].next;
+        // Bounded by the records in between. The list is mended at last: nothing is free between them, and what the tree
+        // knows of the one that follows stays right.
+        while index != next {
+            let Record { rank, next, .. } = self[index];
+            if rank > 0 {
+                self.detach(index);
+            }
+            self.slab.give_back(index);
+            index = next;
         }
-        self.unlink(next);
-        self[index].range = IovaRange::new(start, last).unwrap_or(self[index].range);
-        self.slab.give_back(next);
+        self[first].range = IovaRange::new(start, end).unwrap_or(self[first].range);
+        self[first].next = next;
+        self[next].prev = first;
     }
 
     /// Removes a record: its addresses are free.
