@@ -5,6 +5,8 @@ mod attach;
 #[cfg(feature = "virtio-drivers")]
 mod bridge;
 mod conformance;
+mod constraints;
+mod deferred;
 mod dma;
 mod faults;
 mod groups;
@@ -14,15 +16,19 @@ mod locks;
 mod map;
 mod mappings;
 mod msi;
+mod peer;
+mod pools;
 mod quirks;
 mod recovery;
 mod regressions;
 mod sequences;
 mod shutdown;
 mod start;
+mod streaming;
 mod stress;
 mod support;
 mod suspend;
+mod tags;
 mod timeouts;
 
 #[global_allocator]

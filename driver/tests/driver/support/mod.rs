@@ -8,6 +8,7 @@
 
 mod interposed;
 mod machine;
+mod opened;
 mod platform;
 mod ram;
 mod task;
@@ -15,6 +16,7 @@ mod watch;
 
 pub(crate) use interposed::{When, interposed};
 pub(crate) use machine::{EP, EP2, Machine, PAGE, POLLS, bytes_of, fill};
+pub(crate) use opened::{Opened, apart};
 #[cfg(feature = "virtio-drivers")]
 pub(crate) use platform::ModelTransport;
 pub(crate) use platform::TestPlatform;

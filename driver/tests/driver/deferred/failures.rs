@@ -1,0 +1,153 @@
+//! Devices that refuse, forget, or are late with the UNMAP of a flush.
+
+use super::*;
+use virtio_iommu::RequestError;
+use virtio_iommu_model::{Execute, Inject, Release};
+
+/// Fails when a flush takes a failure for a success, forgets it, or gives back what is in doubt.
+#[test]
+fn what_is_not_confirmed_stays_and_every_flush_says_so() {
+    let answers = [
+        Inject::Refuse(4),
+        Inject::Unwritten,
+        Inject::UsedLen(0),
+        Inject::Status(0x99),
+        Inject::Hold(Execute::Now),
+        Inject::Hold(Execute::AtRelease),
+    ];
+    for answer in answers {
+        for hit in 0..3 {
+            let opened = opened(LOOSE);
+            // Three requests, with what stays between them.
+            let mut kept = Vec::new();
+            let pages: Vec<_> = (0..3)
+                .map(|_| {
+                    kept.push(opened.adopt().0);
+                    let (mapping, phys) = opened.adopt();
+                    let at = mapping.iova();
+                    defer(&opened, mapping);
+                    (at, phys)
+                })
+                .collect();
+            opened.machine.device().inject.pass(hit);
+            opened.machine.inject([answer]);
+            let before = opened.viommu.stats().requests;
+            let error = opened.endpoint.flush();
+            let requests = opened.viommu.stats().requests - before;
+            assert_eq!(requests, 3, "{answer:?}: a failure does not stop the others");
+            let Err(UnmapError::Request { range, .. }) = error else { panic!("{answer:?}: {error:?}") };
+            // In the order of their addresses: from the last that was mapped on.
+            for (index, (at, phys)) in pages.iter().rev().enumerate() {
+                assert_eq!(opened.machine.is_lent_back(*phys), index != hit, "{answer:?} at {hit}");
+                assert_eq!(range.start() == *at, index == hit);
+            }
+            let (at, phys) = pages[2 - hit];
+            assert_eq!(opened.viommu.stats().quarantined_mappings, 1);
+            // SAFETY: refused before anything is sent.
+            let reused = unsafe { opened.domain.map_at(at, phys, PAGE, RW) };
+            assert!(matches!(reused, Err(MapError::InUse(_))), "I2");
+            // Nothing waits any more, and whoever asks later is told all the same.
+            for _ in 0..2 {
+                let (again, requests, _) = opened.machine.traffic(|| opened.domain.flush());
+                assert!(again.is_err() && requests == 0, "{answer:?}");
+            }
+            assert!(kept.iter().all(|mapping| opened.reaches(mapping.iova())));
+
+            opened.machine.release(Release::All);
+            opened.viommu.poll();
+            opened.viommu.reclaim();
+            assert_eq!(opened.endpoint.flush(), Ok(()), "{answer:?}: it is over");
+            assert!(opened.machine.is_lent_back(phys) && !opened.reaches(at));
+            assert_eq!(opened.domain.mapping_count(), 3);
+        }
+    }
+}
+
+/// Fails when a RANGE for several is not followed by each by itself, or its failures are forgotten.
+#[test]
+fn after_range_each_mapping_goes_by_itself() {
+    for second in [None, Some(Inject::Refuse(4)), Some(Inject::Hold(Execute::AtRelease))] {
+        let opened = opened(LOOSE);
+        let pages: Vec<_> = (0..4)
+            .map(|_| {
+                let (mapping, phys) = opened.adopt();
+                defer(&opened, mapping);
+                phys
+            })
+            .collect();
+        opened.machine.inject([Inject::Refuse(5)].into_iter().chain(second));
+        let before = opened.viommu.stats().requests;
+        let flushed = opened.endpoint.flush();
+        assert_eq!(opened.viommu.stats().requests - before, 5, "{second:?}");
+        let back = pages.iter().filter(|phys| opened.machine.is_lent_back(**phys)).count();
+        let failed = usize::from(second.is_some());
+        assert_eq!((flushed.is_err(), back), (second.is_some(), 4 - failed), "{second:?}");
+        assert_eq!(opened.viommu.stats().quarantined_mappings, failed);
+        opened.machine.release(Release::All);
+        opened.viommu.poll();
+        opened.viommu.reclaim();
+        assert_eq!((opened.endpoint.flush(), opened.domain.mapping_count()), (Ok(()), 0));
+    }
+}
+
+/// The unlucky one whose unmapping reached the bound is not blamed for others, and nobody's memory is lost or given away.
+#[test]
+fn a_flush_by_a_bound_that_fails_is_found_out_by_a_flush() {
+    let opened = opened(DeferredBounds { mappings: 2, ..LOOSE });
+    let (first, first_phys) = opened.adopt();
+    let (second, second_phys) = opened.adopt();
+    defer(&opened, first);
+    opened.machine.inject([Inject::Refuse(4)]);
+    assert_eq!(opened.endpoint.unmap(second), Ok(Unmapped::AtFlush));
+    assert!(![first_phys, second_phys].iter().any(|phys| opened.machine.is_lent_back(*phys)));
+    let inval = RequestError::Refused(virtio_iommu::Status::Inval);
+    let flushed = opened.endpoint.flush();
+    assert!(matches!(flushed, Err(UnmapError::Request { error, .. }) if error == inval), "{flushed:?}");
+    assert_eq!(opened.viommu.reclaim(), 2);
+    assert_eq!(opened.endpoint.flush(), Ok(()));
+    assert!([first_phys, second_phys].iter().all(|phys| opened.machine.is_lent_back(*phys)));
+}
+
+/// Memory goes back when the device confirms, not before, and not only when somebody looks at the flush.
+#[test]
+fn a_late_answer_gives_the_memory_back() {
+    let opened = opened(LOOSE);
+    let (mapping, phys) = opened.adopt();
+    let at = mapping.iova();
+    defer(&opened, mapping);
+    opened.machine.inject([Inject::Hold(Execute::AtRelease)]);
+    assert!(opened.endpoint.flush().is_err());
+    assert!(opened.reaches(at) && !opened.machine.is_lent_back(phys));
+    assert_eq!(opened.viommu.reclaim(), 0, "the device owes an answer");
+    opened.machine.release(Release::All);
+    assert!(!opened.machine.is_lent_back(phys));
+    opened.viommu.poll();
+    assert!(!opened.reaches(at) && opened.machine.is_lent_back(phys));
+    assert_eq!(opened.endpoint.flush(), Ok(()));
+}
+
+/// An answer that is never given, and a device that asks for a reset: bounded, and nothing comes back.
+#[test]
+fn a_device_that_stopped_keeps_what_waits() {
+    for stop in [Inject::Drop(Execute::AtRelease), Inject::NeedsReset] {
+        let opened = opened(LOOSE);
+        let (mapping, phys) = opened.adopt();
+        defer(&opened, mapping);
+        opened.machine.inject([stop]);
+        assert!(opened.endpoint.flush().is_err());
+        let (more, more_phys) = match stop {
+            Inject::NeedsReset => (None, phys),
+            _ => {
+                let (mapping, phys) = opened.adopt();
+                (Some(mapping), phys)
+            }
+        };
+        if let Some(mapping) = more {
+            defer(&opened, mapping);
+            assert!(opened.endpoint.flush().is_err(), "of the first");
+            assert!(opened.machine.is_lent_back(more_phys), "the second was confirmed");
+        }
+        opened.viommu.poll();
+        assert!(!opened.machine.is_lent_back(phys));
+    }
+}
