@@ -66,16 +66,19 @@ impl Slots {
         match count {
             0 => None,
             1 => self.take(),
-            _ => (0..(self.count + 1).saturating_sub(count)).find(|first| self.claim(*first, count)),
+            _ => {
+                let mut places = 0..(self.count + 1).saturating_sub(count);
+                places.find(|first| self.are_free(*first, count) && self.claim(*first, count))
+            }
         }
     }
 
-    /// Sets the bits of a run if none of them is set.
+    fn are_free(&self, first: usize, count: usize) -> bool {
+        masks(first, count).all(|(at, mask)| self.words[at].load(Ordering::Relaxed) & mask == 0)
+    }
+
+    /// Sets the bits of a run, or none if one of them is set.
     fn claim(&self, first: usize, count: usize) -> bool {
-        let free = |(at, mask): (usize, usize)| self.words[at].load(Ordering::Relaxed) & mask == 0;
-        if !masks(first, count).all(free) {
-            return false;
-        }
         for (done, (at, mask)) in masks(first, count).enumerate() {
             let before = self.words[at].fetch_or(mask, Ordering::Acquire);
             if before & mask == 0 {
@@ -177,6 +180,22 @@ mod tests {
     }
 
     /// Fails when `claim` undoes bits that were another's, or does not undo its own.
+    #[test]
+    fn a_run_that_somebody_is_faster_at_leaves_all_as_it_was() {
+        for other in [10, 70, 149] {
+            let slots = Slots::new(150);
+            assert!(slots.claim(other, 1));
+            for (first, count) in [(0, 150), (5, 140), (10, 140), (other, 1)] {
+                assert_eq!(slots.claim(first, count), other < first || other >= first + count);
+                assert!(slots.are_out(other, 1));
+                if slots.out() > 1 {
+                    slots.give_back_run(first, count);
+                }
+                assert_eq!(slots.out(), 1);
+            }
+        }
+    }
+
     #[test]
     fn threads_never_share_one() {
         const COUNT: usize = 150;

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::support::EP2;
-use virtio_iommu::Leave;
-use virtio_iommu_model::{Inject, feature};
+use virtio_iommu::{AttachError, Leave};
+use virtio_iommu_model::{Execute, Inject, Release, feature};
 
 /// Fails when `revoke` forgets what is deferred.
 #[test]
@@ -62,6 +62,22 @@ fn where_endpoints_may_bypass_what_waits_is_unmapped_before_they_leave() {
     }
 }
 
+/// Fails when what is deferred is not in doubt in a domain that lost its endpoints where nothing blocks them.
+#[test]
+fn a_domain_that_may_have_what_waits_takes_no_endpoint() {
+    let features = Config::default().features & !feature::BYPASS_CONFIG;
+    let opened =
+        Opened::new(Config { features, ..Config::default() }, policy(LOOSE), EndpointOptions::default());
+    let (mapping, phys) = opened.adopt();
+    opened.machine.inject([Inject::Hold(Execute::AtRelease)]);
+    assert!(opened.viommu.detach(EP).is_err());
+    defer(&opened, mapping);
+    opened.machine.release(Release::All);
+    opened.viommu.poll();
+    assert_eq!(opened.viommu.attach(EP, &opened.domain), Err(AttachError::DeadDomain));
+    assert!(!opened.machine.is_lent_back(phys));
+}
+
 #[test]
 fn closing_and_shutting_down_give_everything_back() {
     for shutdown in [false, true] {
@@ -112,7 +128,8 @@ fn a_recovery_ends_what_waits() {
         assert_eq!(opened.machine.is_lent_back(phys), !lost);
         assert_eq!(opened.domain.stats().deferred_mappings, 0);
         if lost {
-            assert!(opened.viommu.stats().quarantined_mappings > 0);
+            // An endpoint may be where the device knows both still.
+            assert_eq!(opened.viommu.stats().quarantined_mappings, 2);
             continue;
         }
         assert!(opened.reaches(live.iova()) && !opened.reaches(at));
