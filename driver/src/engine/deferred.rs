@@ -76,6 +76,7 @@ impl DeferredList {
         (self.mappings, self.bytes)
     }
 
+    #[inline]
     fn push(&mut self, range: IovaRange, mappings: usize, now_ns: Option<u64>) {
         debug_assert!(self.waiting.len() < self.waiting.capacity());
         self.waiting.push(range);
@@ -84,11 +85,13 @@ impl DeferredList {
         self.oldest_ns = self.oldest_ns.or(now_ns);
     }
 
+    #[inline]
     fn is_due(&self, now_ns: Option<u64>) -> bool {
         let full = self.mappings >= self.bounds.mappings || self.bytes >= self.bounds.bytes;
         full || self.waiting.len() == self.waiting.capacity() || self.is_old(now_ns)
     }
 
+    #[inline]
     fn is_old(&self, now_ns: Option<u64>) -> bool {
         let age = now_ns.zip(self.oldest_ns).map(|(now, oldest)| now.saturating_sub(oldest));
         age.is_some_and(|age| age >= self.bounds.age_ns)

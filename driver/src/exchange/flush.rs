@@ -41,11 +41,18 @@ pub(crate) fn unmap_by_policy<P: Platform>(
             }
             Deferral::FlushDue => {
                 owned.settled();
-                let flushed = flush_all_the_same(shared, key).await;
-                Ok(if flushed { Unmapped::Now } else { Unmapped::AtFlush })
+                Ok(flush_due(shared, key).await)
             }
         }
     })
+}
+
+/// Flushes since a bound is reached, and says what became of the unmapping that reached it.
+async fn flush_due<P: Platform>(shared: &Shared<P>, key: DomainKey) -> Unmapped {
+    match flush_all_the_same(shared, key).await {
+        true => Unmapped::Now,
+        false => Unmapped::AtFlush,
+    }
 }
 
 /// Flushes for the sake of a bound, or of room. Whose mappings are in quarantine after a failure is not known here:

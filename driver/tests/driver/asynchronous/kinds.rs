@@ -189,6 +189,20 @@ fn of_endpoint() -> Vec<Kind> {
             },
         ),
         kind(
+            "map_resource",
+            |_| (),
+            move |bench, ()| {
+                // SAFETY: the test's own memory, which is never reused, and its own mappings.
+                let mapped = unsafe { bench.endpoint.map_resource(bench.phys(0), 9, both) };
+                show(mapped.map(|mapping| mapping.iova()))
+            },
+            move |bench, ()| {
+                // SAFETY: the test's own memory, which is never reused, and its own mappings.
+                let future = unsafe { bench.endpoint.map_resource_async(bench.phys(0), 9, both) };
+                shown!(future, |mapping| mapping.iova())
+            },
+        ),
+        kind(
             "map_scatter",
             |bench| bench.segments(SEGMENTS as u64),
             move |bench, segments| {

@@ -116,8 +116,6 @@ fn a_recovery_ends_what_waits() {
         let at = mapping.iova();
         defer(&opened, mapping);
         opened.machine.device().fail();
-        assert!(opened.endpoint.flush().is_err());
-        assert!(!opened.machine.is_lent_back(phys));
         if lost {
             // One of the two does not come back into its domain.
             opened.machine.inject([Inject::Pass, Inject::Pass, Inject::Pass, Inject::Refuse(3)]);
