@@ -104,7 +104,7 @@ pub enum UnmapPolicy {
 /// after a strict unmapping that failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeferredBounds {
-    /// Mappings. Between 1 and 65,536 unmappings are deferred in any case.
+    /// Mappings. 0 is as good as 1, and no more than 65,536 unmappings wait in any case.
     pub mappings: usize,
     /// Bytes.
     pub bytes: u64,

@@ -108,6 +108,41 @@ fn a_flush_by_a_bound_that_fails_is_found_out_by_a_flush() {
     assert!([first_phys, second_phys].iter().all(|phys| opened.machine.is_lent_back(*phys)));
 }
 
+/// Fails when a list that is rolled back takes what is deferred, or live, beside it, or leaves anything of its own.
+#[test]
+fn a_list_that_is_rolled_back_leaves_its_neighbours_alone() {
+    const COUNT: u64 = 5;
+    for position in 0..COUNT as usize {
+        let opened = opened(LOOSE);
+        let (live, live_phys) = opened.adopt();
+        let (waiting, waiting_phys) = opened.adopt();
+        let waits_at = waiting.iova();
+        defer(&opened, waiting);
+        let segments = apart(opened.machine.memory(2 * COUNT * PAGE).phys, COUNT);
+        let mut iovas = [Iova::new(0); COUNT as usize];
+        let before = opened.mapped_on_device();
+        opened.machine.device().inject.pass(position);
+        opened.machine.inject([Inject::Refuse(8)]);
+        // SAFETY: nobody but the test uses the memory.
+        let failed = unsafe { opened.endpoint.map_scatter(&segments, Direction::Both, &mut iovas) };
+        let Err(virtio_iommu::DmaError::Map(MapError::Request { range, .. })) = failed else {
+            panic!("{failed:?}")
+        };
+        // Right below what waits, from the bottom up.
+        assert_eq!(range.start().get(), waits_at.get() - (COUNT - position as u64) * PAGE);
+        assert_eq!((opened.mapped_on_device(), opened.domain.mapping_count()), (before, 2));
+        assert!(opened.reaches(live.iova()) && opened.reaches(waits_at));
+        assert!(![live_phys, waiting_phys].iter().any(|phys| opened.machine.is_lent_back(*phys)));
+        assert_eq!(opened.viommu.stats().quarantined_mappings, 0);
+        // Its addresses are free, all of them.
+        // SAFETY: as above.
+        let list = unsafe { opened.endpoint.map_scatter(&segments, Direction::Both, &mut iovas) }.unwrap();
+        assert_eq!(list.iova().get(), waits_at.get() - COUNT * PAGE);
+        opened.endpoint.flush().unwrap();
+        assert!(opened.machine.is_lent_back(waiting_phys) && iovas.iter().all(|at| opened.reaches(*at)));
+    }
+}
+
 /// Memory goes back when the device confirms, not before, and not only when somebody looks at the flush.
 #[test]
 fn a_late_answer_gives_the_memory_back() {
