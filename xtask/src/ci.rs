@@ -16,7 +16,7 @@ enum End {
     Passed,
     Failed,
     /// Not run, and why.
-    Skipped(&'static str),
+    Skipped(String),
 }
 
 /// Steps that ran, for the summary.
@@ -54,6 +54,7 @@ pub(crate) fn ci(arguments: &SetupArguments) -> Result<ExitCode> {
         command::run(&mut doc).map(|()| End::Passed)
     });
     steps.step("each feature of the driver alone", features);
+    steps.step("the driver for 32 bits", small_target);
     let tests = TestArguments { setup: arguments.clone(), ..TestArguments::default() };
     steps.step("host tests", || test::host(&tests).map(|()| End::Passed));
     steps.step("tests in every interleaving", || loom::test(None).map(|()| End::Passed));
@@ -72,7 +73,7 @@ fn kernel_lints() -> Result<End> {
     let arch = Arch::X86_64;
     let toolchain = toolchain::ensure(arch)?;
     if toolchain == Toolchain::Debian {
-        return Ok(End::Skipped("Debian's compiler is without clippy"));
+        return Ok(End::Skipped("Debian's compiler is without clippy".to_owned()));
     }
     let mut lints = command::cargo(&["clippy", "--release", "--package", "platform", "--bin", "kernel"]);
     lints.args(["--target", arch.target(), "--target-dir"]).arg(kernel::directory(toolchain));
@@ -96,6 +97,21 @@ fn features() -> Result<End> {
         bail!("the driver does not build alone with: {}", failed.join(", "));
     }
     Ok(End::Passed)
+}
+
+/// A target of 32 bits, whose atomics have no more.
+const SMALL_TARGET: &str = "riscv32imac-unknown-none-elf";
+
+/// The driver, with all that it has, for a machine of 32 bits.
+fn small_target() -> Result<End> {
+    let toolchain = match toolchain::ensure_target(SMALL_TARGET) {
+        Ok(toolchain) => toolchain,
+        Err(error) => return Ok(End::Skipped(format!("no compiler for {SMALL_TARGET}: {error:#}"))),
+    };
+    let mut build = toolchain::cargo(toolchain, SMALL_TARGET);
+    build.args(["build", "--package", "virtio-iommu", "--all-features", "--target", SMALL_TARGET]);
+    build.arg("--target-dir").arg(kernel::directory(toolchain));
+    command::run(&mut build).map(|()| End::Passed)
 }
 
 fn summary(steps: &Steps, total: Duration) -> ExitCode {

@@ -16,7 +16,7 @@ use crate::{command, paths, progress};
 pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
     let toolchain = toolchain::ensure(arch)?;
     let directory = directory(toolchain);
-    let mut build = toolchain::cargo(toolchain, arch);
+    let mut build = toolchain::cargo(toolchain, arch.target());
     build.args(["build", "--release", "--package", "platform", "--bin", "kernel", "--target", arch.target()]);
     build.arg("--target-dir").arg(&directory);
     progress::note(&format!("building the kernel for {} with {toolchain}", arch.name()));

@@ -45,13 +45,21 @@ impl fmt::Display for Toolchain {
     }
 }
 
-/// The compiler to use for `arch`, installed if need be.
+/// The compiler to use for the kernel on `arch`, installed if need be.
 ///
 /// # Errors
 ///
 /// When there is none and none can be installed; the error says what to type.
 pub(crate) fn ensure(arch: Arch) -> Result<Toolchain> {
-    let target = arch.target();
+    ensure_target(arch.target())
+}
+
+/// The compiler to use for a bare-metal target, installed if need be.
+///
+/// # Errors
+///
+/// As for [`ensure`].
+pub(crate) fn ensure_target(target: &str) -> Result<Toolchain> {
     match env::var(FORCE).ok().as_deref() {
         Some("rustup") if rustup_has(target) => Ok(Toolchain::Rustup),
         Some("rustup") => add_target(target).map(|()| Toolchain::Rustup),
@@ -80,8 +88,8 @@ fn ensure_any(target: &str) -> Result<Toolchain> {
     install_debian().map(|()| Toolchain::Debian)
 }
 
-/// A cargo that can build for `arch`, in the root of the workspace; `ensure` has to have returned `toolchain`.
-pub(crate) fn cargo(toolchain: Toolchain, arch: Arch) -> Command {
+/// A cargo that can build for `target`, in the root of the workspace; `ensure` has to have returned `toolchain`.
+pub(crate) fn cargo(toolchain: Toolchain, target: &str) -> Command {
     match toolchain {
         Toolchain::Rustup => command::cargo(&[]),
         Toolchain::Debian => {
@@ -92,7 +100,7 @@ pub(crate) fn cargo(toolchain: Toolchain, arch: Arch) -> Command {
                     cargo.env_remove(&name);
                 }
             }
-            cargo.env("RUSTC", RUSTC).env("RUSTC_BOOTSTRAP", "1").env(linker_variable(arch), "ld.lld");
+            cargo.env("RUSTC", RUSTC).env("RUSTC_BOOTSTRAP", "1").env(linker_variable(target), "ld.lld");
             cargo.args(["-Z", "build-std=core,alloc"]);
             cargo
         }
@@ -115,8 +123,8 @@ fn belongs_to_rustup(name: &str) -> bool {
     names.contains(&name) || prefixes.iter().any(|prefix| name.starts_with(prefix))
 }
 
-fn linker_variable(arch: Arch) -> String {
-    format!("CARGO_TARGET_{}_LINKER", arch.target().replace('-', "_").to_uppercase())
+fn linker_variable(target: &str) -> String {
+    format!("CARGO_TARGET_{}_LINKER", target.replace('-', "_").to_uppercase())
 }
 
 /// Whether the compiler in use has the library of `target`.
@@ -213,6 +221,6 @@ mod tests {
         {
             assert!(!belongs_to_rustup(name), "{name}");
         }
-        assert_eq!(linker_variable(Arch::X86_64), "CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER");
+        assert_eq!(linker_variable(Arch::X86_64.target()), "CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER");
     }
 }
