@@ -1,4 +1,5 @@
 //! Other crates' DMA interfaces over this driver.
 
+pub mod slot;
 #[cfg(feature = "virtio-drivers")]
 pub mod virtio_drivers;

@@ -5,6 +5,7 @@ use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::DomainKey;
 use crate::error::{DmaError, UnmapError};
 use crate::id::EndpointId;
+use crate::mappings::Translation;
 use crate::prot::Direction;
 use core::ptr::NonNull;
 
@@ -34,6 +35,9 @@ pub trait DmaDevice: Send + Sync {
 
     /// The power of two whose multiples no segment may cross, in bytes. `None` where there is none.
     fn boundary(&self) -> Option<u64>;
+
+    /// Where `iova` leads in the endpoint's domain, by the driver's records, mappings in quarantine included.
+    fn translate(&self, iova: Iova) -> Option<Translation>;
 
     /// Allocates `len` bytes, rounded up to granules, zeroed, mapped for one direction. Takes memory from the
     /// platform. What [`Streaming`](crate::Streaming) and [`DmaPool`](crate::DmaPool) are made of.
@@ -151,6 +155,19 @@ pub trait DmaDevice: Send + Sync {
     /// # Safety
     /// The buffer is valid for reads, and nobody writes to it during the call.
     unsafe fn share(&self, buffer: NonNull<[u8]>, direction: Direction) -> Result<Iova, DmaError>;
+
+    /// [`share`](Self::share) for interfaces that cannot say that it failed: gives
+    /// [`faulting_iova`](Self::faulting_iova) then, and logs why.
+    ///
+    /// # Safety
+    /// As for [`share`](Self::share).
+    unsafe fn share_or_fault(&self, buffer: NonNull<[u8]>, direction: Direction) -> Iova {
+        // SAFETY: the caller's promise.
+        unsafe { self.share(buffer, direction) }.unwrap_or_else(|error| {
+            log::warn!("endpoint {}: a buffer cannot be shared: {error}", self.endpoint());
+            self.faulting_iova()
+        })
+    }
 
     /// Copies what the endpoint wrote so far to a buffer that stays [shared](Self::share). An address that did not come
     /// from `share` is ignored.

@@ -8,6 +8,7 @@ use crate::domain::Domain;
 use crate::engine::Placement;
 use crate::error::{DetachError, DmaError, UnmapError};
 use crate::id::EndpointId;
+use crate::mappings::Translation;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
 use crate::prot::Direction;
@@ -213,6 +214,10 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
 
     fn boundary(&self) -> Option<u64> {
         self.view.boundary
+    }
+
+    fn translate(&self, iova: Iova) -> Option<Translation> {
+        self.view.domain.translate(iova)
     }
 
     fn alloc(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {

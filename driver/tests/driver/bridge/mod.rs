@@ -1,5 +1,7 @@
 //! The bridge for `virtio-drivers`, and its transports under this driver.
 
+mod slots;
+
 use std::cell::RefCell;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -91,7 +93,11 @@ impl Drop for Kernel {
 
 /// A machine whose memory `KernelHal` gives out on this thread, with an endpoint and its bounce pages.
 fn machine() -> (Kernel, Viommu<TestPlatform>, Endpoint<TestPlatform>) {
-    let (machine, viommu) = Machine::live(Config::default());
+    machine_with(Config::default())
+}
+
+fn machine_with(config: Config) -> (Kernel, Viommu<TestPlatform>, Endpoint<TestPlatform>) {
+    let (machine, viommu) = Machine::live(config);
     let domain = viommu.create_domain(DomainOptions::default()).unwrap();
     let options = EndpointOptions { bounce_bytes: 4 * PAGE_SIZE, ..EndpointOptions::default() };
     let endpoint = viommu.open(EP, &domain, options).unwrap();
