@@ -46,10 +46,13 @@ pub(crate) fn ci(arguments: &SetupArguments) -> Result<ExitCode> {
     let started = Instant::now();
     let mut steps = Steps::default();
     steps.cargo("format", &["fmt", "--all", "--check"]);
-    steps.cargo("lints", &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]);
+    steps.cargo(
+        "lints",
+        &["clippy", "--workspace", "--all-features", "--all-targets", "--", "-D", "warnings"],
+    );
     steps.step("lints of the kernel", kernel_lints);
     steps.step("documentation", || {
-        let mut doc = command::cargo(&["doc", "--workspace", "--no-deps"]);
+        let mut doc = command::cargo(&["doc", "--workspace", "--all-features", "--no-deps"]);
         doc.env("RUSTDOCFLAGS", "-D warnings");
         command::run(&mut doc).map(|()| End::Passed)
     });
@@ -84,7 +87,7 @@ fn kernel_lints() -> Result<End> {
 /// The driver without features and with each one alone.
 fn features() -> Result<End> {
     let mut failed = Vec::new();
-    for feature in ["", "virtio-drivers", "spin", "lock_api", "bench"] {
+    for feature in ["", "virtio-drivers", "spin", "lock_api", "dma-api-0_10", "bench"] {
         let lints = ["clippy", "--package", "virtio-iommu", "--no-default-features", "--features", feature];
         let mut check = command::cargo(&lints);
         check.args(["--", "-D", "warnings"]);

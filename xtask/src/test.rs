@@ -74,7 +74,7 @@ pub(crate) fn run_tier(tier: Tier, arguments: &TestArguments) -> Result<()> {
 /// When a test fails.
 pub(crate) fn host(arguments: &TestArguments) -> Result<()> {
     progress::heading("host tests");
-    let mut tests = command::cargo(&["test", "--workspace"]);
+    let mut tests = command::cargo(&["test", "--workspace", "--all-features"]);
     // Here, without optimization, few sequences do.
     tests.env("QEMU_TESTS_TIER", "host").env_remove("SEQUENCES");
     tests.args(arguments.filter.as_slice());

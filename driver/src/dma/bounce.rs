@@ -66,6 +66,13 @@ impl BouncePool {
         Iova::new(self.iova.get() + (first * self.chunk) as u64)
     }
 
+    /// Where the chunks are for the driver.
+    #[cfg(feature = "dma-api-0_10")]
+    pub(super) fn ptr(&self, first: usize) -> NonNull<u8> {
+        // SAFETY: inside of the pool, as each number of a chunk is.
+        unsafe { self.start.add(first * self.chunk) }
+    }
+
     fn at(&self, first: usize, len: usize) -> *mut u8 {
         assert!(len <= (self.slots.count() - first) * self.chunk, "outside of the bounce pool");
         // SAFETY: inside the pool by the check above.

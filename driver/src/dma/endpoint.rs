@@ -154,8 +154,31 @@ impl<P: Platform> Endpoint<P> {
         self.check_open().ok().map(|()| (pool, first))
     }
 
-    fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
+    pub(crate) fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
         self.view.domain.shared().block_on(operation)
+    }
+}
+
+/// For the bridge that copies by itself.
+#[cfg(feature = "dma-api-0_10")]
+impl<P: Platform> Endpoint<P> {
+    /// Takes bounce pages for `len` bytes, which are zeroed: where they are for the endpoint and for the driver.
+    pub(crate) fn take_bounce(&self, len: usize) -> Option<(Iova, NonNull<u8>)> {
+        self.check_open().ok()?;
+        let (pool, _) = self.view.bounce.as_ref()?;
+        let first = pool.take(len)?;
+        pool.zero(first, len);
+        Some((pool.iova(first), pool.ptr(first)))
+    }
+
+    /// Gives back what [`take_bounce`](Self::take_bounce) gave. Returns whether the address was one of those.
+    pub(crate) fn give_back_bounce(&self, iova: Iova, len: usize) -> bool {
+        let Some((_, range)) = self.view.bounce.as_ref() else { return false };
+        let inside = range.start() <= iova && iova <= range.last();
+        if inside && let Some((pool, first)) = self.bounce_chunk(iova, len) {
+            pool.give_back(first, len);
+        }
+        inside
     }
 }
 

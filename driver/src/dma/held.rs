@@ -26,7 +26,8 @@ pub(crate) enum Release {
 
 impl HeldMemory {
     /// Lends memory to the driver, which calls `release` with it once, when no device reaches it any more. That
-    /// may be much later, in any call into the driver, without its lock held.
+    /// may be much later, in any call into the driver, without its lock held. The driver does not access it, and gives
+    /// `ptr` back as it was.
     ///
     /// # Safety
     /// The memory is the caller's alone, and stays valid and unused by anyone else until `release` is called.

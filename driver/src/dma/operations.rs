@@ -67,6 +67,16 @@ impl<P: Platform> Endpoint<P> {
         memory: HeldMemory,
         direction: Direction,
     ) -> impl Future<Output = Result<DmaMapping, (DmaError, Option<HeldMemory>)>> + Send + '_ {
+        self.adopt_within(memory, direction, Placement::up_to(self.view.limit))
+    }
+
+    /// [`adopt_async`](Self::adopt_async) where both the endpoint's constraints and `within` allow.
+    pub(crate) fn adopt_within(
+        &self,
+        memory: HeldMemory,
+        direction: Direction,
+        within: Placement,
+    ) -> impl Future<Output = Result<DmaMapping, (DmaError, Option<HeldMemory>)>> + Send + '_ {
         let place = memory.memory();
         let mut lent = Lent { shared: self.view.domain.shared(), memory: Some(memory) };
         async move {
@@ -74,7 +84,8 @@ impl<P: Platform> Endpoint<P> {
                 return Err((closed, lent.memory.take()));
             }
             let run = Run { phys: place.phys, len: place.len as u64 };
-            match self.map_one(run, direction.prot(), &mut lent.memory).finish().await {
+            let (runs, prot) = (iter::once(run), direction.prot());
+            match self.map_runs_within(run.len, runs, prot, within, &mut lent.memory).finish().await {
                 Ok(range) => {
                     self.view.domain.flush_if_overdue_for(range).await;
                     Ok(self.mapping(range, range.start(), place.len))
@@ -215,8 +226,22 @@ impl<P: Platform> Endpoint<P> {
         held: &'a mut Option<HeldMemory>,
     ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
     {
+        self.map_runs_within(len, runs, prot, Placement::up_to(self.view.limit), held)
+    }
+
+    #[inline]
+    fn map_runs_within<'a>(
+        &'a self,
+        len: u64,
+        runs: impl Iterator<Item = Run> + Clone + Send + 'a,
+        prot: Prot,
+        within: Placement,
+        held: &'a mut Option<HeldMemory>,
+    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
+    {
         let (view, purpose) = (&*self.view, Purpose { prot, tag: self.tag });
-        let placement = Placement { limit: view.limit, align: alignment(len, view.boundary) };
+        let limit = view.limit.min(within.limit);
+        let placement = Placement { limit, align: alignment(len, view.boundary).max(within.align) };
         let place = Place::Anywhere { len, placement, parts: runs.clone().count() };
         exchange::map(view.domain.shared(), view.domain.key(), place, runs, purpose, held)
     }

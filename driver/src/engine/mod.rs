@@ -43,6 +43,14 @@ pub(crate) struct DomainKey {
     generation: u32,
 }
 
+#[cfg(feature = "dma-api-0_10")]
+impl DomainKey {
+    /// A number that no other domain of any IOMMU has.
+    pub(crate) fn unique(self) -> u32 {
+        self.generation
+    }
+}
+
 /// Counts all domains that were ever created, over all IOMMUs, so that a handle of one is never taken for a handle
 /// of another.
 static GENERATIONS: AtomicU32 = AtomicU32::new(0);

@@ -8,6 +8,8 @@ mod conformance;
 mod constraints;
 mod deferred;
 mod dma;
+#[cfg(feature = "dma-api-0_10")]
+mod dma_api;
 mod faults;
 mod groups;
 mod hostile_device;
