@@ -51,6 +51,9 @@
 //! Memory goes back to its owner only when the device confirmed that no endpoint reaches it any more. A request
 //! that times out keeps its slot, its addresses and its memory in quarantine. Every wait has a deadline, and
 //! nothing that the device writes is trusted.
+//!
+//! The crate's README, which is also the module `guide` of this documentation, shows a kernel's first isolated device, for
+//! three kinds of kernels, and the way from one domain for all devices to one for each.
 #![no_std]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -96,6 +99,11 @@ pub mod topology;
 pub mod transport;
 mod viommu;
 mod wire;
+
+/// The crate's README. Its examples are compiled as tests.
+#[cfg(all(any(doc, doctest), feature = "virtio-drivers", feature = "spin"))]
+#[doc = include_str!("../README.md")]
+pub mod guide {}
 
 pub use addr::{Iova, IovaRange, PhysAddr};
 pub use attachment::{MoveError, OpenError};

@@ -1,6 +1,7 @@
 //! The unmodified device drivers of the `virtio-drivers` crate (0.13), each in a domain of its own.
 //!
-//! Two pieces go between a kernel and such a driver:
+//! Two pieces go between a kernel and such a driver, and [`HalPlatform`] makes what this crate needs of the kernel from
+//! the `Hal` that it has:
 //! - [`IommuHal`] stands before the kernel's own `Hal`: what that allocates is mapped for the device, and
 //!   buffers go through the endpoint's bounce pages. `Hal` has only static functions, so that each device needs
 //!   a type: a *slot*, made by [`dma_slot!`](crate::dma_slot), which is filled when the device was attached.
@@ -36,9 +37,11 @@
 //! - *The granule.* The crate's pages are of 4 KiB. Behind an IOMMU whose granule is larger, ring memory comes from the
 //!   driver's [`Platform`](crate::Platform), which aligns it, and not from the kernel's `Hal`.
 
+mod hal_platform;
 mod platform_transport;
 
 pub use super::slot::{DeviceCell, Slot};
+pub use hal_platform::HalPlatform;
 pub use platform_transport::PlatformTransport;
 
 use super::slot::Buffers;

@@ -14,6 +14,7 @@ mod faults;
 mod groups;
 mod hostile_device;
 mod identity;
+mod ladder;
 mod locks;
 mod map;
 mod mappings;
