@@ -20,6 +20,7 @@ mod bench;
 mod ci;
 mod command;
 mod conformance;
+mod examples;
 mod fuzz;
 mod kernel;
 mod loom;

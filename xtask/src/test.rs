@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use qemu_tests::machine::Arch;
 
 use crate::setup::SetupArguments;
-use crate::{command, kernel, loom, progress, qtest, setup};
+use crate::{command, examples, kernel, loom, progress, qtest, setup};
 
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Default)]
@@ -81,6 +81,9 @@ pub(crate) fn host(arguments: &TestArguments) -> Result<()> {
     command::run(&mut tests)?;
     if arguments.filter.as_ref().is_none_or(|filter| filter.starts_with("sequences")) {
         sequences()?;
+    }
+    if arguments.filter.as_ref().is_none_or(|filter| filter.starts_with("examples")) {
+        examples::run()?;
     }
     Ok(())
 }

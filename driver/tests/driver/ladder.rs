@@ -123,11 +123,8 @@ fn rung_3_a_domain_for_each_device_climbed_to_one_by_one() {
     }
     for (number, (memory, _)) in own.iter().enumerate() {
         // SAFETY: coherent memory, which nobody writes to now.
-        assert_eq!(
-            unsafe { memory.ptr().read_volatile() },
-            number as u8 + 1,
-            "its own memory, at the same address"
-        );
+        let first = unsafe { memory.ptr().read_volatile() };
+        assert_eq!(first, number as u8 + 1, "its own memory, at the same address");
     }
     for (memory, view) in own {
         view.free_coherent(memory).unwrap();
