@@ -1,17 +1,15 @@
 //! The virtio-iommu in this kernel: what the driver needs of it, and the order of bring-up.
 //!
-//! This is the worked example of how to embed the driver: a [`Platform`] of three methods, the registers, and
-//! the endpoints that firmware names.
+//! This is the worked example of how to embed the driver, from top to bottom: a [`Platform`] of three methods, and the
+//! order of bring-up. What firmware says about endpoints is read in `topology`, and the device's registers are mapped in
+//! `registers`.
 
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::ptr::NonNull;
 
-use virtio_iommu::topology::viot::{IommuPlace, PciFunction, Viot};
 use virtio_iommu::transport::Transport;
-use virtio_iommu::transport::pci::{
-    CapabilityError, DEVICE_ID, PciTransport, Region, Regions, Structure, VENDOR_ID, VirtioCapabilities,
-};
+use virtio_iommu::transport::pci::PciTransport;
 use virtio_iommu::{
     DmaMemory, EndpointId, Introduction, Options, PhysAddr, Platform, SpinNotInInterrupts, StartError, Viommu,
 };
@@ -20,13 +18,15 @@ use crate::machine::Machine;
 use crate::memory::frames::{self, FRAME_BYTES};
 use crate::memory::phys_to_virt;
 use crate::pci::PciAddress;
-use crate::pci::config::ConfigSpace;
 use crate::pci::function::{BusMaster, Function};
 use crate::time;
 
 mod error;
+mod registers;
+mod topology;
 
 pub use error::BringUpError;
+pub use registers::transport;
 
 /// This kernel, as the driver sees it: frames, a spin lock (no interrupts, so it cannot be interrupted), a clock.
 #[derive(Clone, Copy, Debug)]
@@ -108,88 +108,30 @@ pub fn bring_up<T: Transport + 'static>(
     wrap: impl FnOnce(PciTransport) -> T,
 ) -> Result<Iommu, BringUpError> {
     machine.pci.quiesce_all();
-    let device = machine.pci.with_id(VENDOR_ID, DEVICE_ID).next().ok_or(BringUpError::NoDevice)?;
-    let viot = viot.map_err(|reason| BringUpError::NoTopology { device: device.address, reason })?;
-    let viot = Viot::parse(viot).map_err(BringUpError::Viot)?;
-    let (function, node) = find(machine, &viot)?;
-    let own = viot.pci_endpoint(place(function)).map(|(id, _)| id);
-
-    let transport = transport(machine, function)?;
-    machine.pci.set_bus_master(function.address, BusMaster::On);
-    let options = Options { own_endpoint: own, ..options };
-    let live = start(machine, &viot, (function, node), options, wrap(transport));
+    let found = topology::read(machine, viot)?;
+    let transport = transport(machine, found.iommu)?;
+    let address = found.iommu.address;
+    machine.pci.set_bus_master(address, BusMaster::On);
+    let options = Options { own_endpoint: found.own, ..options };
+    let live = start(wrap(transport), options, &found.behind);
     let (viommu, members) = live.map_err(|error| {
-        machine.pci.set_bus_master(function.address, BusMaster::Off);
+        machine.pci.set_bus_master(address, BusMaster::Off);
         BringUpError::Start(error)
     })?;
-    Ok(Iommu { viommu, address: function.address, own, members })
+    Ok(Iommu { viommu, address, own: found.own, members })
 }
 
+/// Starts the device, makes what is behind it known, and closes the bypass.
 fn start<T: Transport + 'static>(
-    machine: &Machine,
-    viot: &Viot<'_>,
-    (iommu, node): (&Function, u16),
-    options: Options,
     transport: T,
+    options: Options,
+    behind: &[(PciAddress, EndpointId)],
 ) -> Result<(Viommu<KernelPlatform>, Vec<Member>), StartError> {
     let staged = Viommu::start(transport, KernelPlatform, options)?;
     let mut members = Vec::new();
-    for function in machine.pci.functions().iter().filter(|function| function.address != iommu.address) {
-        let Some((id, behind)) = viot.pci_endpoint(place(function)) else { continue };
-        // Another IOMMU has the others, and would have to be brought up by itself.
-        if behind.node != node {
-            continue;
-        }
+    for &(address, id) in behind {
         let introduction = staged.introduce(id)?;
-        members.push(Member { address: function.address, id, introduction });
+        members.push(Member { address, id, introduction });
     }
     Ok((staged.go_live()?, members))
-}
-
-/// The function where VIOT says that the first IOMMU is, and its node.
-fn find<'m>(machine: &'m Machine, viot: &Viot<'_>) -> Result<(&'m Function, u16), BringUpError> {
-    let named = viot.iommus().next();
-    let reason = || String::from("it names no IOMMU");
-    let Some(named) = named else {
-        let device = machine.pci.with_id(VENDOR_ID, DEVICE_ID).next().ok_or(BringUpError::NoDevice)?;
-        return Err(BringUpError::NoTopology { device: device.address, reason: reason() });
-    };
-    let wrong = BringUpError::WrongPlace { place: named.place };
-    let IommuPlace::Pci(at) = named.place else { return Err(wrong) };
-    let function = machine.pci.with_id(VENDOR_ID, DEVICE_ID).find(|function| place(function) == at);
-    Ok((function.ok_or(wrong)?, named.node))
-}
-
-fn place(function: &Function) -> PciFunction {
-    PciFunction { segment: function.address.segment(), bdf: function.bdf() }
-}
-
-/// Maps the structures of a modern virtio function and turns its memory decoding on.
-///
-/// # Errors
-///
-/// [`BringUpError`], of its capabilities and regions.
-pub fn transport(machine: &Machine, function: &Function) -> Result<PciTransport, BringUpError> {
-    let config = machine.pci.config();
-    let found = VirtioCapabilities::read(|offset| config.read32(function.address, offset));
-    let found = found.map_err(BringUpError::Capabilities)?;
-    let region = |structure: Structure| {
-        let bar = machine.map_bar(function, structure.bar).map_err(BringUpError::Bar)?;
-        let (offset, len) = (structure.offset as usize, structure.len as usize);
-        let inside = offset.checked_add(len).is_some_and(|end| end <= bar.len_bytes());
-        if !inside {
-            return Err(BringUpError::StructureOutside(structure));
-        }
-        // SAFETY: inside the BAR's mapping, by the check above.
-        Ok(Region { ptr: unsafe { bar.base().add(offset) }, len })
-    };
-    let regions = Regions {
-        common: region(found.common)?,
-        notify: region(found.notify)?,
-        notify_multiplier: found.notify_multiplier,
-        isr: region(found.isr)?,
-        device: region(found.device.ok_or(BringUpError::Capabilities(CapabilityError::Missing(4)))?)?,
-    };
-    // SAFETY: mapped for good with decoding on, and the caller has the device for itself.
-    unsafe { PciTransport::new(regions) }.map_err(BringUpError::Region)
 }
