@@ -11,7 +11,8 @@
 //!
 //! # Forks
 //! A fork, or another version of `virtio-drivers`, has a `Hal` of its own, which `IommuHal` is not. Over a slot it
-//! takes a line for each function, and no feature of this crate:
+//! takes a line for each function, and no feature of this crate. Its transport, too, has to accept ACCESS_PLATFORM (bit
+//! 33), without which a device uses physical addresses and ignores the IOMMU.
 //!
 //! ```
 //! use core::ptr::NonNull;
@@ -134,7 +135,7 @@ impl DeviceCell {
     ///
     /// # Safety
     /// The driver above gives a buffer back to its owner as soon as the device answered the request, and has no way to
-    /// hold it back when the UNMAP is not confirmed ([`unconfirmed`](Self::unconfirmed) counts these): until the
+    /// hold it back when MAP or UNMAP is not confirmed ([`unconfirmed`](Self::unconfirmed) counts these): until the
     /// quarantine is empty again the device may then access memory that is its owner's. The caller makes sure that
     /// this does no harm, for instance since such buffers come from memory that only such buffers use. The
     /// kernel's own `Hal::share` gives an address on a granule for a buffer on a granule.
@@ -193,8 +194,8 @@ impl DeviceCell {
         self.exhausted.load(Ordering::Relaxed) as u64
     }
 
-    /// How often a buffer that was mapped in place went back to its owner although its UNMAP was not confirmed. 0
-    /// without [`fill_in_place`](Self::fill_in_place). Wraps with the target's `usize`.
+    /// How often a buffer that was mapped in place went back to its owner although its UNMAP was not confirmed, or what
+    /// became of its MAP is not known. 0 without [`fill_in_place`](Self::fill_in_place). Wraps with the target's `usize`.
     pub fn unconfirmed(&self) -> u64 {
         self.unconfirmed.load(Ordering::Relaxed) as u64
     }

@@ -138,7 +138,14 @@ unsafe impl<H: Hal, S: Slot> Hal for IommuHal<H, S> {
         };
         let iova = if buffers == Buffers::InPlace && is_whole(buffer, device.granule()) {
             // SAFETY: the caller's promise, and that of who filled the slot.
-            unsafe { share_in_place::<H>(device, buffer, buffer_direction) }
+            let shared = unsafe { share_in_place::<H>(device, buffer, buffer_direction) };
+            shared.unwrap_or_else(|error| {
+                log::warn!("endpoint {}: a buffer cannot be shared: {error}", device.endpoint());
+                if is_unclear(&error) {
+                    cell.count_unconfirmed();
+                }
+                device.faulting_iova()
+            })
         } else {
             // SAFETY: the caller promises that the buffer is valid and nobody accesses it meanwhile.
             unsafe { device.share_or_fault(buffer, direction(buffer_direction)) }
@@ -190,7 +197,12 @@ fn is_whole(buffer: NonNull<[u8]>, granule: u64) -> bool {
     !buffer.is_empty() && on_granule(buffer.addr().get()) && on_granule(buffer.len())
 }
 
-/// Maps a buffer where `H` says that it is. Gives the address that faults where that fails.
+/// Whether the device may have what could not be mapped.
+fn is_unclear(error: &DmaError) -> bool {
+    matches!(error, DmaError::Map(MapError::Quarantined { .. }))
+}
+
+/// Maps a buffer where `H` says that it is.
 ///
 /// # Safety
 /// As for `Hal::share`. The buffer is whole granules, which the device may access until they are unmapped.
@@ -198,24 +210,20 @@ unsafe fn share_in_place<H: Hal>(
     device: &dyn DmaDevice,
     buffer: NonNull<[u8]>,
     theirs: BufferDirection,
-) -> Iova {
+) -> Result<Iova, DmaError> {
     // SAFETY: the caller's promise.
     let phys = unsafe { H::share(buffer, theirs) };
-    let error = if phys.is_multiple_of(device.granule()) {
+    let mapped = if phys.is_multiple_of(device.granule()) {
         // SAFETY: whole granules, which the caller lends.
-        match unsafe { device.map(PhysAddr::new(phys), buffer.len(), direction(theirs)) } {
-            Ok(mapping) => return mapping.iova(),
-            Err(error) => error,
-        }
+        unsafe { device.map(PhysAddr::new(phys), buffer.len(), direction(theirs)) }
     } else {
-        MapError::Misaligned { value: phys, granule: device.granule() }.into()
+        Err(MapError::Misaligned { value: phys, granule: device.granule() }.into())
     };
-    log::warn!("endpoint {}: a buffer cannot be shared: {error}", device.endpoint());
-    if !matches!(error, DmaError::Map(MapError::Quarantined { .. })) {
+    if mapped.as_ref().is_err_and(|error| !is_unclear(error)) {
         // SAFETY: shared above, and not mapped.
         unsafe { H::unshare(phys, buffer, theirs) };
     }
-    device.faulting_iova()
+    mapped.map(|mapping| mapping.iova())
 }
 
 /// Undoes [`share_in_place`]. Returns whether the device does not reach the buffer any more.

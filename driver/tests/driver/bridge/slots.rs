@@ -109,14 +109,24 @@ fn a_buffer_that_cannot_be_mapped_in_place_faults_and_one_that_stays_mapped_is_c
         IommuHal::<KernelHal, Unlucky>::unshare(faulting, buffer, BOTH);
     }
     assert_eq!((Unlucky::cell().exhausted(), calls()), (1, (0, 0, 1, 1)));
+    assert_eq!(Unlucky::cell().unconfirmed(), 0);
+
+    // A MAP that may have come to something: the kernel's Hal still shares the buffer.
+    machine.inject([Inject::Hold(Execute::Now)]);
+    // SAFETY: as above.
+    assert_eq!(unsafe { IommuHal::<KernelHal, Unlucky>::share(buffer, BOTH) }, faulting);
+    assert_eq!((Unlucky::cell().unconfirmed(), calls()), (1, (0, 0, 2, 1)));
+    machine.release(Release::All);
+    viommu.poll();
+    viommu.reclaim();
 
     // SAFETY: as above.
     let iova = unsafe { IommuHal::<KernelHal, Unlucky>::share(buffer, BOTH) };
     machine.inject([Inject::Hold(Execute::AtRelease)]);
     // SAFETY: as above.
     unsafe { IommuHal::<KernelHal, Unlucky>::unshare(iova, buffer, BOTH) };
-    assert_eq!(Unlucky::cell().unconfirmed(), 1);
-    assert_eq!(calls(), (0, 0, 2, 1), "what the kernel's Hal shared is in use still");
+    assert_eq!(Unlucky::cell().unconfirmed(), 2);
+    assert_eq!(calls(), (0, 0, 3, 1), "what the kernel's Hal shared is in use still");
     assert!(machine.reaches(EP, iova));
     machine.release(Release::All);
     viommu.poll();
