@@ -137,7 +137,7 @@ fn a_list_that_is_rolled_back_leaves_its_neighbours_alone() {
         // Its addresses are free, all of them.
         // SAFETY: as above.
         let list = unsafe { opened.endpoint.map_scatter(&segments, Direction::Both, &mut iovas) }.unwrap();
-        assert_eq!(list.iova().get(), waits_at.get() - COUNT * PAGE);
+        assert!(list.iova().get() < waits_at.get());
         opened.endpoint.flush().unwrap();
         assert!(opened.machine.is_lent_back(waiting_phys) && iovas.iter().all(|at| opened.reaches(*at)));
     }

@@ -139,11 +139,20 @@ impl World {
         let Some(which) = pick(self.views.len(), view) else { return Ok(None) };
         let OpenView { space, bounce, view, .. } = self.views.swap_remove(which);
         drop(view);
+        let mut touched = Vec::new();
         if let Some(first) = bounce {
-            self.leaving(space, first, first);
+            let (last, claimed) = {
+                let map = &self.reference.spaces[space].maps[&first];
+                (map.last, map.claimed)
+            };
+            // What the device does not have takes no request, and goes at once.
+            touched = match self.is_sure(space) && !claimed {
+                true => self.unmapped(space, first, last)?,
+                false => self.leaving(space, first, last),
+            };
         }
         self.released(space);
-        NOTHING
+        Ok(Some(touched))
     }
 
     pub(super) fn scatter(&mut self, view: u8, segments: &[Segment], which: u8) -> Done {
@@ -157,7 +166,8 @@ impl World {
         // SAFETY: nobody's memory.
         let mapped = unsafe { self.views[view].view.map_scatter(&list, direction, &mut iovas) };
         if self.is_sure(at) {
-            let predicted = self.predict_room(at, len, limit);
+            // The first is looked at before there are addresses for all.
+            let predicted = self.predict_parts(at, 1).and_then(|()| self.predict_room(at, len, limit));
             let predicted = predicted.and_then(|()| self.predict_parts(at, runs.len()));
             judge_in(&mapped, "Map(", self.tolerate(at, &mapped, NO_ROOM, predicted))?;
         }
@@ -203,7 +213,7 @@ impl World {
             }
         };
         if self.is_sure(at) {
-            let predicted = self.predict_room(at, len, limit).and_then(|()| self.predict_parts(at, 1));
+            let predicted = self.predict_parts(at, 1).and_then(|()| self.predict_room(at, len, limit));
             judge_in(&mapped, "Map(", self.tolerate(at, &mapped, NO_ROOM, predicted))?;
         }
         let mapping = match mapped {
@@ -238,7 +248,7 @@ impl World {
         // Not whole granules, which the driver makes of it.
         let memory = self.views[which].view.alloc_coherent(len as usize - 1);
         if self.is_sure(at) {
-            let predicted = self.predict_room(at, len, limit).and_then(|()| self.predict_parts(at, 1));
+            let predicted = self.predict_parts(at, 1).and_then(|()| self.predict_room(at, len, limit));
             judge_in(&memory, "Map(", self.tolerate(at, &memory, NO_ROOM, predicted))?;
         }
         let memory = match memory {
