@@ -291,9 +291,12 @@ impl World {
         let shared = unsafe { device.share(NonNull::from(&mut buffer[..]), direction) };
         let pages = bounce.map(|first| (first, self.reference.spaces[*space].maps[&first].last));
         let free = |at: u64| {
-            let inside = pages.is_some_and(|(first, last)| first <= at && at + (len as u64 - 1) <= last);
-            let meets =
-                |other: &Shared| at < other.iova + other.buffer.len() as u64 && other.iova < at + len as u64;
+            let inside =
+                pages.is_some_and(|(first, last)| first <= at && at.saturating_add(len as u64 - 1) <= last);
+            let meets = |other: &Shared| {
+                at - other.iova.min(at) < other.buffer.len() as u64
+                    && other.iova - at.min(other.iova) < len as u64
+            };
             inside && !shares.iter().any(meets)
         };
         let all = pages.map_or(0..0, |(first, last)| first..last + 1);
