@@ -13,6 +13,7 @@ mod fault;
 mod group;
 mod map;
 mod mapping;
+mod quick;
 mod recover;
 mod settle;
 mod space;
@@ -25,6 +26,7 @@ pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
+pub(crate) use quick::Begun;
 pub(crate) use recover::Revival;
 
 use crate::addr::{Iova, IovaRange};
@@ -279,6 +281,7 @@ impl Engine {
         (record.generation == key.generation).then_some(record)
     }
 
+    #[inline]
     pub(crate) fn domain_mut(&mut self, key: DomainKey) -> Option<&mut DomainRecord> {
         let record = self.domains.get_mut(usize::from(key.index))?.as_mut()?;
         (record.generation == key.generation).then_some(record)

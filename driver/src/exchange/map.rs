@@ -5,7 +5,7 @@ use super::unmap::{Owned, unmap};
 use super::{InFlight, Need, Shared, Started, State};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{DomainKey, Engine, ListId, Op, Placement, Purpose, Unmade};
+use crate::engine::{Begun, DomainKey, Engine, ListId, Op, Placement, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
@@ -30,6 +30,15 @@ pub(crate) enum Place {
     Anywhere { len: u64, placement: Placement, parts: usize },
     /// Here, in one mapping.
     At(IovaRange),
+}
+
+/// What became of the quick way.
+enum Quick<'a, P: Platform> {
+    Done(IovaRange),
+    /// It was sent, and not answered yet, or not with a success.
+    Sent(InFlight<'a, P>),
+    /// Nothing was done.
+    No,
 }
 
 /// A list that is being mapped, or rolled back. Where that ends early, what was mapped of it is in quarantine, and
@@ -70,6 +79,32 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         }
         if let Some(free) = self.free {
             state.engine.give_back(self.key, free, parts);
+        }
+    }
+
+    /// Maps a list of one, if there is nothing unusual about it, and looks once.
+    #[inline(always)]
+    fn begin_one(&mut self, place: Place, purpose: Purpose, held: &mut Option<HeldMemory>) -> Quick<'a, P> {
+        let (shared, key) = (self.shared, self.key);
+        let Place::Anywhere { placement, parts: 1, .. } = place else { return Quick::No };
+        let mut runs = self.runs.clone();
+        let Some(run) = runs.next() else { return Quick::No };
+        let submit = |state: &mut State| {
+            let begun = state.engine.begin_one(key, placement, run, purpose, held)?;
+            let batch = state.submit_one(key, &begun.request, begun.op, &shared.doorbell);
+            Some((begun, batch))
+        };
+        let Some((begun, batch)) = shared.with_free_slot(Need::Slot, submit).flatten() else {
+            return Quick::No;
+        };
+        let Begun { op, range, list, .. } = begun;
+        match shared.look_once(batch, op, |state| state.engine.mapped_one(op).then_some(())) {
+            Ok(()) | Err(None) => Quick::Done(range),
+            Err(Some(in_flight)) => {
+                (self.name, self.whole, self.owned) = (Some(list), Some(range), Some(range));
+                self.runs = runs;
+                Quick::Sent(in_flight)
+            }
         }
     }
 
@@ -149,12 +184,11 @@ pub(crate) fn map<'a, P: Platform>(
 ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a> {
     let lent = held.is_some();
     let mut list = List::new(shared, key, runs.clone());
-    let submit = |state: &mut State| list.submit(state, place, purpose, held);
-    let sent = shared.with_free_slot(Need::Slot, submit).map(|(batch, begun)| (shared.begin(batch), begun));
-    if let (Some((None, Ok(()))), None, Some(range)) = (&sent, list.free, list.whole) {
-        list.owned = None;
-        return Started::Done(Ok(range));
-    }
+    let sent = match list.begin_one(place, purpose, held) {
+        Quick::Done(range) => return Started::Done(Ok(range)),
+        Quick::Sent(in_flight) => Some((Some(in_flight), Ok(()))),
+        Quick::No => None,
+    };
     Started::Waiting(async move {
         let mut result = go_on(list, sent, place, purpose, held).await;
         if make_room(shared, key, &result).await {

@@ -32,19 +32,30 @@ pub(crate) fn unmap<P: Platform>(
     range: IovaRange,
 ) -> Started<Result<(), UnmapError>, impl Future<Output = Result<(), UnmapError>> + Send> {
     let (shared, key) = (owned.shared, owned.key);
-    let begin = |state: &mut State| owned.begin(state, range, Engine::begin_unmap);
-    let begun = shared.with_free_slot(Need::Slot, begin);
-    let sent = match begun {
-        None => None,
-        Some(Err(error)) => return Started::Done(Err(error)),
-        Some(Ok(batch)) => Some(batch.and_then(|batch| shared.begin(batch))),
+    let submit = |state: &mut State| {
+        let (request, op) = state.engine.begin_unmap_one(key, range)?;
+        Some((op, state.submit_one(key, &request, op, &shared.doorbell)))
     };
-    if let Some(None) = sent {
-        shared.release_unmapped(key, range);
-        return Started::Done(Ok(()));
+    let mut sent = None;
+    if let Some((op, batch)) = shared.with_free_slot(Need::Slot, submit).flatten() {
+        // From now on the record says what it is.
+        owned.range = None;
+        match shared.look_once(batch, op, |state| state.engine.unmapped_one(op)) {
+            Ok(held) => {
+                if let Some(held) = held {
+                    shared.release(held);
+                }
+                return Started::Done(Ok(()));
+            }
+            Err(None) => {
+                shared.release_unmapped(key, range);
+                return Started::Done(Ok(()));
+            }
+            Err(Some(in_flight)) => sent = Some(in_flight),
+        }
     }
     Started::Waiting(async move {
-        let result = match sent.flatten() {
+        let result = match sent {
             Some(in_flight) => owned.end(in_flight, range).await,
             None => unmap_once(&mut owned, range, Engine::begin_unmap).await,
         };

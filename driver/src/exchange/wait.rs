@@ -10,7 +10,7 @@
 //! slot came free, when its deadline passed, or when no answer comes any more; to be woken twice does no harm.
 
 use super::{Shared, State};
-use crate::engine::DomainKey;
+use crate::engine::{DomainKey, Op};
 use crate::error::RequestError;
 use crate::options::Options;
 use crate::platform::Platform;
@@ -450,7 +450,7 @@ impl<P: Platform> Shared<P> {
     }
 
     /// The same where that is so at once.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn with_free_slot<R>(&self, need: Need, work: impl FnOnce(&mut State) -> R) -> Option<R> {
         let mut state = self.state.lock();
         let ready = state.dead.is_none() && state.can_send(need);
@@ -508,6 +508,32 @@ impl<P: Platform> Shared<P> {
         }
         self.wake(wake);
         asleep
+    }
+
+    /// Rings for a batch of one, and looks once. If it succeeded, `then` runs under the lock that took the answer, and
+    /// says whether it did all that there is to do; else the batch is still to be waited for, or what `op` did to be
+    /// settled.
+    #[inline(always)]
+    pub(crate) fn look_once<R>(
+        &self,
+        batch: Batch,
+        op: Op,
+        then: impl FnOnce(&mut State) -> Option<R>,
+    ) -> Result<R, Option<InFlight<'_, P>>> {
+        self.ring();
+        let (done, wake) = {
+            let mut state = self.state.lock();
+            if !state.requests.take_one(&batch) {
+                return Err(Some(InFlight { shared: self, batch, deadline: Deadline::new() }));
+            }
+            let done = then(&mut state);
+            if done.is_none() {
+                state.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+            }
+            (done, state.wake_due())
+        };
+        self.wake(wake);
+        done.ok_or(None)
     }
 
     /// Rings for the batch, and looks once. Returns it where not all of it succeeded yet.

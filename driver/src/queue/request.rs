@@ -250,6 +250,39 @@ impl RequestQueue {
         None
     }
 
+    /// [`submit`](Self::submit) for a batch of one that is no PROBE.
+    #[inline(always)]
+    pub(crate) fn submit_one(&mut self, request: &Request, op: Op) -> Batch {
+        let Some(index) = self.free else {
+            debug_assert!(false, "the caller makes sure of a slot");
+            return Batch::default();
+        };
+        let slot = &mut self.slots[usize::from(index)];
+        self.free = slot.next;
+        (slot.state, slot.op, slot.expected, slot.next) = (SlotState::InFlight, op, TAIL_LEN as u32, None);
+        self.write_request(index, request);
+        self.ring.push(2 * index);
+        Batch { ends: Some((index, index)), len: 1 }
+    }
+
+    /// [`take_next`](Self::take_next) for a batch of one whose request the caller knows. Whether it was taken.
+    #[inline(always)]
+    pub(crate) fn take_one(&mut self, batch: &Batch) -> bool {
+        let Some((head, _)) = batch.ends else { return false };
+        let Some(used) = self.ring.peek() else { return false };
+        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return false };
+        let status = self.ring.memory().read_cell::<TAIL_AT>(head)[0];
+        let mine = used.id == u32::from(2 * head) && slot.state == SlotState::InFlight;
+        let simple = self.sleepers == 0 && self.broken.is_none() && self.probing.is_none();
+        if !(mine && simple && status == 0 && used.len >= slot.expected) {
+            return false;
+        }
+        (slot.state, slot.next) = (SlotState::Free, self.free);
+        self.free = Some(head);
+        self.ring.pass();
+        true
+    }
+
     /// Takes the batch's first request, if it succeeded and its answer is the next in the ring: what most find when they
     /// look, without the way over [`complete`](Self::complete) and [`take`](Self::take). Returns what it did, which the
     /// caller settles.

@@ -39,7 +39,7 @@ impl Space {
         Ok(Some(range))
     }
 
-    fn search(&mut self, wanted: Wanted) -> Option<(Index, IovaRange)> {
+    pub(super) fn search(&mut self, wanted: Wanted) -> Option<(Index, IovaRange)> {
         self.make_room();
         let found = match self.order.highest(wanted) {
             None if self.magazines.drain(&mut self.order) => self.order.highest(wanted),

@@ -16,6 +16,7 @@ mod free;
 mod magazine;
 mod mapped;
 mod order;
+mod quick;
 mod slab;
 #[cfg(test)]
 mod tests;
