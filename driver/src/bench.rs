@@ -29,13 +29,18 @@ impl<'a, P: Platform> RawRequest<'a, P> {
     /// As for every request.
     pub fn send(&self) -> Result<(), RequestError> {
         let shared = self.domain.shared();
-        let submit = |state: &mut State| shared.submit_one(state, &self.request, Op::None);
+        let submit = |state: &mut State| {
+            let batch = state.requests.submit_one(&self.request, Op::None);
+            state.sent += 1;
+            state.publish(None, &shared.doorbell);
+            batch
+        };
         let Some(batch) = shared.with_free_slot(Need::Slot, submit) else {
             return Err(RequestError::NoSlot);
         };
-        match shared.begin(batch) {
-            None => Ok(()),
-            Some(in_flight) => shared.block_on(in_flight.outcome()),
+        match shared.look_once(batch, Op::None, |_| Some(())) {
+            Ok(()) | Err(None) => Ok(()),
+            Err(Some(in_flight)) => shared.block_on(in_flight.outcome()),
         }
     }
 }

@@ -13,9 +13,9 @@ use crate::options::DomainKind;
 use crate::prot::Prot;
 use crate::wire::request::Request;
 
-/// A mapping that was begun.
+/// A mapping whose request was sent.
+#[derive(Clone, Copy)]
 pub(crate) struct Begun {
-    pub request: Request,
     pub op: Op,
     pub range: IovaRange,
     pub list: ListId,
@@ -40,8 +40,8 @@ impl DomainRecord {
 }
 
 impl Engine {
-    /// Begins a mapping where `placement` allows.
-    #[inline]
+    /// Begins a mapping where `placement` allows, and hands the request for it to `send`.
+    #[inline(always)]
     pub(crate) fn begin_one(
         &mut self,
         key: DomainKey,
@@ -49,6 +49,7 @@ impl Engine {
         run: Run,
         purpose: Purpose,
         held: &mut Option<HeldMemory>,
+        send: impl FnOnce(&Request, Op),
     ) -> Option<Begun> {
         let geometry = &self.geometry;
         let domain = self.domains.get_mut(usize::from(key.index))?.as_mut()?;
@@ -62,17 +63,26 @@ impl Engine {
         self.lists += 1;
         domain.stats.requests += 1;
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
-        Some(Begun { request, op: Op::Map { domain: key, range, record }, range, list })
+        let op = Op::Map { domain: key, range, record };
+        send(&request, op);
+        Some(Begun { op, range, list })
     }
 
-    /// Begins the unmapping of one live mapping.
-    #[inline]
-    pub(crate) fn begin_unmap_one(&mut self, key: DomainKey, range: IovaRange) -> Option<(Request, Op)> {
+    /// Begins the unmapping of one live mapping, and hands the request for it to `send`.
+    #[inline(always)]
+    pub(crate) fn begin_unmap_one(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+        send: impl FnOnce(&Request, Op),
+    ) -> Option<Op> {
         let domain = self.domain_mut(key)?;
         let record = domain.space.begin_unmap(range)?;
         domain.stats.requests += 1;
         let request = Request::Unmap { domain: domain.id, range };
-        Some((request, Op::Unmap { domain: key, range, record }))
+        let op = Op::Unmap { domain: key, range, record };
+        send(&request, op);
+        Some(op)
     }
 
     /// The device confirmed a MAP that somebody waits for. False where there is more to it.

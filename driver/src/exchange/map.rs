@@ -9,7 +9,7 @@ use crate::engine::{Begun, DomainKey, Engine, ListId, Op, Placement, Purpose, Un
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
-use crate::wire::request::Status;
+use crate::wire::request::{Request, Status};
 use core::future::Future;
 
 /// Physically contiguous bytes, whole granules.
@@ -36,9 +36,36 @@ pub(crate) enum Place {
 enum Quick<'a, P: Platform> {
     Done(IovaRange),
     /// It was sent, and not answered yet, or not with a success.
-    Sent(InFlight<'a, P>),
+    Sent(Begun, InFlight<'a, P>),
     /// Nothing was done.
     No,
+}
+
+/// Maps a list of one, if there is nothing unusual about it, and looks once.
+#[inline(always)]
+fn begin_one<'a, P: Platform>(
+    shared: &'a Shared<P>,
+    key: DomainKey,
+    place: Place,
+    run: Option<Run>,
+    purpose: Purpose,
+    held: &mut Option<HeldMemory>,
+) -> Quick<'a, P> {
+    let (Place::Anywhere { placement, parts: 1, .. }, Some(run)) = (place, run) else { return Quick::No };
+    let mut batch = Batch::default();
+    let submit = |state: &mut State| {
+        let State { engine, requests, .. } = state;
+        let send = |request: &Request, op| batch = requests.submit_one(request, op);
+        let begun = engine.begin_one(key, placement, run, purpose, held, send)?;
+        state.sent += 1;
+        state.publish(Some(key), &shared.doorbell);
+        Some(begun)
+    };
+    let Some(begun) = shared.with_free_slot(Need::Slot, submit).flatten() else { return Quick::No };
+    match shared.look_once(batch, begun.op, |state| state.engine.mapped_one(begun.op).then_some(())) {
+        Ok(()) | Err(None) => Quick::Done(begun.range),
+        Err(Some(in_flight)) => Quick::Sent(begun, in_flight),
+    }
 }
 
 /// A list that is being mapped, or rolled back. Where that ends early, what was mapped of it is in quarantine, and
@@ -79,32 +106,6 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         }
         if let Some(free) = self.free {
             state.engine.give_back(self.key, free, parts);
-        }
-    }
-
-    /// Maps a list of one, if there is nothing unusual about it, and looks once.
-    #[inline(always)]
-    fn begin_one(&mut self, place: Place, purpose: Purpose, held: &mut Option<HeldMemory>) -> Quick<'a, P> {
-        let (shared, key) = (self.shared, self.key);
-        let Place::Anywhere { placement, parts: 1, .. } = place else { return Quick::No };
-        let mut runs = self.runs.clone();
-        let Some(run) = runs.next() else { return Quick::No };
-        let submit = |state: &mut State| {
-            let begun = state.engine.begin_one(key, placement, run, purpose, held)?;
-            let batch = state.submit_one(key, &begun.request, begun.op, &shared.doorbell);
-            Some((begun, batch))
-        };
-        let Some((begun, batch)) = shared.with_free_slot(Need::Slot, submit).flatten() else {
-            return Quick::No;
-        };
-        let Begun { op, range, list, .. } = begun;
-        match shared.look_once(batch, op, |state| state.engine.mapped_one(op).then_some(())) {
-            Ok(()) | Err(None) => Quick::Done(range),
-            Err(Some(in_flight)) => {
-                (self.name, self.whole, self.owned) = (Some(list), Some(range), Some(range));
-                self.runs = runs;
-                Quick::Sent(in_flight)
-            }
         }
     }
 
@@ -183,12 +184,17 @@ pub(crate) fn map<'a, P: Platform>(
     held: &'a mut Option<HeldMemory>,
 ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a> {
     let lent = held.is_some();
+    let quick = begin_one(shared, key, place, runs.clone().next(), purpose, held);
+    if let Quick::Done(range) = quick {
+        return Started::Done(Ok(range));
+    }
     let mut list = List::new(shared, key, runs.clone());
-    let sent = match list.begin_one(place, purpose, held) {
-        Quick::Done(range) => return Started::Done(Ok(range)),
-        Quick::Sent(in_flight) => Some((Some(in_flight), Ok(()))),
-        Quick::No => None,
-    };
+    let mut sent = None;
+    if let Quick::Sent(Begun { range, list: name, .. }, in_flight) = quick {
+        (list.name, list.whole, list.owned) = (Some(name), Some(range), Some(range));
+        list.runs.next();
+        sent = Some((Some(in_flight), Ok(())));
+    }
     Started::Waiting(async move {
         let mut result = go_on(list, sent, place, purpose, held).await;
         if make_room(shared, key, &result).await {

@@ -74,21 +74,6 @@ impl State {
         }
     }
 
-    /// The same for one request that is published at once, and that the caller counted for its domain.
-    #[inline(always)]
-    pub(crate) fn submit_one(
-        &mut self,
-        domain: DomainKey,
-        request: &Request,
-        op: Op,
-        doorbell: &AtomicBool,
-    ) -> Batch {
-        let batch = self.requests.submit_one(request, op);
-        self.sent += 1;
-        self.publish(Some(domain), doorbell);
-        batch
-    }
-
     /// Shows the device what was submitted. A doorbell that is due is noted in `doorbell`, to be rung by
     /// [`Shared::ring`] when the lock is dropped, and counted for the domain.
     #[inline]

@@ -6,7 +6,7 @@ use crate::engine::{DomainKey, Engine, UnmapPlan};
 use crate::error::{RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::{Batch, Outcome};
-use crate::wire::request::Status;
+use crate::wire::request::{Request, Status};
 use core::future::Future;
 
 /// Mappings that only the operation at hand knows. Where it ends early they are in quarantine: nobody is left who
@@ -32,12 +32,17 @@ pub(crate) fn unmap<P: Platform>(
     range: IovaRange,
 ) -> Started<Result<(), UnmapError>, impl Future<Output = Result<(), UnmapError>> + Send> {
     let (shared, key) = (owned.shared, owned.key);
+    let mut batch = Batch::default();
     let submit = |state: &mut State| {
-        let (request, op) = state.engine.begin_unmap_one(key, range)?;
-        Some((op, state.submit_one(key, &request, op, &shared.doorbell)))
+        let State { engine, requests, .. } = state;
+        let send = |request: &Request, op| batch = requests.submit_one(request, op);
+        let op = engine.begin_unmap_one(key, range, send)?;
+        state.sent += 1;
+        state.publish(Some(key), &shared.doorbell);
+        Some(op)
     };
     let mut sent = None;
-    if let Some((op, batch)) = shared.with_free_slot(Need::Slot, submit).flatten() {
+    if let Some(op) = shared.with_free_slot(Need::Slot, submit).flatten() {
         // From now on the record says what it is.
         owned.range = None;
         match shared.look_once(batch, op, |state| state.engine.unmapped_one(op)) {

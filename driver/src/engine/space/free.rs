@@ -29,7 +29,8 @@ impl Space {
             there && last - start == len.wrapping_sub(1)
         };
         let granules = self.order.page(Iova::new(len));
-        let found = match self.magazines.pop(&mut self.order, granules, suits) {
+        let cached = self.magazines.pop(&mut self.order, granules, suits);
+        let found = match cached.map(|(index, record)| (index, record.range)) {
             None => self.search(Wanted { len, align, lowest, limit }),
             found => found,
         };

@@ -47,23 +47,22 @@ impl Magazines {
 
     /// Takes the latest range of this size, if it suits.
     #[inline]
-    pub(super) fn pop(
+    pub(super) fn pop<'o>(
         &mut self,
-        order: &mut Order,
+        order: &'o mut Order,
         granules: u64,
         suits: impl FnOnce(IovaRange) -> bool,
-    ) -> Option<(Index, IovaRange)> {
+    ) -> Option<(Index, &'o mut Record)> {
         let top = &mut self.tops[class_of(granules)?];
         let index = *top;
         let record = order.get_mut(index)?;
-        let range = record.range;
-        if !suits(range) {
+        if !suits(record.range) {
             return None;
         }
         *top = below(record);
         record.holder = Holder::Taken;
         self.cached -= 1;
-        Some((index, range))
+        Some((index, record))
     }
 
     /// Keeps a range that nobody has any more. False where it is to be freed instead.

@@ -28,15 +28,18 @@ impl Space {
             there && last - start == len - 1
         };
         let granules = self.order.page(Iova::new(len));
-        let found = match self.magazines.pop(&mut self.order, granules, suits) {
-            None => self.search(Wanted { len, align, lowest, limit }),
-            found => found,
+        let (index, record) = match self.magazines.pop(&mut self.order, granules, suits) {
+            Some(cached) => cached,
+            None => {
+                let (index, _) = self.search(Wanted { len, align, lowest, limit })?;
+                (index, self.order.get_mut(index)?)
+            }
         };
-        let (index, range) = found?;
+        let range = record.range;
+        record.begin(run.phys, purpose, list, held.take().map(HeldMemory::into_kept));
         self.outside += 1;
         self.mappings += 1;
         self.remember(index, range.start());
-        self.order[index].begin(run.phys, purpose, list, held.take().map(HeldMemory::into_kept));
         Some((MappingHandle(index), range))
     }
 
