@@ -4,7 +4,6 @@ use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::engine::Op;
 use crate::error::RequestError;
-use crate::exchange::{Need, State};
 use crate::platform::Platform;
 use crate::wire::request::Request;
 
@@ -29,16 +28,12 @@ impl<'a, P: Platform> RawRequest<'a, P> {
     /// As for every request.
     pub fn send(&self) -> Result<(), RequestError> {
         let shared = self.domain.shared();
-        let submit = |state: &mut State| {
-            let batch = state.requests.submit_one(&self.request, Op::None);
-            state.sent += 1;
-            state.publish(None, &shared.doorbell);
-            batch
-        };
-        let Some(batch) = shared.with_free_slot(Need::Slot, submit) else {
-            return Err(RequestError::NoSlot);
-        };
-        match shared.look_once(batch, Op::None, |_| Some(())) {
+        let Some(mut state) = shared.with_free_slot() else { return Err(RequestError::NoSlot) };
+        let batch = state.requests.submit_one(&self.request, Op::None);
+        state.sent += 1;
+        state.publish(None, &shared.doorbell);
+        drop(state);
+        match shared.look_once(batch, || Op::None, |_| Some(())) {
             Ok(()) | Err(None) => Ok(()),
             Err(Some(in_flight)) => shared.block_on(in_flight.outcome()),
         }

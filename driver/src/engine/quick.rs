@@ -4,7 +4,7 @@
 //! the words for what is wrong, and know the rare states.
 
 use super::domain::DomainRecord;
-use super::mapping::{ListId, Purpose};
+use super::mapping::{ListId, MappingHandle, Purpose};
 use super::{DomainKey, Engine, Geometry, Op, Placement};
 use crate::addr::{Iova, IovaRange};
 use crate::dma::HeldMemory;
@@ -16,8 +16,8 @@ use crate::wire::request::Request;
 /// A mapping whose request was sent.
 #[derive(Clone, Copy)]
 pub(crate) struct Begun {
-    pub op: Op,
     pub range: IovaRange,
+    pub record: MappingHandle,
     pub list: ListId,
 }
 
@@ -65,7 +65,7 @@ impl Engine {
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
         let op = Op::Map { domain: key, range, record };
         send(&request, op);
-        Some(Begun { op, range, list })
+        Some(Begun { range, record, list })
     }
 
     /// Begins the unmapping of one live mapping, and hands the request for it to `send`.
@@ -75,20 +75,19 @@ impl Engine {
         key: DomainKey,
         range: IovaRange,
         send: impl FnOnce(&Request, Op),
-    ) -> Option<Op> {
+    ) -> Option<MappingHandle> {
         let domain = self.domain_mut(key)?;
         let record = domain.space.begin_unmap(range)?;
         domain.stats.requests += 1;
         let request = Request::Unmap { domain: domain.id, range };
         let op = Op::Unmap { domain: key, range, record };
         send(&request, op);
-        Some(op)
+        Some(record)
     }
 
     /// The device confirmed a MAP that somebody waits for. False where there is more to it.
     #[inline]
-    pub(crate) fn mapped_one(&mut self, op: Op) -> bool {
-        let Op::Map { domain: key, range, record } = op else { return false };
+    pub(crate) fn mapped_one(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
         let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
         if !domain.space.confirm(record, range) {
             return false;
@@ -104,8 +103,12 @@ impl Engine {
     /// The device confirmed an UNMAP that somebody waits for. With the memory that was held for the mapping. `None` where
     /// there is more to it.
     #[inline]
-    pub(crate) fn unmapped_one(&mut self, op: Op) -> Option<Option<HeldMemory>> {
-        let Op::Unmap { domain: key, range, record } = op else { return None };
+    pub(crate) fn unmapped_one(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+        record: MappingHandle,
+    ) -> Option<Option<HeldMemory>> {
         let domain = self.domain_mut(key)?;
         let held = domain.space.end_unmapped(record, range)?;
         domain.stats.unmaps += 1;

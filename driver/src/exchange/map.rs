@@ -52,18 +52,18 @@ fn begin_one<'a, P: Platform>(
     held: &mut Option<HeldMemory>,
 ) -> Quick<'a, P> {
     let (Place::Anywhere { placement, parts: 1, .. }, Some(run)) = (place, run) else { return Quick::No };
+    let Some(mut state) = shared.with_free_slot() else { return Quick::No };
+    let State { engine, requests, .. } = &mut *state;
     let mut batch = Batch::default();
-    let submit = |state: &mut State| {
-        let State { engine, requests, .. } = state;
-        let send = |request: &Request, op| batch = requests.submit_one(request, op);
-        let begun = engine.begin_one(key, placement, run, purpose, held, send)?;
-        state.sent += 1;
-        state.publish(Some(key), &shared.doorbell);
-        Some(begun)
-    };
-    let Some(begun) = shared.with_free_slot(Need::Slot, submit).flatten() else { return Quick::No };
-    match shared.look_once(batch, begun.op, |state| state.engine.mapped_one(begun.op).then_some(())) {
-        Ok(()) | Err(None) => Quick::Done(begun.range),
+    let send = |request: &Request, op| batch = requests.submit_one(request, op);
+    let Some(begun) = engine.begin_one(key, placement, run, purpose, held, send) else { return Quick::No };
+    state.sent += 1;
+    state.publish(Some(key), &shared.doorbell);
+    drop(state);
+    let Begun { range, record, .. } = begun;
+    let mapped = |state: &mut State| state.engine.mapped_one(key, range, record).then_some(());
+    match shared.look_once(batch, || Op::Map { domain: key, range, record }, mapped) {
+        Ok(()) | Err(None) => Quick::Done(range),
         Err(Some(in_flight)) => Quick::Sent(begun, in_flight),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{InFlight, Need, Shared, Started, State};
 use crate::addr::IovaRange;
-use crate::engine::{DomainKey, Engine, UnmapPlan};
+use crate::engine::{DomainKey, Engine, MappingHandle, Op, UnmapPlan};
 use crate::error::{RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::{Batch, Outcome};
@@ -32,20 +32,12 @@ pub(crate) fn unmap<P: Platform>(
     range: IovaRange,
 ) -> Started<Result<(), UnmapError>, impl Future<Output = Result<(), UnmapError>> + Send> {
     let (shared, key) = (owned.shared, owned.key);
-    let mut batch = Batch::default();
-    let submit = |state: &mut State| {
-        let State { engine, requests, .. } = state;
-        let send = |request: &Request, op| batch = requests.submit_one(request, op);
-        let op = engine.begin_unmap_one(key, range, send)?;
-        state.sent += 1;
-        state.publish(Some(key), &shared.doorbell);
-        Some(op)
-    };
     let mut sent = None;
-    if let Some(op) = shared.with_free_slot(Need::Slot, submit).flatten() {
+    if let Some((batch, record)) = begin_one(shared, key, range) {
         // From now on the record says what it is.
         owned.range = None;
-        match shared.look_once(batch, op, |state| state.engine.unmapped_one(op)) {
+        let unmapped = |state: &mut State| state.engine.unmapped_one(key, range, record);
+        match shared.look_once(batch, || Op::Unmap { domain: key, range, record }, unmapped) {
             Ok(held) => {
                 if let Some(held) = held {
                     shared.release(held);
@@ -71,6 +63,23 @@ pub(crate) fn unmap<P: Platform>(
         owned.range = Some(range);
         unmap_apart(&mut owned, refused).await.map_err(|error| UnmapError::Request { range, error })
     })
+}
+
+/// Sends the request for one live mapping.
+#[inline(always)]
+fn begin_one<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    range: IovaRange,
+) -> Option<(Batch, MappingHandle)> {
+    let mut state = shared.with_free_slot()?;
+    let State { engine, requests, .. } = &mut *state;
+    let mut batch = Batch::default();
+    let send = |request: &Request, op| batch = requests.submit_one(request, op);
+    let record = engine.begin_unmap_one(key, range, send)?;
+    state.sent += 1;
+    state.publish(Some(key), &shared.doorbell);
+    Some((batch, record))
 }
 
 impl<'a, P: Platform> Owned<'a, P> {

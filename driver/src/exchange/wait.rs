@@ -12,6 +12,7 @@
 use super::{Shared, State};
 use crate::engine::{DomainKey, Op};
 use crate::error::RequestError;
+use crate::lock::Guard;
 use crate::options::Options;
 use crate::platform::Platform;
 use crate::queue::{Answer, Batch, Completion, Outcome};
@@ -449,12 +450,11 @@ impl<P: Platform> Shared<P> {
         .await
     }
 
-    /// The same where that is so at once.
+    /// The driver's state, if a request can be submitted at once.
     #[inline(always)]
-    pub(crate) fn with_free_slot<R>(&self, need: Need, work: impl FnOnce(&mut State) -> R) -> Option<R> {
-        let mut state = self.state.lock();
-        let ready = state.dead.is_none() && state.can_send(need);
-        ready.then(|| work(&mut state))
+    pub(crate) fn with_free_slot(&self) -> Option<Guard<'_, P::Lock, State>> {
+        let state = self.state.lock();
+        if state.dead.is_none() && state.can_send(Need::Slot) { Some(state) } else { None }
     }
 
     fn try_with_slot<R, F: FnOnce(&mut State) -> R>(
@@ -517,7 +517,7 @@ impl<P: Platform> Shared<P> {
     pub(crate) fn look_once<R>(
         &self,
         batch: Batch,
-        op: Op,
+        op: impl FnOnce() -> Op,
         then: impl FnOnce(&mut State) -> Option<R>,
     ) -> Result<R, Option<InFlight<'_, P>>> {
         self.ring();
@@ -528,7 +528,7 @@ impl<P: Platform> Shared<P> {
             }
             let done = then(&mut state);
             if done.is_none() {
-                state.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+                state.engine.settle(&Completion { op: op(), outcome: Ok(()), abandoned: false });
             }
             (done, state.wake_due())
         };
