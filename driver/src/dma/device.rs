@@ -84,6 +84,30 @@ pub trait DmaDevice: Send + Sync {
     /// access at any time as `direction` says: no Rust reference depends on it, and nobody else is given it.
     unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError>;
 
+    /// Maps several segments in place, each by itself, with one doorbell for as many as the ring takes, and puts what was
+    /// made into `mappings`, which is as long as the list and empty.
+    ///
+    /// # Errors
+    /// [`DmaError::ListLength`], [`DmaError::Map`]: the first one. What was mapped all the same is in `mappings`, and is
+    /// the caller's to unmap.
+    ///
+    /// # Safety
+    /// As for [`map`](Self::map), for each segment.
+    unsafe fn map_each(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        mappings: &mut [Option<DmaMapping>],
+    ) -> Result<(), DmaError>;
+
+    /// Unmaps several mappings, each by itself, with one doorbell for as many as the ring takes, and takes them out of
+    /// the list. As [`unmap`](Self::unmap): `AtFlush` if any of them waits for a flush.
+    ///
+    /// # Errors
+    /// As for [`unmap`](Self::unmap), the first one. What it is about is in quarantine. Where a mapping is of another domain
+    /// nothing is unmapped, and all stay in the list.
+    fn unmap_each(&self, mappings: &mut [Option<DmaMapping>]) -> Result<Unmapped, UnmapError>;
+
     /// Maps a list of segments in place, with one doorbell and as few requests as their neighbourhood allows,
     /// and writes the IOVA of each into `iovas`, which is as long as the list. All or nothing. What the endpoint is
     /// to be given are the [`segments`](Self::segments) of the list.
@@ -255,6 +279,11 @@ impl DmaMapping {
     /// The segments that the endpoint is given for a mapping of one piece, see [`DmaDevice::segments`].
     pub fn segments(&self, device: &dyn DmaDevice) -> DmaSegments<'static> {
         DmaSegments::of_one(self.iova, self.len as u64, device.max_segment(), device.boundary())
+    }
+
+    /// The whole granules around it.
+    pub(crate) fn range(&self) -> IovaRange {
+        self.range
     }
 
     /// Where the first byte is for the endpoint.

@@ -259,6 +259,20 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         self.map_in_place(phys, len, direction.prot())
     }
 
+    unsafe fn map_each(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        mappings: &mut [Option<DmaMapping>],
+    ) -> Result<(), DmaError> {
+        // SAFETY: the caller's promise.
+        self.block_on(unsafe { self.map_each_async(segments, direction, mappings) })
+    }
+
+    fn unmap_each(&self, mappings: &mut [Option<DmaMapping>]) -> Result<Unmapped, UnmapError> {
+        self.block_on(self.unmap_each_async(mappings))
+    }
+
     unsafe fn map_scatter(
         &self,
         segments: &[PhysSegment],

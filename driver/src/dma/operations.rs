@@ -5,7 +5,7 @@ use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmap
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::{Placement, Purpose};
 use crate::error::{DmaError, MapError, UnmapError};
-use crate::exchange::{self, Place, Run, Shared, Started};
+use crate::exchange::{self, Place, Run, Shared, Started, Wanted};
 use crate::platform::Platform;
 use crate::prot::{Direction, Prot};
 use crate::wire::feature::Features;
@@ -127,6 +127,70 @@ impl<P: Platform> Endpoint<P> {
         let has_flag = self.view.viommu.features().contains(Features::MMIO);
         let flag = if has_flag { Prot::MMIO } else { Prot::empty() };
         self.map_in_place_async(phys, len, direction.prot() | flag).await
+    }
+
+    /// [`DmaDevice::map_each`](super::DmaDevice::map_each) as a future. Dropped before its end it leaves what it sent in
+    /// quarantine, and the list empty.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As for [`map_async`](Self::map_async), for each segment.
+    pub async unsafe fn map_each_async(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        mappings: &mut [Option<DmaMapping>],
+    ) -> Result<(), DmaError> {
+        let full = mappings.iter().any(Option::is_some);
+        if segments.is_empty() || segments.len() != mappings.len() || full {
+            return Err(DmaError::ListLength { segments: segments.len(), room: mappings.len() });
+        }
+        self.check_open()?;
+        let (view, purpose) = (&*self.view, Purpose { prot: direction.prot(), tag: self.tag });
+        let granule = view.viommu.granule();
+        let wanted = |index: usize| {
+            let run = rounded(segments[index], granule)?;
+            let placement = Placement { limit: view.limit, align: alignment(run.len, view.boundary) };
+            Ok(Wanted { run, placement })
+        };
+        let mapping = |index: usize, range| {
+            let PhysSegment { phys, len } = segments[index];
+            self.mapping_within(range, phys, len)
+        };
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        Ok(exchange::map_each(shared, key, wanted, mapping, purpose, mappings).await?)
+    }
+
+    /// [`DmaDevice::unmap_each`](super::DmaDevice::unmap_each) as a future. Dropped before its end it leaves what it sent
+    /// in quarantine, and what it did not send in the list.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn unmap_each_async(
+        &self,
+        mappings: &mut [Option<DmaMapping>],
+    ) -> Result<Unmapped, UnmapError> {
+        let domain = &self.view.domain;
+        let mut ours = mappings.iter().flatten();
+        if let Some(foreign) = ours.find(|mapping| mapping.domain != domain.key()) {
+            return Err(UnmapError::NotMapped(foreign.iova));
+        }
+        if !domain.defers() {
+            let unmapped = exchange::unmap_each(domain.shared(), domain.key(), mappings).await;
+            return unmapped.map(|()| Unmapped::Now);
+        }
+        let mut result = Ok(Unmapped::Now);
+        for mapping in mappings.iter_mut().filter_map(Option::take) {
+            let unmapped = domain.unmap_by_policy(mapping.range).await;
+            result = match (result, unmapped) {
+                (Err(error), _) | (Ok(_), Err(error)) => Err(error),
+                (Ok(Unmapped::AtFlush), _) | (_, Ok(Unmapped::AtFlush)) => Ok(Unmapped::AtFlush),
+                (Ok(Unmapped::Now), Ok(Unmapped::Now)) => Ok(Unmapped::Now),
+            };
+        }
+        result
     }
 
     /// [`DmaDevice::map_scatter`](super::DmaDevice::map_scatter) as a future.

@@ -43,6 +43,17 @@ pub(crate) enum Unmade {
     Live(IovaRange),
 }
 
+/// What became of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Made {
+    /// The device has it.
+    Live,
+    /// The device refused it, and nothing is left of it.
+    Refused,
+    /// The device may have it: it is in quarantine.
+    Unknown,
+}
+
 impl Engine {
     /// Takes `len` bytes of IOVA (rounded up to granules by the caller) out of the free ones, where `placement` says,
     /// for as many mappings as `parts` says.
@@ -113,6 +124,40 @@ impl Engine {
             // A length that fits nowhere: the allocator has the better words.
             Ok(_) | Err(MapError::OutsideInputRange { .. }) => Ok(()),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Takes addresses where `placement` allows, and begins a mapping there.
+    pub(crate) fn begin_anywhere(
+        &mut self,
+        key: DomainKey,
+        (list, placement): (ListId, Placement),
+        run: Run,
+        purpose: Purpose,
+    ) -> Result<(IovaRange, Request, Op), MapError> {
+        self.check_run(key, run, purpose.prot)?;
+        let range = self.allocate(key, run.len, placement, 1)?;
+        match self.begin_map(key, (list, range), run.phys, purpose, &mut None) {
+            Ok((request, op)) => Ok((range, request, op)),
+            Err(error) => {
+                self.give_back(key, range, 1);
+                Err(error)
+            }
+        }
+    }
+
+    /// What became of a mapping whose request was answered, or given up on, and which did not succeed or may not have. A
+    /// record that the device refused goes.
+    pub(crate) fn made(&mut self, key: DomainKey, (list, range): (ListId, IovaRange)) -> Made {
+        let Some(domain) = self.domain_mut(key) else { return Made::Unknown };
+        let ours = domain.space.get(range.start()).filter(|record| record.is_of(list));
+        match ours.map(|record| record.state) {
+            Some(MappingState::Live) => Made::Live,
+            Some(MappingState::Returned) => {
+                drop(domain.space.remove(range.start()));
+                Made::Refused
+            }
+            _ => Made::Unknown,
         }
     }
 

@@ -24,7 +24,7 @@ pub(crate) use domain::DomainRecord;
 pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
-pub(crate) use map::{Placement, Unmade, UnmapPlan};
+pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
 pub(crate) use quick::Begun;
 pub(crate) use recover::Revival;

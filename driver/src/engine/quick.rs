@@ -18,7 +18,6 @@ use crate::wire::request::Request;
 pub(crate) struct Begun {
     pub range: IovaRange,
     pub record: MappingHandle,
-    pub list: ListId,
 }
 
 impl DomainRecord {
@@ -45,7 +44,7 @@ impl Engine {
     pub(crate) fn begin_one(
         &mut self,
         key: DomainKey,
-        placement: Placement,
+        (list, placement): (ListId, Placement),
         run: Run,
         purpose: Purpose,
         held: &mut Option<HeldMemory>,
@@ -56,16 +55,14 @@ impl Engine {
         if domain.generation != key.generation || !domain.suits(geometry, run, purpose.prot) {
             return None;
         }
-        let list = ListId(self.lists + 1);
         let (align, lowest) = (placement.align.max(geometry.granule), Iova::new(geometry.granule));
         let bounds = (lowest, placement.limit);
         let (record, range) = domain.space.make(run, (align, bounds), (purpose, list), held)?;
-        self.lists += 1;
         domain.stats.requests += 1;
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
         let op = Op::Map { domain: key, range, record };
         send(&request, op);
-        Some(Begun { range, record, list })
+        Some(Begun { range, record })
     }
 
     /// Begins the unmapping of one live mapping, and hands the request for it to `send`.

@@ -36,7 +36,7 @@ pub(crate) enum Place {
 enum Quick<'a, P: Platform> {
     Done(IovaRange),
     /// It was sent, and not answered yet, or not with a success.
-    Sent(Begun, InFlight<'a, P>),
+    Sent(IovaRange, ListId, InFlight<'a, P>),
     /// Nothing was done.
     No,
 }
@@ -56,15 +56,16 @@ fn begin_one<'a, P: Platform>(
     let State { engine, requests, .. } = &mut *state;
     let mut batch = Batch::default();
     let send = |request: &Request, op| batch = requests.submit_one(request, op);
-    let Some(begun) = engine.begin_one(key, placement, run, purpose, held, send) else { return Quick::No };
+    let name = engine.begin_list();
+    let begun = engine.begin_one(key, (name, placement), run, purpose, held, send);
+    let Some(Begun { range, record }) = begun else { return Quick::No };
     state.sent += 1;
     state.publish(Some(key), &shared.doorbell);
     drop(state);
-    let Begun { range, record, .. } = begun;
     let mapped = |state: &mut State| state.engine.mapped_one(key, range, record).then_some(());
     match shared.look_once(batch, || Op::Map { domain: key, range, record }, mapped) {
         Ok(()) | Err(None) => Quick::Done(range),
-        Err(Some(in_flight)) => Quick::Sent(begun, in_flight),
+        Err(Some(in_flight)) => Quick::Sent(range, name, in_flight),
     }
 }
 
@@ -190,7 +191,7 @@ pub(crate) fn map<'a, P: Platform>(
     }
     let mut list = List::new(shared, key, runs.clone());
     let mut sent = None;
-    if let Quick::Sent(Begun { range, list: name, .. }, in_flight) = quick {
+    if let Quick::Sent(range, name, in_flight) = quick {
         (list.name, list.whole, list.owned) = (Some(name), Some(range), Some(range));
         list.runs.next();
         sent = Some((Some(in_flight), Ok(())));

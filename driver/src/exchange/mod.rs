@@ -5,6 +5,7 @@
 //! more in quarantine.
 
 mod attach;
+mod each;
 mod flush;
 #[cfg(all(test, loom))]
 mod loom;
@@ -12,6 +13,7 @@ mod map;
 mod unmap;
 mod wait;
 
+pub(crate) use each::{Wanted, map_each, unmap_each};
 pub(crate) use flush::{flush, flush_all_the_same, unmap_by_policy};
 pub(crate) use map::{Place, Run, map};
 pub(crate) use unmap::{Owned, reclaim, unmap};

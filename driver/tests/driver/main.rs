@@ -10,6 +10,7 @@ mod deferred;
 mod dma;
 #[cfg(feature = "dma-api-0_10")]
 mod dma_api;
+mod each;
 mod faults;
 mod groups;
 mod hostile_device;

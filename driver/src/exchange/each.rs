@@ -1,0 +1,196 @@
+//! Mapping and unmapping several that have nothing to do with each other: a request each, and one doorbell for as many as
+//! the ring takes.
+
+use super::unmap::{Owned, unmap};
+use super::{Need, Run, Shared, State};
+use crate::addr::IovaRange;
+use crate::dma::DmaMapping;
+use crate::engine::{DomainKey, ListId, Made, Op, Placement, Purpose, UnmapPlan};
+use crate::error::{MapError, UnmapError};
+use crate::platform::Platform;
+use crate::queue::Batch;
+
+/// What is to be mapped: each with the place that it may go to, and what its owner gets for it.
+pub(crate) struct Wanted {
+    pub run: Run,
+    pub placement: Placement,
+}
+
+/// Mappings on their way to their owner. Where they do not get there they are in quarantine.
+struct Each<'a, P: Platform> {
+    shared: &'a Shared<P>,
+    key: DomainKey,
+    /// What is made by the call goes by this name.
+    name: Option<ListId>,
+    made: &'a mut [Option<DmaMapping>],
+}
+
+impl<P: Platform> Drop for Each<'_, P> {
+    fn drop(&mut self) {
+        let Some(name) = self.name else { return };
+        for mapping in self.made.iter_mut().filter_map(Option::take) {
+            self.shared.state.lock().engine.disown_list(self.key, mapping.range(), name);
+        }
+    }
+}
+
+/// Maps each by itself, and puts what was made into `made`, which is empty. After an error that holds what was mapped all
+/// the same.
+pub(crate) async fn map_each<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    wanted: impl Fn(usize) -> Result<Wanted, MapError> + Send,
+    mapping: impl Fn(usize, IovaRange) -> DmaMapping + Send,
+    purpose: Purpose,
+    made: &mut [Option<DmaMapping>],
+) -> Result<(), MapError> {
+    let count = made.len();
+    let mut each = Each { shared, key, name: None, made };
+    let mut next = 0;
+    let mut result = Ok(());
+    // Bounded by their number: each round begins one, or ends in an error.
+    while next < count && result.is_ok() {
+        let first = next;
+        let submit = |state: &mut State| -> Batch {
+            let mut batch = Batch::default();
+            let name = *each.name.get_or_insert_with(|| state.engine.begin_list());
+            while next < count && state.requests.can_submit(false) {
+                let begun = wanted(next).and_then(|Wanted { run, placement }| {
+                    state.engine.begin_anywhere(key, (name, placement), run, purpose)
+                });
+                match begun {
+                    Ok((range, request, op)) => {
+                        state.submit(&request, op, &mut batch);
+                        each.made[next] = Some(mapping(next, range));
+                    }
+                    Err(error) => {
+                        result = Err(error);
+                        break;
+                    }
+                }
+                next += 1;
+            }
+            state.publish(Some(key), &shared.doorbell);
+            batch
+        };
+        let batch = match shared.with_slot(Need::Slot, submit).await {
+            Ok(batch) => batch,
+            Err(error) => {
+                result = Err(MapError::NotSent(error));
+                break;
+            }
+        };
+        let Some(in_flight) = shared.begin(batch) else { continue };
+        let mut failed = None;
+        let answer = |_: &mut State, answer| {
+            if let Err((Op::Map { range, .. }, error)) = answer {
+                failed = failed.or(Some((range, error)));
+            }
+        };
+        in_flight.wait(answer).await;
+        if let Some((range, error)) = failed {
+            let unknown = each.keep_what_is_there(first, next);
+            result = Err(match unknown || error.outcome_unknown() {
+                true => MapError::Quarantined { range, error },
+                false => MapError::Request { range, error },
+            });
+        }
+    }
+    // They are the owner's now.
+    each.name = None;
+    result
+}
+
+impl<P: Platform> Each<'_, P> {
+    /// Takes those out of the list that the device refused, or may have or not, which is what it returns.
+    fn keep_what_is_there(&mut self, first: usize, end: usize) -> bool {
+        let Some(name) = self.name else { return false };
+        let mut unknown = false;
+        for place in &mut self.made[first..end] {
+            let Some(range) = place.as_ref().map(DmaMapping::range) else { continue };
+            match { self.shared.state.lock().engine.made(self.key, (name, range)) } {
+                Made::Live => continue,
+                Made::Refused => {}
+                Made::Unknown => unknown = true,
+            }
+            *place = None;
+        }
+        unknown
+    }
+}
+
+/// Unmaps each by itself, all of which are of this domain, and takes them out of `mappings`. Memory that was held for them
+/// goes back to its owner. The first error; what it is about is in quarantine.
+pub(crate) async fn unmap_each<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    mappings: &mut [Option<DmaMapping>],
+) -> Result<(), UnmapError> {
+    // What is not begun stays in the list where this ends early.
+    let mut rest = Rest { shared, key, mappings, next: 0 };
+    let mut result = Ok(());
+    while rest.next < rest.mappings.len() {
+        let first = rest.next;
+        let batch = match shared.with_slot(Need::Slot, |state| rest.submit(state, &mut result)).await {
+            Ok(batch) => batch,
+            // In a dead domain it takes no request, so no slot.
+            Err(_) => {
+                while let Some(place) = rest.mappings.get_mut(rest.next) {
+                    rest.next += 1;
+                    if let Some(mapping) = place.take() {
+                        let owned = Owned::new(shared, key, mapping.range());
+                        result = result.and(unmap(owned, mapping.range()).finish().await);
+                    }
+                }
+                return result;
+            }
+        };
+        if let Some(in_flight) = shared.begin(batch) {
+            let answer = |state: &mut State, answer| {
+                let Err((op, error)) = answer else { return };
+                state.engine.disown_op(op, error);
+                if let Op::Unmap { range, .. } = op {
+                    result = result.and(Err(UnmapError::Request { range, error }));
+                }
+            };
+            in_flight.wait(answer).await;
+        }
+        for mapping in rest.mappings[first..rest.next].iter_mut().filter_map(Option::take) {
+            shared.release_unmapped(key, mapping.range());
+        }
+    }
+    result
+}
+
+/// Mappings of which those from `next` on are not begun yet.
+struct Rest<'a, P: Platform> {
+    shared: &'a Shared<P>,
+    key: DomainKey,
+    mappings: &'a mut [Option<DmaMapping>],
+    next: usize,
+}
+
+impl<P: Platform> Drop for Rest<'_, P> {
+    fn drop(&mut self) {
+        // The records say what became of those that were begun.
+        self.mappings[..self.next].fill_with(|| None);
+    }
+}
+
+impl<P: Platform> Rest<'_, P> {
+    /// Begins and submits while there are slots. Called under the lock.
+    fn submit(&mut self, state: &mut State, result: &mut Result<(), UnmapError>) -> Batch {
+        let mut batch = Batch::default();
+        while self.next < self.mappings.len() && state.requests.can_submit(false) {
+            let range = self.mappings[self.next].as_ref().map(DmaMapping::range);
+            match range.map(|range| state.engine.begin_unmap(self.key, range)) {
+                Some(Ok(UnmapPlan::Send(request, op))) => state.submit(&request, op, &mut batch),
+                Some(Ok(UnmapPlan::Nothing)) | None => {}
+                Some(Err(error)) => *result = result.and(Err(error)),
+            }
+            self.next += 1;
+        }
+        state.publish(Some(self.key), &self.shared.doorbell);
+        batch
+    }
+}
