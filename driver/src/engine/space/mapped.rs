@@ -148,7 +148,7 @@ impl Space {
             if record.holder == Holder::End || record.range.last() > last {
                 break;
             }
-            let (next, is_last) = (record.next, record.range.last() == last);
+            let is_last = record.range.last() == last;
             if record.holder == Holder::Mapping && !self.tally.change(record, &mut keep) {
                 debug_assert!(!record.holds_memory(), "the memory of {} is lost", record.range);
                 self.tally.forget(record);
@@ -164,7 +164,8 @@ impl Space {
             if is_last {
                 break;
             }
-            index = next;
+            // Read now: what followed may have given way to what was freed.
+            index = self.order[index].next;
         }
         self.free_run(gone);
     }

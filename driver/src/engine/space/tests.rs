@@ -316,3 +316,22 @@ fn a_whole_list_is_cached_as_one_range() {
         assert_eq!(space.allocate(len, GRANULE, ANYWHERE, 1), Ok(Some(list)));
     }
 }
+
+/// Fails when the walk goes on at a record that gave way to another in the magazines.
+#[test]
+fn removing_all_passes_over_what_gives_way_meanwhile() {
+    let mut space = space(pages(1, 4000), 2000);
+    // From the top down: one granule, two granules, one granule ...
+    let pairs: Vec<_> =
+        (0..600).map(|_| (map(&mut space, GRANULE).0, map(&mut space, 2 * GRANULE).0)).collect();
+    // The magazines are full. What gives way first lies right behind the second mapping that is removed.
+    let singles: Vec<_> = pairs.iter().rev().map(|pair| pair.0).collect();
+    for single in singles[2..512].iter().chain(&singles[..2]) {
+        space.remove(single.start());
+    }
+    space.check();
+    space.retain_all(|_| false);
+    space.check();
+    assert!(space.is_empty());
+    assert_eq!(allocate(&mut space, 4000 * GRANULE), Some(pages(1, 4000)));
+}
