@@ -104,6 +104,11 @@ impl DeferredList {
         taken
     }
 
+    /// What was deferred may never be unmapped, which a flush has to say as long as that is so.
+    pub(super) fn fail(&mut self, why: RequestError) {
+        self.failed = Some(why);
+    }
+
     /// The records went with their domain.
     pub(super) fn clear(&mut self) {
         self.waiting.clear();

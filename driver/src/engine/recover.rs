@@ -5,7 +5,7 @@
 
 use super::mapping::MappingState;
 use super::{Attachment, DomainKey, EndpointRecord, Engine, Op};
-use crate::error::AttachError;
+use crate::error::{AttachError, RequestError};
 use crate::id::{DomainId, EndpointId};
 use crate::wire::property::ReservedRegion;
 use crate::wire::request::Request;
@@ -140,14 +140,19 @@ impl Engine {
         if let Some(deferred) = &mut domain.deferred {
             deferred.clear();
         }
+        let mut unflushed = false;
         domain.space.retain_all(|record| {
             let usual = [MappingState::Live, MappingState::Apart, MappingState::Deferred];
             let there = usual.contains(&record.state) || record.is_stuck();
             if lost && there && record.on_device {
+                unflushed |= record.state == MappingState::Deferred;
                 record.state = MappingState::Stranded;
             }
             true
         });
+        if let Some(deferred) = domain.deferred.as_mut().filter(|_| unflushed) {
+            deferred.fail(RequestError::Reset);
+        }
         if !lost {
             self.revoke(usize::from(key.index));
         } else if revival.fresh {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::support::EP2;
-use virtio_iommu::{AttachError, Leave};
+use virtio_iommu::{AttachError, Leave, RequestError};
 use virtio_iommu_model::{Execute, Inject, Release, feature};
 
 /// Fails when `revoke` forgets what is deferred.
@@ -105,7 +105,8 @@ fn closing_and_shutting_down_give_everything_back() {
     }
 }
 
-/// A recovery brings back what is live, and gives back what waits when every endpoint came back.
+/// A recovery brings back what is live, and gives back what waits when every endpoint came back. Fails when a flush
+/// says after one that lost an endpoint that nothing is left.
 #[test]
 fn a_recovery_ends_what_waits() {
     for lost in [false, true] {
@@ -128,6 +129,18 @@ fn a_recovery_ends_what_waits() {
         if lost {
             // An endpoint may be where the device knows both still.
             assert_eq!(opened.viommu.stats().quarantined_mappings, 2);
+            // So whoever asks is told, until another recovery brings both back.
+            let flushed = opened.endpoint.flush();
+            let reset = RequestError::Reset;
+            assert!(
+                matches!(flushed, Err(UnmapError::Request { error, .. }) if error == reset),
+                "{flushed:?}"
+            );
+            opened.machine.device().fail();
+            // SAFETY: as above.
+            let recovered = unsafe { opened.viommu.recover() }.unwrap();
+            assert_eq!((recovered.lost.len(), opened.endpoint.flush()), (0, Ok(())));
+            assert!(opened.machine.is_lent_back(phys));
             continue;
         }
         assert!(opened.reaches(live.iova()) && !opened.reaches(at));
