@@ -238,17 +238,16 @@ impl Engine {
         self.domain(key)?.space.iter_in(range).find(given_up).map(|record| record.range)
     }
 
-    /// Whether a flush failed, and something is in quarantine since.
+    /// Whether a flush failed, and something is in quarantine since. Walks the records then.
     pub(crate) fn flush_result(&mut self, key: DomainKey) -> Result<(), UnmapError> {
         let Some(domain) = self.domain_mut(key) else { return Ok(()) };
         let Some(list) = &mut domain.deferred else { return Ok(()) };
         let Some(error) = list.failed else { return Ok(()) };
-        let doubtful = |record: &&Record| record.is_stuck() && !record.owned;
-        let found = match domain.space.tally().quarantined {
-            0 => None,
-            _ => domain.space.iter_from(Iova::new(0)).find(doubtful),
+        // What is being unmapped once more, too: the device may refuse again.
+        let doubtful = |record: &&Record| {
+            !record.owned && (record.is_stuck() || record.state == MappingState::Unmapping)
         };
-        match found {
+        match domain.space.iter_from(Iova::new(0)).find(doubtful) {
             Some(record) => Err(UnmapError::Request { range: record.range, error }),
             None => {
                 list.failed = None;

@@ -1,5 +1,7 @@
 //! Devices that refuse, forget, or are late with the UNMAP of a flush.
 
+use std::sync::{Arc, Mutex};
+
 use super::*;
 use virtio_iommu::RequestError;
 use virtio_iommu_model::{Execute, Inject, Release};
@@ -185,4 +187,29 @@ fn a_device_that_stopped_keeps_what_waits() {
         opened.viommu.poll();
         assert!(!opened.machine.is_lent_back(phys));
     }
+}
+
+/// Fails when what is being reclaimed is in no doubt any more: the device has not confirmed it, and may refuse again.
+#[test]
+fn a_flush_while_something_is_reclaimed_promises_nothing() {
+    let opened = opened(LOOSE);
+    let (mapping, phys) = opened.adopt();
+    let at = mapping.iova();
+    defer(&opened, mapping);
+    opened.machine.inject([Inject::Refuse(4)]);
+    assert!(opened.endpoint.flush().is_err());
+    // Its UNMAP is under way, and refused in the end.
+    opened.machine.inject([Inject::Hold(Execute::AtRelease)]);
+    let (domain, meanwhile) = (opened.domain.clone(), Arc::new(Mutex::new(None)));
+    let flushed = Arc::clone(&meanwhile);
+    opened.machine.on_relax(move |_, _| {
+        flushed.lock().unwrap().get_or_insert_with(|| domain.flush());
+    });
+    assert_eq!(opened.viommu.reclaim(), 0, "it timed out");
+    let flushed = meanwhile.lock().unwrap().take().unwrap();
+    assert!(flushed.is_err() && opened.reaches(at), "{flushed:?}");
+    assert!(opened.endpoint.flush().is_err(), "the failure is remembered");
+    opened.machine.release(Release::All);
+    opened.viommu.poll();
+    assert_eq!((opened.endpoint.flush(), opened.machine.is_lent_back(phys)), (Ok(()), true));
 }
