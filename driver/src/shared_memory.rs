@@ -1,6 +1,7 @@
 //! Memory that driver and device both touch: the rings, request slots and event buffers.
 //!
-//! Every access is checked against the region's bounds. What the device wrote is read once, volatile, into the
+//! Every access is within the region's bounds: that is looked at each time, or once for all entries of the ring and all
+//! request slots, when it is said where they lie. What the device wrote is read once, volatile, into the
 //! driver's own memory and parsed there, since the device may change it at any time.
 
 use crate::addr::PhysAddr;

@@ -3,6 +3,7 @@
 mod random;
 mod shape;
 
+use super::magazine::MAX_CACHED;
 use super::*;
 use crate::addr::PhysAddr;
 use crate::engine::mapping::{ListId, MappingHandle, Purpose};
@@ -320,18 +321,19 @@ fn a_whole_list_is_cached_as_one_range() {
 /// Fails when the walk goes on at a record that gave way to another in the magazines.
 #[test]
 fn removing_all_passes_over_what_gives_way_meanwhile() {
-    let mut space = space(pages(1, 4000), 2000);
+    let (usable, count) = (pages(1, 8 * MAX_CACHED as u64), 2 * MAX_CACHED);
+    let mut space = space(usable, 2 * count);
     // From the top down: one granule, two granules, one granule ...
-    let pairs: Vec<_> =
-        (0..600).map(|_| (map(&mut space, GRANULE).0, map(&mut space, 2 * GRANULE).0)).collect();
+    let mut pair = || (map(&mut space, GRANULE).0, map(&mut space, 2 * GRANULE).0);
+    let singles: Vec<_> = (0..count).map(|_| pair().0).collect();
     // The magazines are full. What gives way first lies right behind the second mapping that is removed.
-    let singles: Vec<_> = pairs.iter().rev().map(|pair| pair.0).collect();
-    for single in singles[2..512].iter().chain(&singles[..2]) {
+    for single in singles[count - MAX_CACHED..count - 2].iter().chain(singles[count - 2..].iter().rev()) {
         space.remove(single.start());
     }
+    assert_eq!(space.magazines.count(&space.order), MAX_CACHED);
     space.check();
     space.retain_all(|_| false);
     space.check();
     assert!(space.is_empty());
-    assert_eq!(allocate(&mut space, 4000 * GRANULE), Some(pages(1, 4000)));
+    assert_eq!(allocate(&mut space, usable.len_bytes().unwrap()), Some(usable));
 }
