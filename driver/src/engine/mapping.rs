@@ -24,7 +24,6 @@
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::{HeldMemory, Kept};
 use crate::prot::Prot;
-use core::mem::size_of;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MappingState {
