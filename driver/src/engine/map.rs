@@ -154,7 +154,8 @@ impl Engine {
         match ours.map(|record| record.state) {
             Some(MappingState::Live) => Made::Live,
             Some(MappingState::Returned) => {
-                drop(domain.space.remove(range.start()));
+                let held = domain.space.remove(range.start());
+                debug_assert!(held.is_none(), "mapped in place");
                 Made::Refused
             }
             _ => Made::Unknown,

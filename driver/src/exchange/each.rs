@@ -108,7 +108,8 @@ impl<P: Platform> Each<'_, P> {
         let mut unknown = false;
         for place in &mut self.made[first..end] {
             let Some(range) = place.as_ref().map(DmaMapping::range) else { continue };
-            match { self.shared.state.lock().engine.made(self.key, (name, range)) } {
+            let made = { self.shared.state.lock().engine.made(self.key, (name, range)) };
+            match made {
                 Made::Live => continue,
                 Made::Refused => {}
                 Made::Unknown => unknown = true,
