@@ -6,7 +6,7 @@ use arbitrary::Arbitrary;
 #[derive(Clone, Copy, Debug, Arbitrary)]
 #[expect(missing_docs, reason = "each names the driver's method that it stands for")]
 pub enum Op {
-    Create,
+    Create { deferred: u8 },
     Drop { slot: u8 },
     Attach { endpoint: u8, slot: u8 },
     Detach { endpoint: u8 },
@@ -23,6 +23,7 @@ pub enum Op {
     Alloc { view: u8, pages: u8 },
     Scatter { view: u8, segments: [u8; 4], used: u8 },
     Release { which: u8 },
+    Flush { slot: u8 },
     Share { view: u8, len: u16 },
     Reserve { slot: u8, mappings: u8 },
     Poll,

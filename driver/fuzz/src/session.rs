@@ -1,9 +1,9 @@
 //! The kernel's side of a run: handles of the driver, what it was told, and what must follow from that.
 
 use virtio_iommu::{
-    AttachError, CoherentMemory, Direction, DmaDevice, DmaError, DmaMapping, DmaMemory, Domain,
-    DomainOptions, Endpoint, EndpointId, EndpointOptions, Iova, Leave, MapError, MoveError, OpenError,
-    PhysAddr, PhysSegment, Prot, Viommu,
+    AttachError, CoherentMemory, DeferredBounds, Direction, DmaDevice, DmaError, DmaMapping, DmaMemory,
+    Domain, DomainOptions, Endpoint, EndpointId, EndpointOptions, Iova, Leave, MapError, MoveError,
+    OpenError, PhysAddr, PhysSegment, Prot, UnmapPolicy, Unmapped, Viommu,
 };
 
 use crate::kernel::{Kernel, World, lend};
@@ -69,6 +69,8 @@ pub struct Session<W: World> {
     views: Vec<View<W>>,
     raw: Vec<Raw>,
     owned: Vec<Owned>,
+    /// The session's memory that was unmapped, and is its own again after a flush of the domain.
+    deferred: Vec<(Key, DmaMemory)>,
     places: [Place; ENDPOINTS.len()],
     next_key: Key,
     granule: u64,
@@ -90,6 +92,7 @@ impl<W: World> Session<W> {
             views: Vec::new(),
             raw: Vec::new(),
             owned: Vec::new(),
+            deferred: Vec::new(),
             places: [Place::Nowhere; ENDPOINTS.len()],
             next_key: 0,
             granule,
@@ -129,7 +132,7 @@ impl<W: World> Session<W> {
 
     fn act(&mut self, op: Op) {
         match op {
-            Op::Create => self.create(),
+            Op::Create { deferred } => self.create(deferred),
             Op::Drop { slot } => drop(self.slots[usize::from(slot) % 4].take()),
             Op::Attach { endpoint, slot } => self.attach(endpoint, slot),
             Op::Detach { endpoint } => self.detach(endpoint),
@@ -150,6 +153,11 @@ impl<W: World> Session<W> {
                 self.scatter(view, &segments[..1 + usize::from(used) % 4])
             }
             Op::Release { which } => self.release(which),
+            Op::Flush { slot } => {
+                if let Some((key, domain)) = self.slot(slot) {
+                    self.flush(key, &domain);
+                }
+            }
             Op::Share { view, len } => self.share(view, len),
             Op::Reserve { slot, mappings } => {
                 if let Some((_, domain)) = &self.slots[usize::from(slot) % 4] {
@@ -187,9 +195,17 @@ impl<W: World> Session<W> {
         self.shut_down
     }
 
-    fn create(&mut self) {
+    /// Creates a domain, one in two of which defers unmapping until 1 to 8 mappings wait.
+    fn create(&mut self, deferred: u8) {
         let Some(free) = self.slots.iter().position(Option::is_none) else { return };
-        let options = DomainOptions { mappings: 8, ..DomainOptions::default() };
+        let bounds = DeferredBounds {
+            mappings: 1 + usize::from(deferred / 2 % 8),
+            bytes: self.granule.saturating_mul(8),
+            ..DeferredBounds::default()
+        };
+        let unmap =
+            if deferred.is_multiple_of(2) { UnmapPolicy::Strict } else { UnmapPolicy::Deferred(bounds) };
+        let options = DomainOptions { mappings: 8, unmap, ..DomainOptions::default() };
         if let Ok(domain) = self.viommu.create_domain(options) {
             self.slots[free] = Some((self.next_key, domain));
             self.next_key += 1;
@@ -483,8 +499,23 @@ impl<W: World> Session<W> {
             Mapping::Coherent(memory) => (view.free_coherent(memory), Vec::new()),
             Mapping::List(mapping, memory) => (view.unmap(mapping), memory),
         };
-        if result.is_ok() {
-            memory.into_iter().for_each(|memory| self.give_up(memory));
+        match result {
+            Ok(Unmapped::Now) => memory.into_iter().for_each(|memory| self.give_up(memory)),
+            Ok(Unmapped::AtFlush) => {
+                self.deferred.extend(memory.into_iter().map(|memory| (key, memory)));
+            }
+            Err(_) => {}
+        }
+    }
+
+    /// What was deferred is the session's own again when a flush succeeds.
+    fn flush(&mut self, key: Key, domain: &Domain<Kernel<W>>) {
+        let flushed = domain.flush();
+        trace("    ", &flushed);
+        if flushed.is_ok() {
+            let back = self.deferred.extract_if(.., |(of, _)| *of == key);
+            let back: Vec<DmaMemory> = back.map(|(_, memory)| memory).collect();
+            back.into_iter().for_each(|memory| self.give_up(memory));
         }
     }
 
@@ -499,7 +530,6 @@ impl<W: World> Session<W> {
                 unsafe { view.unshare(iova, pointer, direction) };
             }
         }
-        assert!(view.flush().is_ok());
     }
 
     /// Ends the session in order, as far as the device lets it.
@@ -512,6 +542,9 @@ impl<W: World> Session<W> {
         }
         while !self.views.is_empty() {
             self.close(0);
+        }
+        for slot in 0..self.slots.len() as u8 {
+            self.act(Op::Flush { slot });
         }
         self.viommu.poll();
         self.viommu.reclaim();
