@@ -39,7 +39,7 @@ pub(crate) struct DeferredList {
     oldest_ns: Option<u64>,
     /// A flush took ranges, and did not end yet.
     flushing: bool,
-    /// A flush failed, and what it was to unmap may be in quarantine still.
+    /// A flush failed, or a recovery came before it, and what it was to unmap may be in quarantine still.
     failed: Option<RequestError>,
 }
 
