@@ -123,20 +123,29 @@ impl Dma<'_> {
         unsafe { device.map_scatter(segments, direction, iovas) }.map(Mapped::Through)
     }
 
-    /// Takes memory out of the device's reach, where there is an IOMMU to do that.
+    /// Takes memory out of the device's reach, where there is an IOMMU to do that. With [`Unmapped::AtFlush`] the memory
+    /// must not be reused before [`flush`](Self::flush).
     ///
     /// # Errors
     ///
     /// [`UnmapError`]: the memory must not be reused.
-    pub fn unmap(&self, mapped: Mapped) -> Result<(), UnmapError> {
+    pub fn unmap(&self, mapped: Mapped) -> Result<Unmapped, UnmapError> {
         match (mapped, self) {
-            (Mapped::Direct, _) => Ok(()),
-            (Mapped::Through(mapping), Self::Through(device)) => match device.unmap(mapping)? {
-                Unmapped::Now => Ok(()),
-                // The memory goes back to its owner now, so that it cannot wait.
-                Unmapped::AtFlush => device.flush(),
-            },
+            (Mapped::Direct, _) => Ok(Unmapped::Now),
+            (Mapped::Through(mapping), Self::Through(device)) => device.unmap(mapping),
             (Mapped::Through(mapping), Self::Direct) => Err(UnmapError::NotMapped(mapping.iova())),
+        }
+    }
+
+    /// Makes sure that everything that was unmapped is out of the device's reach.
+    ///
+    /// # Errors
+    ///
+    /// [`UnmapError`]: what was to be unmapped by it must not be reused.
+    pub fn flush(&self) -> Result<(), UnmapError> {
+        match self {
+            Self::Direct => Ok(()),
+            Self::Through(device) => device.flush(),
         }
     }
 }

@@ -128,7 +128,7 @@ impl<'a> Block<'a> {
     pub fn close(mut self, done: &mut Vec<Completion>) -> Result<(), BlockError> {
         reset(&*self.transport)?;
         self.in_flight.cancel(self.dma);
-        while let Some(completion) = self.in_flight.next() {
+        while let Some(completion) = self.in_flight.next(self.dma) {
             done.push(completion);
         }
         let freed = self.dma.free(self.ring.into_memory());
@@ -189,7 +189,7 @@ impl Storage for Block<'_> {
                 None => self.strays.unknown_id += 1,
             }
         }
-        match (self.in_flight.next(), self.broken) {
+        match (self.in_flight.next(self.dma), self.broken) {
             (None, Some(broken)) => Err(broken),
             (completion, _) => Ok(completion),
         }

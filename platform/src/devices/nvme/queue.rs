@@ -190,7 +190,7 @@ impl IoQueue {
         if taken {
             controller.ring_head(self.doorbells, self.pair.head());
         }
-        self.in_flight.next()
+        self.in_flight.next(dma)
     }
 
     /// Gives back requests and memory. The controller must be off.
@@ -200,7 +200,7 @@ impl IoQueue {
         done: &mut alloc::vec::Vec<storage::Completion>,
     ) -> Result<(), virtio_iommu::UnmapError> {
         self.in_flight.cancel(dma);
-        while let Some(completion) = self.in_flight.next() {
+        while let Some(completion) = self.in_flight.next(dma) {
             done.push(completion);
         }
         self.pair.free(dma).and(dma.free(self.lists))

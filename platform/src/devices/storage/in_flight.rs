@@ -2,18 +2,28 @@
 //!
 //! ```text
 //! free --begin--> with the device --answer--> answered --last of its batch, unmapped--> ready --next--> the caller's
+//!                                                              |                          ^
+//!                                                              `--deferred--> held --flush'
 //! ```
 //!
 //! A slot's number is what the device knows a request by. Slots of a batch form a list, whose head has the mapping.
+//!
+//! Where unmapping is deferred the device reaches the memory until a flush, so it is held here until then. One flush
+//! serves all that is held: it comes when the device has nothing more to answer, when what is held takes a quarter of the
+//! slots, or after a millisecond.
 
 use alloc::collections::VecDeque;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use virtio_iommu::{Direction, Iova, PhysSegment};
+use virtio_iommu::{Direction, Iova, PhysSegment, UnmapError, Unmapped};
 
 use super::super::dma::{Dma, Mapped};
 use super::{Completion, Limits, Operation, Request, StorageError};
+use crate::time::Deadline;
+
+/// How long a request that is done may wait for the flush that gives it back.
+const HELD_NS: u64 = 1_000_000;
 
 /// A piece of a request's data, by the device's own address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +65,12 @@ pub(in super::super) struct InFlight {
     limits: Limits,
     slots: Vec<Slot>,
     free: Vec<u16>,
+    /// Requests that the device has not answered.
+    unanswered: usize,
+    /// What is done, and in the device's reach until a flush.
+    held: Vec<Completion>,
+    /// When the flush comes at the latest. Means something while anything is held.
+    flush_at: Deadline,
     ready: VecDeque<Completion>,
     /// Room for the lists of one submission, so that none is allocated.
     segments: Vec<PhysSegment>,
@@ -79,6 +95,9 @@ impl InFlight {
             slots: (0..limits.depth).map(slot).collect(),
             // The lowest number is taken first.
             free: (0..limits.depth as u16).rev().collect(),
+            unanswered: 0,
+            held: Vec::with_capacity(limits.depth),
+            flush_at: Deadline::after_ns(0),
             ready: VecDeque::with_capacity(limits.depth),
             segments: Vec::with_capacity(room),
             iovas: vec![Iova::new(0); room],
@@ -88,19 +107,19 @@ impl InFlight {
 
     /// Requests that the caller does not have back.
     pub(in super::super) fn count(&self) -> usize {
-        self.slots.len() - self.free.len() + self.ready.len()
+        self.slots.len() - self.free.len() + self.held.len() + self.ready.len()
     }
 
     /// How many requests can be taken at once.
     pub(in super::super) fn room(&self) -> usize {
-        // What is ready has a place too, so that the list of it never grows.
-        self.free.len().saturating_sub(self.ready.len()).min(self.limits.batch)
+        // What is held or ready has a place too, so that the lists of it never grow.
+        self.free.len().saturating_sub(self.held.len() + self.ready.len()).min(self.limits.batch)
     }
 
     /// Requests that the device has not answered.
     #[cfg(test)]
     pub(in super::super) fn unanswered(&self) -> usize {
-        self.slots.iter().filter(|slot| slot.request.is_some() && slot.result.is_none()).count()
+        self.unanswered
     }
 
     /// Takes the requests, maps their data, and has each `put` before the device. All, or on an error none.
@@ -155,6 +174,7 @@ impl InFlight {
         requests: &mut Vec<Request>,
         put: &mut impl FnMut(Started, &[Piece]),
     ) {
+        self.unanswered += requests.len();
         let mut batch = Some(Batch { mapped, unanswered: requests.len() });
         let (mut head, mut last) = (None, None);
         let mut mapped_pieces = self.segments.iter().zip(&self.iovas);
@@ -198,7 +218,8 @@ impl InFlight {
         Some(Started { slot: index, operation: slot.operation, sector, len_bytes })
     }
 
-    /// The device answered a request. With the last one of a batch its memory is unmapped, and all of it is ready.
+    /// The device answered a request. With the last one of a batch its memory is unmapped, and all of it is ready, or
+    /// held.
     pub(in super::super) fn answer(
         &mut self,
         dma: Dma<'_>,
@@ -207,6 +228,7 @@ impl InFlight {
     ) {
         let slot = &mut self.slots[usize::from(started.slot)];
         slot.result = Some(result);
+        self.unanswered -= 1;
         let head = slot.head;
         let Some(batch) = &mut self.slots[usize::from(head)].batch else { return };
         batch.unanswered -= 1;
@@ -214,22 +236,26 @@ impl InFlight {
             return;
         }
         let mapped = self.slots[usize::from(head)].batch.take().and_then(|batch| batch.mapped);
-        let unmapped = mapped.map_or(Ok(()), |mapped| dma.unmap(mapped));
+        self.settle(head, mapped.map_or(Ok(Unmapped::Now), |mapped| dma.unmap(mapped)));
+    }
+
+    /// A batch was answered, and its memory unmapped, or not.
+    fn settle(&mut self, head: u16, unmapped: Result<Unmapped, UnmapError>) {
+        if unmapped == Ok(Unmapped::AtFlush) && self.held.is_empty() {
+            self.flush_at = Deadline::after_ns(HELD_NS);
+        }
         let mut index = head;
         loop {
             let slot = &mut self.slots[usize::from(index)];
             let (request, result) = (slot.request.take(), slot.result.take());
             if let (Some(request), Some(result)) = (request, result) {
                 let Request { tag, buffer, .. } = request;
-                let in_place = buffer.fixed().is_none();
-                self.ready.push_back(match unmapped {
-                    Err(error) if in_place => {
-                        // The device may still reach the frames: nobody gets them any more.
-                        core::mem::forget(buffer);
-                        Completion { tag, buffer: None, result: Err(StorageError::Unmap(error)) }
-                    }
-                    _ => Completion { tag, buffer: Some(buffer), result },
-                });
+                let done = Completion { tag, buffer: Some(buffer), result };
+                match unmapped {
+                    Ok(Unmapped::Now) => self.ready.push_back(done),
+                    Ok(Unmapped::AtFlush) => self.held.push(done),
+                    Err(error) => self.ready.push_back(lose(done, error)),
+                }
             }
             self.free.push(index);
             if slot.next == index {
@@ -239,9 +265,21 @@ impl InFlight {
         }
     }
 
-    /// A request that is done and unmapped.
-    pub(in super::super) fn next(&mut self) -> Option<Completion> {
+    /// A request that is done and out of the device's reach. Flushes when that is due.
+    pub(in super::super) fn next(&mut self, dma: Dma<'_>) -> Option<Completion> {
+        if self.is_flush_due() {
+            let flushed = dma.flush();
+            self.ready.extend(self.held.drain(..).map(|done| match flushed {
+                Ok(()) => done,
+                Err(error) => lose(done, error),
+            }));
+        }
         self.ready.pop_front()
+    }
+
+    fn is_flush_due(&mut self) -> bool {
+        let many = self.held.len() >= self.slots.len().div_ceil(4);
+        !self.held.is_empty() && (many || self.unanswered == 0 || self.flush_at.expired())
     }
 
     /// Answers everything in the device's place, which was reset.
@@ -260,90 +298,21 @@ impl Drop for InFlight {
         for slot in &mut self.slots {
             core::mem::forget(slot.request.take());
         }
+        self.held.drain(..).for_each(core::mem::forget);
+    }
+}
+
+/// What becomes of a request whose memory the device may still reach: nobody gets the memory any more. Memory that was
+/// not mapped for the request is the caller's all the time.
+fn lose(done: Completion, error: UnmapError) -> Completion {
+    match done.buffer {
+        Some(buffer) if buffer.fixed().is_none() => {
+            core::mem::forget(buffer);
+            Completion { buffer: None, result: Err(StorageError::Unmap(error)), ..done }
+        }
+        buffer => Completion { buffer, ..done },
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::super::dma::Coherent;
-    use super::super::Buffer;
-    use super::*;
-
-    const LIMITS: Limits =
-        Limits { sector_bytes: 512, sectors: 64, max_bytes: 4096, max_pieces: 2, depth: 4, batch: 3 };
-
-    fn request(tag: u64, len_bytes: usize) -> Request {
-        Request { tag, sector: tag, len_bytes, buffer: Buffer::Premapped(Coherent::leak(4096)) }
-    }
-
-    fn begin(in_flight: &mut InFlight, tags: &[u64]) -> Vec<Started> {
-        let mut started = Vec::new();
-        let mut requests = tags.iter().map(|tag| request(*tag, 512)).collect();
-        in_flight
-            .begin(Dma::Direct, Operation::Read, &mut requests, |one, pieces| {
-                assert_eq!(pieces.len(), 1);
-                started.push(one);
-            })
-            .expect("room");
-        assert!(requests.is_empty());
-        started
-    }
-
-    #[test]
-    fn a_batch_comes_back_with_its_last_answer_and_results_stay_apart() {
-        let mut in_flight = InFlight::new(LIMITS);
-        let batch = begin(&mut in_flight, &[10, 11, 12]);
-        assert_eq!((in_flight.count(), in_flight.room(), in_flight.unanswered()), (3, 1, 3));
-        let refused = StorageError::Refused { sector: 11, status: 2 };
-        in_flight.answer(Dma::Direct, batch[2], Ok(()));
-        in_flight.answer(Dma::Direct, batch[1], Err(refused));
-        assert!(in_flight.next().is_none());
-        assert_eq!(in_flight.started(u32::from(batch[1].slot)), None, "answered is answered");
-        in_flight.answer(Dma::Direct, batch[0], Ok(()));
-        let done: Vec<_> = core::iter::from_fn(|| in_flight.next()).collect();
-        let results: Vec<_> = done.iter().map(|done| (done.tag, done.result)).collect();
-        assert_eq!(results, [(10, Ok(())), (11, Err(refused)), (12, Ok(()))]);
-        assert_eq!((in_flight.count(), in_flight.room()), (0, 3));
-    }
-
-    #[test]
-    fn single_requests_come_back_in_the_devices_order() {
-        let mut in_flight = InFlight::new(LIMITS);
-        let (first, second) = (begin(&mut in_flight, &[1]), begin(&mut in_flight, &[2]));
-        in_flight.answer(Dma::Direct, second[0], Ok(()));
-        assert_eq!(in_flight.next().map(|done| done.tag), Some(2));
-        // Its slot is taken again while the first is still out.
-        let third = begin(&mut in_flight, &[3]);
-        assert_eq!(third[0].slot, second[0].slot);
-        in_flight.answer(Dma::Direct, first[0], Ok(()));
-        assert_eq!(in_flight.next().map(|done| done.tag), Some(1));
-        assert_eq!(in_flight.count(), 1);
-    }
-
-    #[test]
-    fn what_does_not_fit_is_refused_and_stays_the_callers() {
-        let mut in_flight = InFlight::new(LIMITS);
-        for (len_bytes, count) in [(0, 1), (100, 1), (8192, 1), (512, 4)] {
-            let mut requests: Vec<_> = (0..count).map(|tag| request(tag, len_bytes)).collect();
-            let refused =
-                in_flight.begin(Dma::Direct, Operation::Write, &mut requests, |_, _| panic!("started"));
-            let full = matches!(refused, Err(StorageError::Full { requests: 4, room: 3 }));
-            let bad = matches!(refused, Err(StorageError::Request { .. }));
-            assert!(if count == 4 { full } else { bad }, "{refused:?}");
-            assert_eq!((requests.len() as u64, in_flight.count()), (count, 0));
-        }
-    }
-
-    #[test]
-    fn numbers_that_are_not_in_flight_are_nobodys() {
-        let mut in_flight = InFlight::new(LIMITS);
-        let started = begin(&mut in_flight, &[7]);
-        for slot in [1, 3, 4, 0xffff, 0x1_0000, u32::MAX] {
-            assert_eq!(in_flight.started(slot), None);
-        }
-        assert_eq!(in_flight.started(0), Some(started[0]));
-        in_flight.cancel(Dma::Direct);
-        assert_eq!(in_flight.next().map(|done| done.result), Some(Err(StorageError::Cancelled)));
-        assert_eq!(in_flight.started(0), None);
-    }
-}
+mod tests;

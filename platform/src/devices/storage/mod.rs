@@ -101,7 +101,9 @@ pub trait Storage {
     /// [`StorageError::Full`], [`StorageError::Request`], [`StorageError::Map`].
     fn submit(&mut self, operation: Operation, requests: &mut Vec<Request>) -> Result<(), StorageError>;
 
-    /// A request that is done, if there is one. Does not wait for the disk; unmapping waits for the IOMMU.
+    /// A request that is done, if there is one. Does not wait for the disk; unmapping waits for the IOMMU. Where unmapping is
+    /// deferred, a request comes back with the flush that serves it and others: as long as the disk has more to do that
+    /// takes up to a millisecond.
     ///
     /// # Errors
     ///
