@@ -7,7 +7,10 @@ use core::fmt;
 
 use virtio_iommu::transport::Transport;
 use virtio_iommu::transport::pci::PciTransport;
-use virtio_iommu::{Domain, DomainOptions, Endpoint, EndpointId, EndpointOptions, OpenError, Options};
+use virtio_iommu::{
+    DeferredBounds, Domain, DomainOptions, Endpoint, EndpointId, EndpointOptions, OpenError, Options,
+    UnmapPolicy,
+};
 
 use crate::acpi::Signature;
 use crate::boot::BootInfo;
@@ -64,13 +67,14 @@ fn firmware_viot(info: &BootInfo, machine: &Machine) -> Result<Vec<u8>, String> 
 }
 
 /// What the command line wants domains to be made with: `policy=strict`, which is what there is without the word, or
-/// `policy=deferred`.
+/// `policy=deferred`, with the driver's own bounds.
 pub(super) fn domain_options(info: &BootInfo) -> Result<DomainOptions, String> {
-    match info.command_line.get("policy").unwrap_or("strict") {
-        "strict" => Ok(DomainOptions::default()),
-        // Here the other way of unmapping goes in.
-        other => Err(format!("policy={other} is not a way of unmapping; there is: strict")),
-    }
+    let unmap = match info.command_line.get("policy").unwrap_or("strict") {
+        "strict" => UnmapPolicy::Strict,
+        "deferred" => UnmapPolicy::Deferred(DeferredBounds::default()),
+        other => return Err(format!("policy={other} is not a way of unmapping; there are: strict deferred")),
+    };
+    Ok(DomainOptions { unmap, ..DomainOptions::default() })
 }
 
 /// The first function with these numbers, which `name` names for people.
