@@ -24,7 +24,7 @@ pub const DEFAULT_SCENARIO: &str = "default";
 /// The scenarios that leave on the disk what must be there.
 const WRITES_DISK: [&str; 6] = [DEFAULT_SCENARIO, "devices", "bridge", "soak", "block", "block-direct"];
 /// The scenarios that have an NVMe disk, and leave there what must be.
-const WRITES_NVME: [&str; 1] = ["nvme"];
+const WRITES_NVME: [&str; 3] = ["nvme", "devices", "soak"];
 /// What makes the seed of the NVMe disk's image from that of the machine: the letters of NVME.
 const NVME_SEED: u64 = 0x4e56_4d45;
 /// The scenario that lasts as long as it is told to, the word that tells it, and how long it lasts without.

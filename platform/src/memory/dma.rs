@@ -6,6 +6,8 @@
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering, fence};
 
+use virtio_iommu::{DmaMemory, HeldMemory, PhysAddr};
+
 use super::frames::{self, FRAME_BYTES, OutOfFrames};
 use super::phys_to_virt;
 use crate::range::PhysRange;
@@ -115,6 +117,14 @@ impl DmaPages {
         phys
     }
 
+    /// Lends the frames to the IOMMU's driver, which frees them when no device reaches them any more.
+    pub fn into_held(self) -> HeldMemory {
+        let memory = DmaMemory { phys: PhysAddr::new(self.phys), ptr: self.as_ptr(), len: self.len_bytes() };
+        self.into_raw();
+        // SAFETY: the frames are ours alone, and `free_held` gives them back once.
+        unsafe { HeldMemory::new(memory, free_held) }
+    }
+
     fn check(&self, offset: usize, len_bytes: usize) {
         let inside = offset.checked_add(len_bytes).is_some_and(|end| end <= self.len_bytes());
         assert!(
@@ -122,6 +132,18 @@ impl DmaPages {
             "{len_bytes:#x} bytes at offset {offset:#x} of {:#x} bytes of DMA memory",
             self.len_bytes()
         );
+    }
+}
+
+/// Frees frames that were lent.
+///
+/// # Safety
+///
+/// The memory came from [`DmaPages::into_held`], and this is called once with it.
+unsafe fn free_held(memory: DmaMemory) {
+    // SAFETY: the caller's promise; no device reaches it any more.
+    if let Err(error) = unsafe { frames::free(memory.phys.get()) } {
+        log::error!("{error}");
     }
 }
 

@@ -62,7 +62,7 @@ fn network(bench: &Bench<'_>, report: &mut Report) -> Result<String, String> {
 
 fn entropy(bench: &Bench<'_>, _: &mut Report) -> Result<String, String> {
     let function = setup::find(bench.machine, VENDOR, ENTROPY, "entropy source")?;
-    let Opened { domain, endpoint, .. } = bench.open(function, ENTROPY_BOUNCE_BYTES)?;
+    let Opened { domain, endpoint, .. } = bench.open(function, ENTROPY_BOUNCE_BYTES, "entropy")?;
     EntropySlot::fill(endpoint).map_err(|_| "its slot is filled already")?;
     let mut source = Undroppable::new(Entropy::new(bench.machine, function).map_err(text)?);
     bench.machine.pci.set_bus_master(function.address, BusMaster::On);
@@ -83,7 +83,7 @@ fn entropy(bench: &Bench<'_>, _: &mut Report) -> Result<String, String> {
 
 fn write_to_console(bench: &Bench<'_>, report: &mut Report) -> Result<String, String> {
     let function = setup::find(bench.machine, VENDOR, CONSOLE, "console")?;
-    let Opened { domain, endpoint, .. } = bench.open(function, console::BOUNCE_BYTES)?;
+    let Opened { domain, endpoint, .. } = bench.open(function, console::BOUNCE_BYTES, "console")?;
     ConsoleSlot::fill(endpoint).map_err(|_| "its slot is filled already")?;
     let mut console = Undroppable::new(Console::new(bench.machine, function).map_err(text)?);
     bench.machine.pci.set_bus_master(function.address, BusMaster::On);

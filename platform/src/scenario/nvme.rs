@@ -24,7 +24,7 @@ use crate::report::Report;
 const CHECKS: usize = 6;
 
 /// What makes the seed of its image from that of the machine: the letters of NVME.
-const SEED: u64 = 0x4e56_4d45;
+pub(super) const SEED: u64 = 0x4e56_4d45;
 
 /// The length of a read whose pages take a list.
 const LISTED_BYTES: usize = 16 * 1024;
@@ -101,7 +101,7 @@ pub(super) fn exercise(
 }
 
 /// The first NVMe controller.
-fn find(machine: &Machine) -> Result<&Function, String> {
+pub(super) fn find(machine: &Machine) -> Result<&Function, String> {
     let mut functions = machine.pci.functions().iter();
     let found = functions.find(|function| function.class == nvme::CLASS);
     found.ok_or_else(|| {
@@ -110,7 +110,7 @@ fn find(machine: &Machine) -> Result<&Function, String> {
 }
 
 /// Starts the controller. It is off when it is let reach memory.
-fn open<'a>(machine: &Machine, function: &Function, dma: Dma<'a>) -> Result<Nvme<'a>, String> {
+pub(super) fn open<'a>(machine: &Machine, function: &Function, dma: Dma<'a>) -> Result<Nvme<'a>, String> {
     let registers = machine.map_bar(function, 0).map_err(text)?;
     let stopped = Nvme::reset(registers, registers.len_bytes() as u64, dma).map_err(text)?;
     machine.pci.set_bus_master(function.address, BusMaster::On);

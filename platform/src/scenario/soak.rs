@@ -27,7 +27,7 @@ const MAX_SECONDS: u64 = 600;
 /// What works beside the devices.
 const DOMAINS: (&str, Open) = ("domains", work::domains::open);
 
-type Named = (&'static str, Box<dyn Work>);
+type Named<'b> = (&'static str, Box<dyn Work + 'b>);
 
 pub(super) fn run(info: &BootInfo) -> ! {
     let mut report = Report::start(CHECKS + DEVICES.len() + 1);
@@ -69,7 +69,7 @@ fn seconds(info: &BootInfo) -> Result<u64, String> {
 fn soak(bench: &Bench<'_>, seconds: u64) -> Result<Vec<(&'static str, Row)>, (&'static str, String)> {
     let opens = DEVICES.map(|(name, open, _)| (name, open)).into_iter().chain([DOMAINS]);
     let opened = opens.map(|(name, open)| Ok((name, open(bench).map_err(|error| (name, error))?)));
-    let mut workers = opened.collect::<Result<Vec<Named>, _>>()?;
+    let mut workers = opened.collect::<Result<Vec<Named<'_>>, _>>()?;
 
     let start_ns = time::now_ns();
     let mut deadline = Deadline::after_ns(seconds * 1_000_000_000);

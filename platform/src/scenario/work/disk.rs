@@ -39,7 +39,7 @@ struct DiskWork {
 pub(in crate::scenario) fn open(bench: &Bench<'_>) -> Result<Box<dyn Work>, String> {
     let function = bench.find(VENDOR, BLOCK, "disk")?;
     let expected = word(bench.info, "disk.sha256")?.to_string();
-    let Opened { id, domain, endpoint } = bench.open(function, DISK_BOUNCE_BYTES)?;
+    let Opened { id, domain, endpoint } = bench.open(function, DISK_BOUNCE_BYTES, "disk")?;
     DiskSlot::fill(endpoint).map_err(|_| "its slot is filled already")?;
     let disk = Disk::new(bench.machine, function).map_err(text)?;
     bench.machine.pci.set_bus_master(function.address, BusMaster::On);

@@ -1,8 +1,9 @@
 //! A domain that comes and goes, with mappings in it that no device uses: work for the IOMMU alone.
 //!
-//! A round: an endpoint whose bus mastering is off is attached, mappings are made and unmapped in random order, and the end
-//! comes in one of two ways: everything unmapped, then the endpoint detached; or detached first, so that the rest dies
-//! with the domain and is unmapped without a request.
+//! A round: an endpoint whose bus mastering is off is opened, memory is lent to it and unmapped in random order, and the
+//! end comes in one of two ways: everything unmapped, then the endpoint closed; or closed first, so that the rest dies
+//! with the domain and is unmapped without a request. Where unmapping is deferred, what was not flushed dies too. Nothing
+//! is left after a round.
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -10,7 +11,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use fastrand::Rng;
-use virtio_iommu::{Iova, PhysAddr, Prot, Viommu};
+use virtio_iommu::{Direction, DmaDevice, DmaMapping, Endpoint, EndpointOptions, Viommu};
 
 use super::{Bench, Done, Work};
 use crate::devices::virtio::{CONSOLE, VENDOR};
@@ -30,9 +31,9 @@ struct DomainsWork {
     worker: Worker,
     viommu: Viommu<KernelPlatform>,
     rng: Rng,
-    live: Vec<(Iova, DmaPages)>,
-    /// What is left of the round, while the endpoint is attached.
-    changes: Option<u32>,
+    live: Vec<DmaMapping>,
+    /// The endpoint while it is attached, and what is left of the round.
+    round: Option<(Endpoint<KernelPlatform>, u32)>,
     done: Done,
 }
 
@@ -47,68 +48,51 @@ pub(in crate::scenario) fn open(bench: &Bench<'_>) -> Result<Box<dyn Work>, Stri
         viommu,
         rng: Rng::with_seed(bench.seed),
         live: Vec::new(),
-        changes: None,
+        round: None,
         done: Done::default(),
     }))
 }
 
 impl DomainsWork {
-    fn change(&mut self) -> Result<(), String> {
+    fn change(&mut self, endpoint: &Endpoint<KernelPlatform>) -> Result<(), String> {
         let live = self.live.len();
         if live == 0 || live < LIVE && self.rng.bool() {
-            return self.map();
+            return self.map(endpoint);
         }
         let index = self.rng.usize(..live);
-        self.unmap(index)
+        endpoint.unmap(self.live.swap_remove(index)).map(drop).map_err(text)
     }
 
-    fn map(&mut self) -> Result<(), String> {
+    fn map(&mut self, endpoint: &Endpoint<KernelPlatform>) -> Result<(), String> {
         let pages = DmaPages::allocate(self.rng.usize(1..=FRAMES)).map_err(text)?;
-        let (phys, len) = (PhysAddr::new(pages.phys()), pages.len_bytes() as u64);
-        let prot = if self.rng.bool() { Prot::READ } else { Prot::READ | Prot::WRITE };
-        // SAFETY: the pages are ours, and kept until they are unmapped; an error that may leave them mapped leaks them.
-        match unsafe { self.worker.domain.map(phys, len, prot, Iova::new(u64::MAX)) } {
-            Ok(iova) => {
-                self.live.push((iova, pages));
+        let direction = if self.rng.bool() { Direction::ToDevice } else { Direction::Both };
+        match endpoint.adopt(pages.into_held(), direction) {
+            Ok(mapping) => {
+                self.live.push(mapping);
                 Ok(())
             }
-            Err(error) => {
-                core::mem::forget(pages);
-                Err(text(error))
-            }
+            // The run ends, and nobody gets the memory.
+            Err((error, _)) => Err(text(error)),
         }
     }
 
-    fn unmap(&mut self, index: usize) -> Result<(), String> {
-        let (iova, pages) = self.live.swap_remove(index);
-        // SAFETY: `map` made the mapping, of exactly these bytes.
-        let unmapped = unsafe { self.worker.domain.unmap(iova, pages.len_bytes() as u64) };
-        unmapped.map_err(|error| {
-            core::mem::forget(pages);
-            text(error)
-        })
+    fn unmap_all(&mut self, endpoint: &Endpoint<KernelPlatform>) -> Result<(), String> {
+        self.live.drain(..).try_for_each(|mapping| endpoint.unmap(mapping).map(drop)).map_err(text)
     }
 
-    fn unmap_all(&mut self) -> Result<(), String> {
-        while !self.live.is_empty() {
-            self.unmap(self.live.len() - 1)?;
-        }
-        Ok(())
-    }
-
-    fn end_round(&mut self) -> Result<(), String> {
-        self.changes = None;
+    fn end_round(&mut self, endpoint: &Endpoint<KernelPlatform>) -> Result<(), String> {
         if self.rng.bool() {
-            self.unmap_all()?;
+            self.unmap_all(endpoint)?;
         }
         let (left, before) = (self.live.len(), self.worker.domain.stats().requests);
-        self.viommu.detach(self.worker.id).map_err(text)?;
-        self.unmap_all()?;
-        match self.worker.domain.stats().requests - before {
-            1 => Ok(()),
-            requests => {
+        endpoint.close().map_err(text)?;
+        self.unmap_all(endpoint)?;
+        match (self.worker.domain.stats().requests - before, self.worker.domain.mapping_count()) {
+            (1, 0) => Ok(()),
+            (requests, 0) => {
                 Err(format!("detaching from {left} mappings took {requests} requests instead of one"))
             }
+            (_, more) => Err(format!("{more} mappings are left after a round")),
         }
     }
 }
@@ -127,25 +111,31 @@ impl Work for DomainsWork {
     }
 
     fn step(&mut self) -> Result<(), String> {
-        match self.changes {
+        match self.round.take() {
             None => {
-                self.viommu.attach(self.worker.id, &self.worker.domain).map_err(text)?;
-                self.changes = Some(CHANGES);
+                let Worker { id, domain, .. } = &self.worker;
+                let endpoint = self.viommu.open(*id, domain, EndpointOptions::default()).map_err(text)?;
+                self.round = Some((endpoint.tagged("churn"), CHANGES));
                 Ok(())
             }
-            Some(0) => {
-                self.end_round()?;
+            Some((endpoint, 0)) => {
+                self.end_round(&endpoint)?;
                 self.done.rounds += 1;
                 Ok(())
             }
-            Some(left) => {
-                self.changes = Some(left.saturating_sub(CHANGES_OF_A_STEP));
-                (0..CHANGES_OF_A_STEP.min(left)).try_for_each(|_| self.change())
+            Some((endpoint, left)) => {
+                let now = CHANGES_OF_A_STEP.min(left);
+                (0..now).try_for_each(|_| self.change(&endpoint))?;
+                self.round = Some((endpoint, left - now));
+                Ok(())
             }
         }
     }
 
     fn close(mut self: Box<Self>, _: &Bench<'_>) -> Result<(), String> {
-        if self.changes.is_some() { self.end_round() } else { Ok(()) }
+        match self.round.take() {
+            Some((endpoint, _)) => self.end_round(&endpoint),
+            None => Ok(()),
+        }
     }
 }

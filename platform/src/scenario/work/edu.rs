@@ -48,7 +48,7 @@ enum Way {
 
 pub(super) fn open(bench: &Bench<'_>) -> Result<Box<dyn Work>, String> {
     let function = bench.find(edu::VENDOR, edu::DEVICE, "edu device")?;
-    let Opened { id, domain, endpoint } = bench.open(function, 0)?;
+    let Opened { id, domain, endpoint } = bench.open(function, 0, "edu")?;
     let registers = bench.machine.map_bar(function, 0).map_err(text)?;
     let edu = Edu::new(registers).map_err(text)?;
     bench.machine.pci.set_bus_master(function.address, BusMaster::On);

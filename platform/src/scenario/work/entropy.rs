@@ -30,7 +30,7 @@ struct EntropyWork {
 
 pub(super) fn open(bench: &Bench<'_>) -> Result<Box<dyn Work>, String> {
     let function = bench.find(VENDOR, ENTROPY, "entropy source")?;
-    let Opened { id, domain, endpoint } = bench.open(function, 0)?;
+    let Opened { id, domain, endpoint } = bench.open(function, 0, "entropy")?;
     let registers = iommu::transport(bench.machine, function).map_err(text)?;
     let source = Entropy::new(&endpoint, registers).map_err(text)?;
     bench.machine.pci.set_bus_master(function.address, BusMaster::On);

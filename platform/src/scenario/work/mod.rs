@@ -8,30 +8,40 @@ pub(super) mod domains;
 mod edu;
 mod entropy;
 pub(super) mod net;
+mod nvme;
 
 use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
+use core::cell::OnceCell;
 use core::fmt;
 
-use virtio_iommu::DomainOptions;
+use virtio_iommu::{DomainOptions, Endpoint, Translation};
 
 use super::default::text;
 use super::setup::{self, Opened};
 use super::show::Worker;
 use super::word;
 use crate::boot::BootInfo;
-use crate::iommu::Iommu;
+use crate::iommu::{Iommu, KernelPlatform};
 use crate::machine::Machine;
 use crate::pci::function::Function;
 use crate::time::{self, Deadline};
 
 /// How a worker is opened.
-pub(super) type Open = fn(&Bench<'_>) -> Result<Box<dyn Work>, String>;
+pub(super) type Open = for<'b> fn(&'b Bench<'_>) -> Result<Box<dyn Work + 'b>, String>;
 
 /// Every device: the name of its check, how it is opened, and how many rounds show that it works.
-pub(super) const DEVICES: [(&str, Open, u64); 4] =
-    [("disk", disk::open, 4), ("net", net::open, 1), ("entropy", entropy::open, 256), ("edu", edu::open, 2)];
+pub(super) const DEVICES: [(&str, Open, u64); 5] = [
+    ("disk", disk::open, 4),
+    ("net", net::open, 1),
+    ("entropy", entropy::open, 256),
+    ("edu", edu::open, 2),
+    ("nvme", nvme::open, 4),
+];
+
+/// Mappings that are named where a closed device left some.
+const NAMED: usize = 8;
 
 /// How long the rounds of one device may take.
 const TIMEOUT_NS: u64 = 40_000_000_000;
@@ -45,6 +55,8 @@ pub(super) struct Bench<'m> {
     pub seed: u64,
     /// What domains are made with.
     domains: DomainOptions,
+    /// The endpoint of the NVMe disk, whose driver borrows it.
+    nvme: OnceCell<Endpoint<KernelPlatform>>,
 }
 
 impl<'m> Bench<'m> {
@@ -52,7 +64,7 @@ impl<'m> Bench<'m> {
     pub(super) fn new(machine: &'m Machine, iommu: &'m Iommu, info: &'m BootInfo) -> Result<Self, String> {
         let seed = info.command_line.number("seed").map_err(text)?;
         let seed = seed.ok_or_else(|| word(info, "seed").err().unwrap_or_default())?;
-        Ok(Self { machine, iommu, info, seed, domains: setup::domain_options(info)? })
+        Ok(Self { machine, iommu, info, seed, domains: setup::domain_options(info)?, nvme: OnceCell::new() })
     }
 
     /// The first function with these numbers, which `name` names for people.
@@ -60,9 +72,15 @@ impl<'m> Bench<'m> {
         setup::find(self.machine, vendor, device, name)
     }
 
-    /// Opens a function in a new domain. Its bus mastering stays off.
-    pub(super) fn open(&self, function: &Function, bounce_bytes: usize) -> Result<Opened, String> {
-        setup::open_in(self.iommu, function, bounce_bytes, self.domains).map_err(text)
+    /// Opens a function in a new domain, whose mappings go by the name `tag`. Its bus mastering stays off.
+    pub(super) fn open(
+        &self,
+        function: &Function,
+        bounce_bytes: usize,
+        tag: &'static str,
+    ) -> Result<Opened, String> {
+        let opened = setup::open_in(self.iommu, function, bounce_bytes, self.domains).map_err(text)?;
+        Ok(Opened { endpoint: opened.endpoint.tagged(tag), ..opened })
     }
 }
 
@@ -119,7 +137,7 @@ impl fmt::Display for Row {
 }
 
 /// Steps until `rounds` more rounds are done, and says how long that took.
-pub(super) fn go_on(work: &mut dyn Work, rounds: u64) -> Result<u64, String> {
+pub(super) fn go_on(work: &mut (dyn Work + '_), rounds: u64) -> Result<u64, String> {
     let start_ns = time::now_ns();
     let wanted = work.done().rounds + rounds;
     let mut deadline = Deadline::after_ns(TIMEOUT_NS);
@@ -133,13 +151,22 @@ pub(super) fn go_on(work: &mut dyn Work, rounds: u64) -> Result<u64, String> {
 }
 
 /// Closes a worker and looks whether its domain is empty.
-pub(super) fn close(work: Box<dyn Work>, bench: &Bench<'_>, spent_ns: u64) -> Result<Row, String> {
+pub(super) fn close(work: Box<dyn Work + '_>, bench: &Bench<'_>, spent_ns: u64) -> Result<Row, String> {
     let (worker, done, detail) = (work.worker().clone(), work.done(), work.detail());
     work.close(bench)?;
     match worker.domain.mapping_count() {
         0 => Ok(Row { worker, done, detail, spent_ns }),
-        left => Err(format!("closed, and {left} mappings are left in its domain")),
+        left => {
+            let named = worker.domain.mappings().take(NAMED);
+            let named: String = named.map(|mapping| describe(&mapping)).collect();
+            Err(format!("closed, and {left} mappings are left in its domain:{named}"))
+        }
     }
+}
+
+fn describe(mapping: &Translation) -> String {
+    let Translation { range, phys, status, tag, .. } = mapping;
+    format!(" [`{tag}` {range} to {phys}, {status:?}]")
 }
 
 /// Opens a device, lets it do its rounds, and closes it.

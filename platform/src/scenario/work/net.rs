@@ -84,7 +84,7 @@ pub(in crate::scenario) fn open(bench: &Bench<'_>) -> Result<Box<dyn Work>, Stri
     let port = bench.info.command_line.number("net.port").map_err(text)?;
     let port = port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port != 0);
     let port = port.ok_or("net.port= is not a port")?;
-    let Opened { id, domain, endpoint } = bench.open(function, BOUNCE_BYTES)?;
+    let Opened { id, domain, endpoint } = bench.open(function, BOUNCE_BYTES, "net")?;
     NetSlot::fill(endpoint).map_err(|_| "its slot is filled already")?;
     let net = Net::new(bench.machine, function).map_err(text)?;
     let network = Network::new(net, bench.seed).map_err(text)?;
