@@ -18,19 +18,19 @@ use crate::println;
 use crate::report::Report;
 
 /// The length of an access. Each four bytes make a fault record in QEMU.
-const LEN: usize = 64;
+pub(super) const LEN: usize = 64;
 /// Where in the page: clear of its edges, where QEMU's look-up is wrong.
-const OFFSET: u64 = 0x200;
+pub(super) const OFFSET: u64 = 0x200;
 /// Where in `edu`'s buffer attacks read to, and allowed accesses do not.
 const MARKED: usize = 2048;
 
 /// What `edu` writes.
-const ATTACK: u8 = 0xee;
+pub(super) const ATTACK: u8 = 0xee;
 /// What `edu`'s buffer holds where nothing may arrive.
 const MARKER: u8 = 0x5a;
 /// What the memory holds that `edu` must not see or change.
-const SECRET: u8 = 0xc3;
-const PAGE: u64 = 4096;
+pub(super) const SECRET: u8 = 0xc3;
+pub(super) const PAGE: u64 = 4096;
 
 /// Checks that [`run`] makes.
 pub(super) const CHECKS: usize = Kind::ALL.len() * Way::ALL.len();
@@ -209,6 +209,11 @@ impl Arena<'_> {
         Ok(Blocked { iova, way, fault, records })
     }
 
+    /// Writes where that is allowed, and sees that it works and faults nothing. `edu`'s buffer is full of [`ATTACK`] then.
+    pub(super) fn write_allowed(&mut self, at: u64, page: &mut DmaPages) -> Result<(), String> {
+        self.control(Way::Write, at, page)
+    }
+
     /// Uses the address in a way that is allowed, and sees that it works and faults nothing.
     fn control(&mut self, way: Way, at: u64, page: &mut DmaPages) -> Result<(), String> {
         self.drain_faults();
@@ -235,7 +240,7 @@ impl Arena<'_> {
     }
 
     /// Fills `edu`'s buffer through coherent memory.
-    fn fill_buffer(&mut self, byte: u8) -> Result<(), String> {
+    pub(super) fn fill_buffer(&mut self, byte: u8) -> Result<(), String> {
         self.through_memory(|edu, iova, ptr| {
             // SAFETY: fresh coherent memory of this length, and the device is idle.
             unsafe { ptr.write_bytes(byte, BUFFER_BYTES) };
@@ -287,17 +292,17 @@ impl Arena<'_> {
         Err(format!("edu learned {:02x?} by a read at {iova}", &bytes[..8]))
     }
 
-    fn drain_faults(&self) {
+    pub(super) fn drain_faults(&self) {
         while self.next_fault().is_some() {}
     }
 
-    fn next_fault(&self) -> Option<Fault> {
+    pub(super) fn next_fault(&self) -> Option<Fault> {
         self.iommu.viommu.poll();
         self.iommu.viommu.next_fault()
     }
 
     /// The fault of an access of [`LEN`] bytes at `at`, and how many records it made.
-    fn expect_fault(&self, at: u64) -> Result<(Fault, usize), String> {
+    pub(super) fn expect_fault(&self, at: u64) -> Result<(Fault, usize), String> {
         let attacker: EndpointId = self.attacker.id;
         let mut first = None;
         let mut records = 0;

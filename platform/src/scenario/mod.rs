@@ -5,6 +5,7 @@
 //! devices       every device at work, with figures                             |
 //! bridge        the unmodified drivers of `virtio-drivers`                     |
 //! soak          all devices at once, for a while                               | each ends PASS
+//! policies      what is reached after unmapping, under each policy              |
 //! nvme          an NVMe disk: requests mapped one by one, in batches, from a   |
 //!               pool; what they took; attacks                                  |
 //! block         the same with a virtio disk, by the kernel's own driver        |
@@ -26,6 +27,7 @@ mod defect;
 mod devices;
 mod misbehave;
 mod nvme;
+mod policies;
 mod scatter;
 mod setup;
 mod show;
@@ -80,6 +82,7 @@ pub fn run(info: &BootInfo) -> ! {
         "devices" => devices::run(info),
         "bridge" => bridge::run(info),
         "soak" => soak::run(info),
+        "policies" => policies::run(info),
         "nvme" => nvme::run(info),
         "block" => block::run(info),
         "block-direct" => block::direct(info),
@@ -94,7 +97,7 @@ pub fn run(info: &BootInfo) -> ! {
         "half" => misbehave::half(),
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
-            "there is no scenario `{unknown}`; there are: default devices bridge soak nvme block block-direct bench leak early lie panic \
+            "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct bench leak early lie panic \
              page-fault overflow write-code silent half babble"
         )),
     }

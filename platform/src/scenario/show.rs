@@ -173,7 +173,7 @@ pub(super) fn nothing_lost(iommu: &Iommu, id: EndpointId, report: &mut Report) {
         "nothing-lost",
         clean && stats.faults.malformed == 0 && own == all,
         format_args!(
-            "{} mappings in quarantine, {} requests unanswered; {own} of {all} faults are the disk's, \
+            "{} mappings in quarantine, {} requests unanswered; {own} of {all} faults are the endpoint's, \
              {} not kept",
             stats.quarantined_mappings,
             stats.abandoned_requests,

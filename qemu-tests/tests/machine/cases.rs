@@ -57,12 +57,19 @@ pub(crate) fn all() -> Vec<Case> {
 
 /// What must work.
 fn whole_path() -> Vec<Case> {
+    let deferred = "policy=deferred";
     vec![
         Case::default("x86_64/default", Expect::Pass),
         Case { extra: "-device pci-testdev", ..Case::default("x86_64/default-with-testdev", Expect::Pass) },
         Case::new("x86_64/devices", "devices", Expect::Pass),
         Case::new("x86_64/bridge", "bridge", Expect::Pass),
+        Case { words: deferred, ..Case::new("x86_64/devices-deferred", "devices", Expect::Pass) },
+        Case::new("x86_64/policies", "policies", Expect::Pass),
         Case { words: "soak.seconds=5", ..Case::new("x86_64/soak", "soak", Expect::Pass) },
+        Case {
+            words: "soak.seconds=5 policy=deferred",
+            ..Case::new("x86_64/soak-deferred", "soak", Expect::Pass)
+        },
     ]
 }
 
