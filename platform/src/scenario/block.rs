@@ -110,7 +110,7 @@ fn without(info: &BootInfo, report: &mut Report) -> Result<(), String> {
 }
 
 /// Starts the disk, and lets it reach memory.
-fn open<'a>(machine: &Machine, function: &Function, dma: Dma<'a>) -> Result<Block<'a>, String> {
+pub(super) fn open<'a>(machine: &Machine, function: &Function, dma: Dma<'a>) -> Result<Block<'a>, String> {
     let transport = iommu::transport(machine, function).map_err(text)?;
     let disk = Block::new(transport, dma).map_err(text)?;
     machine.pci.set_bus_master(function.address, BusMaster::On);

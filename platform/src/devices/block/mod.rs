@@ -20,7 +20,7 @@ use self::ring::Ring;
 use self::slots::{CHAIN, Chains, STATUS_OK, Slots};
 use super::dma::{Coherent, Dma};
 use super::storage::{
-    Completion, InFlight, Limits, Operation, Request, Started, Storage, StorageError, Strays,
+    Completion, InFlight, Limits, Operation, Request, Started, Storage, StorageError, Strays, Unmapping,
 };
 use crate::mmio;
 use crate::time::Deadline;
@@ -133,6 +133,23 @@ impl<'a> Block<'a> {
         }
         let freed = self.dma.free(self.ring.into_memory());
         Ok(freed.and(self.dma.free(self.slots.into_memory()))?)
+    }
+
+    /// How many requests the disk answered, by its own word, that [`complete`](Storage::complete) did not look at: for
+    /// whoever waits without taking them.
+    pub fn answered(&self) -> usize {
+        self.ring.ready().into()
+    }
+
+    /// From now on requests come back when they are done, though their frames may be in the disk's reach until a
+    /// [`Dma::flush`], where the domain's policy is to defer.
+    ///
+    /// # Safety
+    ///
+    /// Frames that come back stay allocated, and are for nothing but more requests of this disk, until a flush
+    /// succeeded.
+    pub unsafe fn unmap_by_policy(&mut self) {
+        self.in_flight.unmapping = Unmapping::ByPolicy;
     }
 
     /// What the device says of a request that it is done with.

@@ -125,6 +125,11 @@ impl Ring {
         self.memory.load_acquire(self.used) & NO_NOTIFY == 0
     }
 
+    /// How much the device is done with that was not taken, by its own word.
+    pub(super) fn ready(&self) -> u16 {
+        self.memory.load_acquire(self.used + 2).wrapping_sub(self.taken)
+    }
+
     /// What the device is done with next.
     pub(super) fn pop(&mut self) -> Result<Option<Used>, UsedIndexJumped> {
         let index = self.memory.load_acquire(self.used + 2);

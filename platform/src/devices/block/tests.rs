@@ -184,6 +184,23 @@ fn descriptor(table: u64, index: u16) -> (u64, u32, u16, u16) {
 }
 
 #[test]
+fn what_is_answered_is_seen_without_taking_it() {
+    let mut rig = Rig::new(Chains::Indirect);
+    rig.submit(Operation::Read, 1, 512);
+    rig.submit(Operation::Read, 2, 512);
+    assert_eq!(rig.block.answered(), 0);
+    for answered in [1, 2] {
+        let found = rig.take();
+        poke(found.status, STATUS_OK);
+        rig.done(found.head.into(), 513);
+        assert_eq!(rig.block.answered(), answered);
+    }
+    assert_eq!(rig.complete(), Ok(Some((1, Ok(())))));
+    assert_eq!(rig.block.answered(), 0, "taken with the first, and kept");
+    assert_eq!(rig.complete(), Ok(Some((2, Ok(())))));
+}
+
+#[test]
 fn chains_are_header_data_and_status_and_slots_are_used_again() {
     for chains in [Chains::Indirect, Chains::Direct] {
         let mut rig = Rig::new(chains);

@@ -60,9 +60,19 @@ struct Batch {
     unanswered: usize,
 }
 
+/// When memory is unmapped whose request is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in super::super) enum Unmapping {
+    /// Before the request comes back.
+    Now,
+    /// When the domain's policy says so, which may be later.
+    ByPolicy,
+}
+
 #[derive(Debug)]
 pub(in super::super) struct InFlight {
     limits: Limits,
+    pub unmapping: Unmapping,
     slots: Vec<Slot>,
     free: Vec<u16>,
     /// Requests that the device has not answered.
@@ -92,6 +102,7 @@ impl InFlight {
         let room = limits.batch * limits.max_pieces;
         Self {
             limits,
+            unmapping: Unmapping::Now,
             slots: (0..limits.depth).map(slot).collect(),
             // The lowest number is taken first.
             free: (0..limits.depth as u16).rev().collect(),
@@ -236,7 +247,15 @@ impl InFlight {
             return;
         }
         let mapped = self.slots[usize::from(head)].batch.take().and_then(|batch| batch.mapped);
-        self.settle(head, mapped.map_or(Ok(Unmapped::Now), |mapped| dma.unmap(mapped)));
+        let unmapped = mapped.map_or(Ok(Unmapped::Now), |mapped| dma.unmap(mapped));
+        self.settle(
+            head,
+            match self.unmapping {
+                Unmapping::Now => unmapped,
+                // Whoever submits sees to the flush.
+                Unmapping::ByPolicy => unmapped.map(|_| Unmapped::Now),
+            },
+        );
     }
 
     /// A batch was answered, and its memory unmapped, or not.

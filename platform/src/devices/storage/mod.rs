@@ -19,7 +19,7 @@ use alloc::vec::Vec;
 
 pub use buffer::Buffer;
 pub use error::StorageError;
-pub(super) use in_flight::{InFlight, Piece, Started};
+pub(super) use in_flight::{InFlight, Piece, Started, Unmapping};
 
 use crate::time::Deadline;
 
