@@ -11,6 +11,7 @@
 //! block         the same with a virtio disk, by the kernel's own driver        |
 //! block-direct  that driver on a machine without an IOMMU                      /
 //! bench         counts instructions, and says nothing about right or wrong
+//! bench-direct  what of it there is on a machine without an IOMMU
 //! leak          frees memory that is still mapped                  } each ends FAIL at the one check
 //! early         frees memory before its UNMAP was answered         } that such a bug must fail
 //! lie           a transport that turns every failure into success  }
@@ -90,6 +91,7 @@ pub fn run(info: &BootInfo) -> ! {
         "early" => defect::early(info),
         "lie" => defect::lie(info),
         "bench" => bench::run(info),
+        "bench-direct" => bench::direct(info),
         "panic" => misbehave::panic(),
         "page-fault" => misbehave::page_fault(),
         "overflow" => misbehave::stack_overflow(),
@@ -97,8 +99,8 @@ pub fn run(info: &BootInfo) -> ! {
         "half" => misbehave::half(),
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
-            "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct bench leak early lie panic \
-             page-fault overflow write-code silent half babble"
+            "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
+             bench bench-direct leak early lie panic page-fault overflow write-code silent half babble"
         )),
     }
 }

@@ -21,6 +21,8 @@ pub(super) struct Figure {
 pub(super) enum Found {
     /// Instructions of one operation, the mean over so many.
     Instructions { mean: f64, samples: u64 },
+    /// Those that an IOMMU adds to one: the means with one and without.
+    Added { with: f64, without: f64, samples: u64 },
     /// A number of another kind.
     Ratio(f64),
     /// Nothing, and why.
@@ -32,6 +34,7 @@ impl Found {
     pub(super) fn number(&self) -> Option<f64> {
         match self {
             Self::Instructions { mean: number, .. } | Self::Ratio(number) => Some(*number),
+            Self::Added { with, without, .. } => Some(with - without),
             Self::NotMeasured(_) => None,
         }
     }
@@ -57,35 +60,48 @@ impl Figure {
     }
 }
 
-/// What the two runs gave.
+/// What the runs gave.
 pub(super) struct Runs {
     pub(super) timed: Vec<Timed>,
+    /// The rows of the machine without an IOMMU.
+    pub(super) direct: Vec<Timed>,
     /// All that the timed guest stated.
     pub(super) values: Vec<Value>,
     pub(super) checks: Vec<Check>,
     pub(super) asked: Vec<Asked>,
 }
 
+/// What the names begin with of figures that are a difference, and of the rows that they are one of.
+const ADDED: (&str, &str) = ("blk_added_", "blk_");
+
 /// Every figure in the order of the targets.
 pub(super) fn figures(runs: &Runs) -> Vec<Figure> {
     let timed: BTreeMap<_, _> = runs.timed.iter().map(|timed| (timed.name.as_str(), timed)).collect();
-    let mean = |name: &str| timed.get(name).map(|timed| timed.instructions as f64 / timed.operations as f64);
+    let direct: BTreeMap<_, _> = runs.direct.iter().map(|timed| (timed.name.as_str(), timed)).collect();
+    let mean_of = |timed: &Timed| timed.instructions as f64 / timed.operations as f64;
+    let mean = |name: &str| timed.get(name).map(|timed| mean_of(timed));
     let operation = |target: &'static Target| {
-        let found = match timed.get(target.name) {
-            Some(one) => {
-                let mean = one.instructions as f64 / one.operations as f64;
-                Found::Instructions { mean, samples: one.operations }
+        // A figure of what is added goes by the row's name in the runs, where both are whole.
+        let added = target.name.strip_prefix(ADDED.0).map(|rest| format!("{}{rest}", ADDED.1));
+        let row = added.as_deref().unwrap_or(target.name);
+        let found = match (timed.get(row), direct.get(row)) {
+            (Some(one), None) if added.is_none() => {
+                Found::Instructions { mean: mean_of(one), samples: one.operations }
             }
-            None => Found::NotMeasured(reason(&runs.checks, target.name)),
+            (Some(with), Some(without)) if added.is_some() => {
+                let samples = with.operations.min(without.operations);
+                Found::Added { with: mean_of(with), without: mean_of(without), samples }
+            }
+            _ => Found::NotMeasured(reason(&runs.checks, target.name)),
         };
-        let asked = runs.asked.iter().find(|asked| asked.name == target.name);
+        let asked = runs.asked.iter().find(|asked| asked.name == row);
         let each = |asked: &Asked, count: u64| count as f64 / asked.operations as f64;
         let asked = asked.map(|asked| (each(asked, asked.requests), each(asked, asked.counts.kicks)));
         Figure { target, found, asked }
     };
     let ratio = |target: &'static Target| {
         let number = match target.name {
-            "growth_live_1m_over_1k" => {
+            "growth" => {
                 let all = mean("map_unmap_4k_strict_live_1m").zip(mean("map_unmap_4k_strict_live_1k"));
                 all.map(|(million, thousand)| million / thousand)
             }
@@ -121,10 +137,18 @@ pub(super) fn json(figures: &[Figure], qemu: &str, arch: &str) -> Json {
             Found::Instructions { mean, samples } => {
                 json!({ "name": name, "guest_instructions": rounded(*mean), "samples": samples })
             }
+            Found::Added { with, without, samples } => json!({
+                "name": name,
+                "guest_instructions": rounded(with - without),
+                "with_iommu": rounded(*with),
+                "without_iommu": rounded(*without),
+                "samples": samples,
+            }),
             Found::Ratio(ratio) => json!({ "name": name, "ratio": rounded(*ratio) }),
             Found::NotMeasured(why) => json!({ "name": name, "not_measured": why }),
         };
-        if let (Some((requests, kicks)), Found::Instructions { .. }) = (figure.asked, &figure.found) {
+        let operation = matches!(figure.found, Found::Instructions { .. } | Found::Added { .. });
+        if let Some((requests, kicks)) = figure.asked.filter(|_| operation) {
             result["requests"] = rounded(requests);
             result["kicks"] = rounded(kicks);
         }
@@ -158,10 +182,20 @@ pub(super) mod tests {
             detail: "not measured: too many".into(),
         };
         Runs {
-            timed: vec![timed("map_unmap_4k_strict", 4_000), timed("attach_detach", 6_005)],
+            timed: vec![
+                timed("map_unmap_4k_strict", 4_000),
+                timed("attach_detach", 6_005),
+                timed("blk_4k_qd1_pool", 5_400),
+                timed("blk_4k_qd1_strict", 9_000),
+            ],
+            direct: vec![timed("blk_4k_qd1_pool", 5_000)],
             values: Vec::new(),
             checks: vec![not],
-            asked: vec![asked("map_unmap_4k_strict", 20), asked("attach_detach", 30)],
+            asked: vec![
+                asked("map_unmap_4k_strict", 20),
+                asked("attach_detach", 30),
+                asked("blk_4k_qd1_pool", 0),
+            ],
         }
     }
 
@@ -178,6 +212,17 @@ pub(super) mod tests {
         assert_eq!(met.misses(), Some(vec![]));
         assert_eq!(figure(&figures, "attach_detach").misses(), Some(vec!["figure", "kicks"]));
         assert_eq!(figure(&figures, "mmio_accesses_per_kick").found, Found::Ratio(1.0));
+    }
+
+    #[test]
+    fn what_is_added_is_the_difference_of_two_machines() {
+        let figures = figures(&runs());
+        let added = figure(&figures, "blk_added_4k_qd1_pool");
+        assert_eq!(added.found, Found::Added { with: 540.0, without: 500.0, samples: 10 });
+        assert_eq!(added.asked, Some((2.0, 0.0)));
+        assert_eq!(added.misses(), Some(vec!["requests"]));
+        let one_machine = figure(&figures, "blk_added_4k_qd1_strict");
+        assert!(matches!(one_machine.found, Found::NotMeasured(_)), "{:?}", one_machine.found);
     }
 
     #[test]
@@ -200,6 +245,11 @@ pub(super) mod tests {
             json!({ "name": "attach_detach", "guest_instructions": 600.5, "requests": 2, "kicks": 3, "samples": 10 })
         );
         assert_eq!(of("coherent_4k")["guest_instructions"], Json::Null);
+        let added = of("blk_added_4k_qd1_pool");
+        assert_eq!(
+            ["guest_instructions", "with_iommu", "without_iommu"].map(|key| added[key].as_u64()),
+            [Some(40), Some(540), Some(500)]
+        );
         assert_eq!(*of("mmio_accesses_per_kick"), json!({ "name": "mmio_accesses_per_kick", "ratio": 1 }));
         assert_eq!(file["qemu"], "10.0.2");
     }

@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: what the driver's operations cost, beside what they cost in Linux.
 //!
-//! The kernel's `bench` scenario runs twice: with `-icount`, where each instruction takes a nanosecond of the guest's
-//! time and everything else none, so that its counter counts instructions and every run gives the same figures; and
-//! shortly with QEMU's trace, which says what the device was asked. With `--profile` it runs under a debugger instead.
+//! The kernel runs three times, always with `-icount`, where each instruction takes a nanosecond of the guest's time and
+//! everything else none, so that its counter counts instructions: its `bench` scenario; the disk's part of that on a
+//! machine without an IOMMU, so that the difference is what an IOMMU adds; and `bench` shortly with QEMU's trace, which
+//! says what the device was asked. With `--profile` it runs under a debugger instead.
 
 mod chart;
 mod figures;
@@ -21,8 +22,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 use clap::Args;
 use qemu_tests::bench as measured;
+use qemu_tests::bench::ICOUNT;
 use qemu_tests::boot::{Boot, Outcome, Witness};
-use qemu_tests::machine::{Arch, Machine};
+use qemu_tests::machine::{Arch, Iommu, Machine};
 use qemu_tests::qemu::Qemu;
 
 use self::figures::Runs;
@@ -45,8 +47,6 @@ pub(crate) struct BenchArguments {
     setup: SetupArguments,
 }
 
-/// One nanosecond of the guest's time is one instruction, and waiting takes none.
-const ICOUNT: &str = "-icount shift=0,sleep=off";
 const MEMORY_MIB: u32 = 1024;
 /// Most of the time goes into the live mappings.
 const LIMIT: Duration = Duration::from_secs(1800);
@@ -68,9 +68,11 @@ pub(crate) fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
         return profile(&setting, row);
     }
     let timed = setting.time()?;
+    let direct = setting.direct()?;
     let (counted, trace) = setting.count()?;
     let runs = Runs {
         timed: measured::timed(&timed.verdict.values),
+        direct: measured::timed(&direct.verdict.values),
         asked: measured::asked(&counted.verdict.values, &trace)?,
         values: timed.verdict.values,
         checks: timed.verdict.checks,
@@ -91,10 +93,11 @@ pub(crate) fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
 }
 
 impl Setting {
-    fn boot(&self, words: &str) -> Boot {
+    fn boot(&self, scenario: &str, words: &str) -> Boot {
         let mut machine = Machine::new(Arch::X86_64, self.image.clone());
         machine.memory_mib = MEMORY_MIB;
-        let mut boot = Boot::new(machine, measured::SCENARIO, &self.directory);
+        machine.extra = ICOUNT.split(' ').map(Into::into).collect();
+        let mut boot = Boot::new(machine, scenario, &self.directory);
         boot.words = words.to_owned();
         boot.witness = Witness::None;
         boot.deadline = Some(LIMIT);
@@ -103,19 +106,25 @@ impl Setting {
 
     /// The run that counts instructions.
     fn time(&self) -> Result<Outcome> {
-        let mut boot = self.boot("bench=time");
-        boot.machine.extra = ICOUNT.split(' ').map(Into::into).collect();
         progress::note(&format!("counting instructions on QEMU {}", self.qemu.version));
+        self.run(self.boot(measured::SCENARIO, "bench=time"))
+    }
+
+    /// The run that counts those of the disk's requests where there is no IOMMU.
+    fn direct(&self) -> Result<Outcome> {
+        let mut boot = self.boot(measured::DIRECT, "bench=time");
+        boot.machine.iommu = Iommu::Off;
+        progress::note("counting those of the disk's requests without an IOMMU");
         self.run(boot)
     }
 
     /// The run that counts requests and kicks, and its trace.
     fn count(&self) -> Result<(Outcome, PathBuf)> {
-        let mut boot = self.boot(measured::COUNT);
+        let mut boot = self.boot(measured::SCENARIO, measured::COUNT);
         let trace = self.directory.join("trace.log");
         boot.witness = Witness::Trace;
-        boot.machine.extra =
-            measured::EVENTS.iter().flat_map(|event| ["-trace", event]).map(Into::into).collect();
+        let events = measured::EVENTS.iter().flat_map(|event| ["-trace", event]);
+        boot.machine.extra.extend(events.map(Into::into));
         progress::note("counting requests and kicks in QEMU's trace");
         Ok((self.run(boot)?, trace))
     }
@@ -148,7 +157,7 @@ fn profile(setting: &Setting, row: &str) -> Result<ExitCode> {
     // In a temporary directory: the path of a socket is short.
     let socket = std::env::temp_dir().join(format!("xtask-bench-{}.sock", std::process::id()));
     let socket = Socket(socket);
-    let mut boot = setting.boot(&format!("bench=profile only={row}"));
+    let mut boot = setting.boot(measured::SCENARIO, &format!("bench=profile only={row}"));
     let device = format!("socket,id=gdb,server=on,wait=off,path={}", socket.0.display());
     boot.machine.extra.extend(["-S", "-gdb", "chardev:gdb", "-chardev", &device].map(Into::into));
     progress::note(&format!("stepping through {row} on QEMU {}", setting.qemu.version));

@@ -61,6 +61,11 @@ impl Meter {
         self.overhead
     }
 
+    /// Whether this run is about requests, and not about instructions.
+    pub(super) fn counts_requests(&self) -> bool {
+        self.mode == Mode::Count
+    }
+
     /// Runs `work`, first to warm up, and reports what its stretches took: `NAME.instructions` in all, for
     /// `NAME.operations`. A stretch holds `each` operations.
     pub(super) fn measure<const N: usize>(

@@ -8,6 +8,7 @@
 //! ```
 //! The kernel judges no figure. A check fails only where an operation does.
 
+mod disk;
 mod meter;
 mod rows;
 
@@ -17,21 +18,53 @@ use core::fmt::Display;
 
 use virtio_iommu::{DomainOptions, Options};
 
+use self::disk::DIRECT_ROWS;
 use self::meter::Meter;
-use self::rows::{End, ROWS, Rig};
+use self::rows::{End, ROWS, Rig, Row};
 use super::{give_up, setup};
 use crate::boot::BootInfo;
 use crate::devices::edu;
 use crate::devices::virtio::{ENTROPY, VENDOR};
+use crate::machine::Machine;
 use crate::println;
 use crate::report::Report;
 
+/// On a machine with an IOMMU.
 pub(super) fn run(info: &BootInfo) -> ! {
+    let (rig, mut report) = measure(info, &ROWS, rig);
+    let stats = rig.iommu.viommu.stats();
+    report.value("attach", stats.attaches, "requests");
+    report.value("detach", stats.detaches, "requests");
+    report.value("map", stats.maps, "requests");
+    report.value("unmap", stats.unmaps + rig.raw_requests, "requests");
+    report.value("kicks", stats.kicks, "kicks");
+    println!();
+    report.end()
+}
+
+/// On one without: what a disk's requests cost there is what those behind an IOMMU are compared with.
+pub(super) fn direct(info: &BootInfo) -> ! {
+    let machine = |info: &BootInfo| {
+        let machine = Machine::discover(info).map_err(text)?;
+        machine.pci.quiesce_all();
+        Ok(machine)
+    };
+    let (_, report) = measure(info, &DIRECT_ROWS, machine);
+    println!();
+    report.end()
+}
+
+/// Measures the rows that the command line wants, on what `rig` makes.
+fn measure<R>(
+    info: &BootInfo,
+    rows: &[Row<R>],
+    rig: impl FnOnce(&BootInfo) -> Result<R, String>,
+) -> (R, Report) {
     let only = info.command_line.get("only");
-    let chosen = || ROWS.iter().filter(|row| only.is_none_or(|only| row.name == only));
-    let mut report = Report::start(chosen().count().max(1));
+    let chosen = || rows.iter().filter(|row| only.is_none_or(|only| row.name == only));
+    let report = Report::start(chosen().count().max(1));
     if chosen().next().is_none() {
-        let names: Vec<_> = ROWS.iter().map(|row| row.name).collect();
+        let names: Vec<_> = rows.iter().map(|row| row.name).collect();
         let only = only.unwrap_or_default();
         give_up(report, "bench", format_args!("there is no row `{only}`; there are: {}", names.join(" ")));
     }
@@ -53,15 +86,7 @@ pub(super) fn run(info: &BootInfo) -> ! {
             Err(error) => meter.report.check(row.name, false, error),
         };
     }
-    report = meter.report;
-    let stats = rig.iommu.viommu.stats();
-    report.value("attach", stats.attaches, "requests");
-    report.value("detach", stats.detaches, "requests");
-    report.value("map", stats.maps, "requests");
-    report.value("unmap", stats.unmaps + rig.raw_requests, "requests");
-    report.value("kicks", stats.kicks, "kicks");
-    println!();
-    report.end()
+    (rig, meter.report)
 }
 
 /// The IOMMU with one endpoint at work, `edu`, and one that is in no domain, the entropy source. Neither does any DMA.
@@ -77,6 +102,7 @@ fn rig(info: &BootInfo) -> Result<Rig, String> {
     let idle = idle.ok_or_else(|| String::from("the IOMMU does not know the entropy source"))?;
     let empty = iommu.viommu.create_domain(DomainOptions::default()).map_err(text)?;
     Ok(Rig {
+        machine,
         iommu,
         opened,
         idle,

@@ -5,19 +5,27 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use virtio_iommu::bench::RawRequest;
-use virtio_iommu::{Direction, DmaDevice, Domain, EndpointId, Iova, PhysAddr, PhysSegment};
+use virtio_iommu::{
+    Direction, DmaDevice, DmaPool, Domain, DomainOptions, EndpointId, Iova, PhysAddr, PhysSegment,
+    UnmapPolicy,
+};
 
+use super::disk::{self, Way};
 use super::meter::Meter;
 use super::text;
 use crate::arch::clock;
+use crate::devices::virtio::{BLOCK, VENDOR};
 use crate::iommu::{Iommu, KernelPlatform};
+use crate::machine::Machine;
 use crate::memory::dma::DmaPages;
 use crate::memory::frames::FRAME_BYTES;
 use crate::memory::heap;
-use crate::scenario::setup::Opened;
+use crate::scenario::default::close;
+use crate::scenario::setup::{self, Opened, find};
 
 /// What the rows work on.
 pub(super) struct Rig {
+    pub machine: Machine,
     pub iommu: Iommu,
     pub opened: Opened,
     /// An endpoint in no domain.
@@ -44,26 +52,31 @@ pub(super) enum End {
 }
 
 /// A row, or several that are measured together.
-pub(super) struct Row {
+pub(super) struct Row<R> {
     pub name: &'static str,
-    pub run: fn(&mut Rig, &mut Meter) -> Result<End, String>,
+    pub run: fn(&mut R, &mut Meter) -> Result<End, String>,
 }
 
 /// Every row, in order. The last ones leave mappings behind.
-pub(super) const ROWS: [Row; 17] = [
+pub(super) const ROWS: [Row<Rig>; 22] = [
     Row { name: "raw_request", run: raw_request },
-    Row { name: "map_unmap_4k_strict", run: |rig, meter| map_unmap(rig, meter, "map_unmap_4k_strict", 1) },
-    Row { name: "map_unmap_64k_strict", run: |rig, meter| map_unmap(rig, meter, "map_unmap_64k_strict", 16) },
-    Row { name: "map_unmap_1m_strict", run: |rig, meter| map_unmap(rig, meter, "map_unmap_1m_strict", 256) },
-    Row { name: "map_unmap_4k_deferred", run: |_, _| Ok(End::NotMeasured("there is no deferred unmapping")) },
-    Row { name: "map_unmap_4k_pool", run: |_, _| Ok(End::NotMeasured("there is no pool")) },
+    Row { name: "map_unmap_4k_strict", run: |rig, meter| strict(rig, meter, "map_unmap_4k_strict", 1) },
+    Row { name: "map_unmap_64k_strict", run: |rig, meter| strict(rig, meter, "map_unmap_64k_strict", 16) },
+    Row { name: "map_unmap_1m_strict", run: |rig, meter| strict(rig, meter, "map_unmap_1m_strict", 256) },
+    Row { name: "map_unmap_4k_deferred", run: deferred },
+    Row { name: "map_unmap_4k_pool", run: pool },
     Row { name: "halves_4k_strict", run: halves },
     Row { name: "batch64", run: batch },
     Row { name: "sg64_scattered", run: scattered },
     Row { name: "sg64_contiguous", run: contiguous },
+    Row { name: "sg128_scattered", run: whole_ring },
+    Row { name: "sg129_scattered", run: more_than_the_ring },
     Row { name: "coherent_4k", run: coherent },
     Row { name: "attach_detach", run: attach_detach },
-    Row { name: "blk_added", run: |_, _| Ok(End::NotMeasured("there is no block driver to compare with")) },
+    Row { name: "blk_strict", run: |rig, meter| disk::run(rig, meter, Way::Strict) },
+    Row { name: "blk_deferred", run: |rig, meter| disk::run(rig, meter, Way::Deferred) },
+    Row { name: "blk_pool", run: |rig, meter| disk::run(rig, meter, Way::Pool) },
+    Row { name: "smp4", run: |_, _| Ok(End::NotMeasured("one CPU so far")) },
     Row {
         name: "map_unmap_4k_strict_live_1",
         run: |rig, meter| live(rig, meter, "map_unmap_4k_strict_live_1", 1),
@@ -85,10 +98,12 @@ pub(super) const ROWS: [Row; 17] = [
 const FRAME: usize = FRAME_BYTES as usize;
 /// Buffers of a batch, and pages of a scatter list.
 const BATCH: usize = 64;
-/// Ticks that making live mappings may take. Where it grows with their number, more of them cannot be had.
-const FILL_TICKS: u64 = 3_000_000_000;
+/// Requests that the ring has room for: two descriptors of [`Options`](virtio_iommu::Options) for each.
+const RING: usize = 128;
+/// Ticks that making live mappings may take. Where each costs as much as there are others, more of them cannot be had.
+const FILL_TICKS: u64 = 20_000_000_000;
 
-const TOO_SLOW: End = End::NotMeasured("making so many mappings takes more than 3 * 10^9 instructions");
+const TOO_SLOW: End = End::NotMeasured("making so many mappings takes more than 2 * 10^10 instructions");
 
 /// One request and its answer, without any record.
 fn raw_request(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
@@ -102,18 +117,51 @@ fn raw_request(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
 }
 
 /// Maps and unmaps one buffer of contiguous frames.
-fn map_unmap(rig: &Rig, meter: &mut Meter, name: &'static str, frames: usize) -> Result<End, String> {
+fn strict(rig: &Rig, meter: &mut Meter, name: &'static str, frames: usize) -> Result<End, String> {
     let pages = DmaPages::allocate(frames).map_err(text)?;
-    let device: &dyn DmaDevice = &rig.opened.endpoint;
+    let measured = map_unmap(&rig.opened.endpoint, meter, name, &pages);
+    keep_if_failed(measured, pages)
+}
+
+/// The same in a domain that defers unmapping, within the bounds that it has unless it is told others. The flushes are
+/// part of it.
+fn deferred(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let options = DomainOptions { unmap: UnmapPolicy::Deferred(Default::default()), ..Default::default() };
+    let function = find(&rig.machine, VENDOR, BLOCK, "disk")?;
+    let opened = setup::open_in(&rig.iommu, function, 0, options).map_err(text)?;
+    let page = DmaPages::allocate(1).map_err(text)?;
+    let device: &dyn DmaDevice = &opened.endpoint;
+    let measured = map_unmap(device, meter, "map_unmap_4k_deferred", &page);
+    let end = keep_if_failed(measured.and_then(|()| device.flush().map_err(text)), page)?;
+    close(&rig.iommu, opened.endpoint)?;
+    Ok(end)
+}
+
+fn map_unmap(
+    device: &dyn DmaDevice,
+    meter: &mut Meter,
+    name: &'static str,
+    pages: &DmaPages,
+) -> Result<(), String> {
     let (phys, len) = (PhysAddr::new(pages.phys()), pages.len_bytes());
-    let measured = meter.measure([name], 1, |laps| {
+    meter.measure([name], 1, |laps| {
         laps.time(0, || {
-            // SAFETY: the pages are ours, and leaked below if they may still be mapped.
+            // SAFETY: the pages are the caller's, who keeps them until they are unmapped for certain, or leaks them.
             let mapping = unsafe { device.map(phys, len, Direction::Both) }.map_err(text)?;
             device.unmap(mapping).map(drop).map_err(text)
         })
-    });
-    keep_if_failed(measured, pages)
+    })
+}
+
+/// Takes a buffer from a pool, and gives it back.
+fn pool(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    let pool = DmaPool::new(&rig.opened.endpoint, BATCH, FRAME, Direction::Both).map_err(text)?;
+    meter.measure(["map_unmap_4k_pool"], 1, |laps| {
+        let iova = laps.time(0, || pool.take().map(|buffer| buffer.iova()));
+        iova.map(drop).ok_or_else(|| format!("{pool:?}"))
+    })?;
+    pool.close().map_err(text)?;
+    Ok(End::Measured)
 }
 
 /// The same in two halves.
@@ -131,7 +179,7 @@ fn halves(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
 
 /// Maps 64 buffers that have nothing to do with each other, then unmaps them.
 fn batch(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
-    let pages = apart()?;
+    let pages = apart(BATCH)?;
     let device: &dyn DmaDevice = &rig.opened.endpoint;
     let mut mappings = Vec::with_capacity(BATCH);
     let measured = meter.measure(["batch64_map_each", "batch64_unmap_each"], BATCH as u64, |laps| {
@@ -151,10 +199,37 @@ fn batch(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
 
 /// A list of 64 pages of which no two touch.
 fn scattered(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
-    let pages = apart()?;
+    scattered_list(rig, meter, ["sg64_scattered_map", "sg64_scattered_unmap"], BATCH)
+}
+
+/// As many as the ring has room for.
+fn whole_ring(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    counted(rig, meter, ["sg128_scattered_map", "sg128_scattered_unmap"], RING)
+}
+
+/// One more.
+fn more_than_the_ring(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    counted(rig, meter, ["sg129_scattered_map", "sg129_scattered_unmap"], RING + 1)
+}
+
+fn counted(rig: &Rig, meter: &mut Meter, names: [&'static str; 2], pages: usize) -> Result<End, String> {
+    if meter.counts_requests() {
+        scattered_list(rig, meter, names, pages)
+    } else {
+        Ok(End::NotMeasured("only its requests matter"))
+    }
+}
+
+fn scattered_list(
+    rig: &Rig,
+    meter: &mut Meter,
+    names: [&'static str; 2],
+    pages: usize,
+) -> Result<End, String> {
+    let pages = apart(pages)?;
     let segment = |page: &DmaPages| PhysSegment { phys: PhysAddr::new(page.phys()), len: FRAME };
     let list: Vec<_> = pages.iter().map(segment).collect();
-    let measured = list_of(rig, meter, ["sg64_scattered_map", "sg64_scattered_unmap"], &list);
+    let measured = list_of(rig, meter, names, &list);
     keep_if_failed(measured, pages)
 }
 
@@ -175,10 +250,11 @@ fn list_of(
     list: &[PhysSegment],
 ) -> Result<(), String> {
     let device: &dyn DmaDevice = &rig.opened.endpoint;
-    let mut iovas = [Iova::new(0); BATCH];
+    let mut room = [Iova::new(0); RING + 1];
+    let iovas = &mut room[..list.len()];
     meter.measure(names, 1, |laps| {
         // SAFETY: the pages are the caller's, who leaks them if they may still be mapped.
-        let map = || unsafe { device.map_scatter(list, Direction::Both, &mut iovas) };
+        let map = || unsafe { device.map_scatter(list, Direction::Both, iovas) };
         let mapping = laps.time(0, map).map_err(text)?;
         laps.time(1, || device.unmap(mapping)).map(drop).map_err(text)
     })
@@ -235,7 +311,7 @@ fn live(rig: &mut Rig, meter: &mut Meter, name: &'static str, count: u64) -> Res
         }
     }
     meter.report.value(&format!("{name}.heap"), heap_bytes().saturating_sub(before), "bytes");
-    map_unmap(rig, meter, name, 1)
+    strict(rig, meter, name, 1)
 }
 
 fn heap_bytes() -> u64 {
@@ -243,8 +319,8 @@ fn heap_bytes() -> u64 {
 }
 
 /// Pages of which no two touch. Of each pair of frames only the first is used.
-fn apart() -> Result<Vec<DmaPages>, String> {
-    (0..BATCH).map(|_| DmaPages::allocate(2)).collect::<Result<_, _>>().map_err(text)
+fn apart(count: usize) -> Result<Vec<DmaPages>, String> {
+    (0..count).map(|_| DmaPages::allocate(2)).collect::<Result<_, _>>().map_err(text)
 }
 
 /// Gives memory back, or keeps it for good where a device may still reach it.
