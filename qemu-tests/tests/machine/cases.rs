@@ -88,7 +88,8 @@ fn disks() -> Vec<Case> {
 
 /// What the operations ask of the device. Instructions are no matter for a test.
 fn counted() -> Case {
-    let extra = "-trace memory_region_ops_read -trace memory_region_ops_write";
+    // The clock is as in `bench::ICOUNT`.
+    let extra = "-icount shift=0,sleep=off -trace memory_region_ops_read -trace memory_region_ops_write";
     let counted = Case::new("x86_64/bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
     Case { words: bench::COUNT, extra, ..counted }
 }
