@@ -31,7 +31,10 @@ const EXPECTED: [(&str, [u64; 3]); 20] = [
 ];
 
 /// A row whose operations share requests: how many share them, and the MAPs, the UNMAPs and the kicks that they take.
-const SHARED: [(&str, u64, [u64; 3]); 4] = [
+const SHARED: [(&str, u64, [u64; 3]); 6] = [
+    // One doorbell for buffers that have nothing in common.
+    ("batch64_map_each", 64, [64, 0, 1]),
+    ("batch64_unmap_each", 64, [0, 64, 1]),
     // What is deferred adjoins: a flush of all that a domain defers is one request.
     ("map_unmap_4k_deferred", 256, [256, 1, 257]),
     ("blk_4k_qd1_deferred", 256, [256, 1, 257]),

@@ -180,19 +180,14 @@ fn halves(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
 /// Maps 64 buffers that have nothing to do with each other, then unmaps them.
 fn batch(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
     let pages = apart(BATCH)?;
+    let list = segments(&pages);
     let device: &dyn DmaDevice = &rig.opened.endpoint;
-    let mut mappings = Vec::with_capacity(BATCH);
+    let mut mappings = [const { None }; BATCH];
     let measured = meter.measure(["batch64_map_each", "batch64_unmap_each"], BATCH as u64, |laps| {
-        laps.time(0, || {
-            pages.iter().try_for_each(|page| {
-                // SAFETY: the page is ours, and leaked below if it may still be mapped.
-                let mapping = unsafe { device.map(PhysAddr::new(page.phys()), FRAME, Direction::Both) };
-                mapping.map(|mapping| mappings.push(mapping))
-            })
-        })
-        .map_err(text)?;
-        laps.time(1, || mappings.drain(..).try_for_each(|mapping| device.unmap(mapping).map(drop)))
-            .map_err(text)
+        // SAFETY: the pages are ours, and leaked below if they may still be mapped.
+        let map = || unsafe { device.map_each(&list, Direction::Both, &mut mappings) };
+        laps.time(0, map).map_err(text)?;
+        laps.time(1, || device.unmap_each(&mut mappings)).map(drop).map_err(text)
     });
     keep_if_failed(measured, pages)
 }
@@ -227,9 +222,7 @@ fn scattered_list(
     pages: usize,
 ) -> Result<End, String> {
     let pages = apart(pages)?;
-    let segment = |page: &DmaPages| PhysSegment { phys: PhysAddr::new(page.phys()), len: FRAME };
-    let list: Vec<_> = pages.iter().map(segment).collect();
-    let measured = list_of(rig, meter, names, &list);
+    let measured = list_of(rig, meter, names, &segments(&pages));
     keep_if_failed(measured, pages)
 }
 
@@ -321,6 +314,12 @@ fn heap_bytes() -> u64 {
 /// Pages of which no two touch. Of each pair of frames only the first is used.
 fn apart(count: usize) -> Result<Vec<DmaPages>, String> {
     (0..count).map(|_| DmaPages::allocate(2)).collect::<Result<_, _>>().map_err(text)
+}
+
+/// The first frame of each.
+fn segments(pages: &[DmaPages]) -> Vec<PhysSegment> {
+    let segment = |page: &DmaPages| PhysSegment { phys: PhysAddr::new(page.phys()), len: FRAME };
+    pages.iter().map(segment).collect()
 }
 
 /// Gives memory back, or keeps it for good where a device may still reach it.
