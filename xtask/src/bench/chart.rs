@@ -1,14 +1,14 @@
-//! The figures as a drawing: two bars for each operation, on a logarithmic scale.
+//! The figures as a drawing: bars for each operation, ours and Linux's, on a logarithmic scale; words for what has none.
 
 use std::fmt::Write as _;
 
-use super::figures::Figure;
+use super::figures::{Figure, Found};
 use super::table::number;
 
-const WIDTH: u32 = 860;
+const WIDTH: u32 = 890;
 /// Where bars begin and the longest can end.
-const LEFT: f64 = 230.0;
-const RIGHT: f64 = 760.0;
+const LEFT: f64 = 260.0;
+const RIGHT: f64 = 790.0;
 const TOP: u32 = 64;
 const ROW: u32 = 40;
 /// The scale's ends, as powers of ten.
@@ -54,15 +54,27 @@ pub(super) fn svg(figures: &[Figure], qemu: &str) -> String {
             bottom + 18
         ));
     }
-    for (index, (target, ours, linux)) in rows.iter().enumerate() {
-        let y = TOP + ROW * index as u32;
+    for (index, figure) in figures.iter().enumerate() {
+        let (target, y) = (figure.target, TOP + ROW * index as u32);
         draw(format_args!(
             "<text x=\"{:.0}\" y=\"{}\" text-anchor=\"end\">{}</text>",
             LEFT - 10.0,
             y + 24,
             target.name
         ));
-        for (class, y, value) in [("o", y + 7, *ours), ("l", y + 20, *linux)] {
+        let (ours, words) = match &figure.found {
+            Found::NotMeasured(why) => (None, Some(format!("not measured: {why}"))),
+            // Another scale.
+            Found::Ratio(ratio) => (None, Some(number(*ratio))),
+            Found::Instructions { .. } | Found::Added { .. } => (figure.found.number(), None),
+        };
+        if let Some(words) = words {
+            let words = words.replace('&', "&amp;").replace('<', "&lt;");
+            draw(format_args!("<text class=\"s\" x=\"{:.1}\" y=\"{}\">{words}</text>", LEFT + 6.0, y + 17));
+        }
+        let linux = target.linux.map(|linux| linux.strict as f64);
+        for (class, y, value) in [("o", y + 7, ours), ("l", y + 20, linux)] {
+            let Some(value) = value else { continue };
             let end = place(value);
             draw(format_args!(
                 "<rect class=\"{class}\" x=\"{LEFT}\" y=\"{y}\" width=\"{:.1}\" height=\"11\"/>",
@@ -75,7 +87,7 @@ pub(super) fn svg(figures: &[Figure], qemu: &str) -> String {
                 number(value)
             ));
         }
-        if let Some(limit) = target.limit {
+        if let (Some(limit), Some(_)) = (target.limit, ours) {
             let x = place(limit);
             draw(format_args!(
                 "<line class=\"t\" x1=\"{x:.1}\" y1=\"{}\" x2=\"{x:.1}\" y2=\"{}\"/>",
@@ -110,10 +122,14 @@ mod tests {
     }
 
     #[test]
-    fn only_what_was_measured_is_drawn() {
-        let drawing = svg(&figures(&runs()), "10.0.2");
-        assert_eq!(drawing.matches("height=\"11\"").count(), 6, "two bars for each of three operations");
-        assert!(drawing.contains(">attach_detach<") && !drawing.contains("coherent_4k"));
+    fn every_figure_has_its_bar_or_its_words() {
+        let figures = figures(&runs());
+        let drawing = svg(&figures, "10.0.2");
+        assert_eq!(drawing.matches("<rect class=\"o\" x=\"260\"").count(), 3, "ours, of what was measured");
+        for figure in &figures {
+            assert!(drawing.contains(&format!(">{}<", figure.target.name)), "{}", figure.target.name);
+        }
+        assert!(drawing.contains(">not measured: too many<"));
         assert!(drawing.ends_with("</svg>\n"));
     }
 }

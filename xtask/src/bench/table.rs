@@ -9,8 +9,8 @@ use super::targets::Linux;
 /// request also the whole request, with one and without.
 pub(super) fn table(figures: &[Figure]) -> String {
     let mut text = format!(
-        "{:<32}{:>10}{:>8}{:>8}{:>8}{:>8}{:>7}  {:<22}{:>9}{:>9}\n\
-         {:<32}{:>10}{:>8}{:>8}{:>8}{:>8}\n",
+        "{:<32}{:>10}{:>8}{:>8}{:>8}{:>9}{:>8}  {:<22}{:>9}{:>9}\n\
+         {:<32}{:>10}{:>8}{:>8}{:>8}{:>9}\n",
         "instructions per operation",
         "here",
         "Linux",
@@ -49,7 +49,7 @@ fn line(figure: &Figure) -> String {
     let limit = target.limit.map(number).unwrap_or_default();
     let Some(found) = figure.found.number() else {
         let Found::NotMeasured(why) = &figure.found else { return String::new() };
-        return format!("{:<32}{:>10}{linux}{:>8}{limit:>7}  not measured: {why}", target.name, "-", "");
+        return format!("{:<32}{:>10}{linux}{:>9}{limit:>8}  not measured: {why}", target.name, "-", "");
     };
     let ratio = target.linux.filter(|_| found > 0.0);
     let ratio = ratio.map(|linux| format!("{:.1}x", linux.strict as f64 / found)).unwrap_or_default();
@@ -65,7 +65,7 @@ fn line(figure: &Figure) -> String {
         _ => String::new(),
     };
     format!(
-        "{:<32}{:>10}{linux}{ratio:>8}{limit:>7}  {judged:<22}{requests:>9}{kicks:>9}{whole}",
+        "{:<32}{:>10}{linux}{ratio:>9}{limit:>8}  {judged:<22}{requests:>9}{kicks:>9}{whole}",
         target.name,
         number(found)
     )
