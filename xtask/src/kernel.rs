@@ -8,6 +8,9 @@ use qemu_tests::machine::Arch;
 use crate::setup::toolchain::{self, Toolchain};
 use crate::{command, paths, progress};
 
+/// What the kernel is built with, of the workspace's profiles.
+const PROFILE: &str = "kernel";
+
 /// Builds the kernel for `arch` with whatever compiler can, and returns the image.
 ///
 /// # Errors
@@ -17,11 +20,12 @@ pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
     let toolchain = toolchain::ensure(arch)?;
     let directory = directory(toolchain);
     let mut build = toolchain::cargo(toolchain, arch.target());
-    build.args(["build", "--release", "--package", "platform", "--bin", "kernel", "--target", arch.target()]);
+    build.args(["build", "--profile", PROFILE, "--package", "platform", "--bin", "kernel"]);
+    build.args(["--target", arch.target()]);
     build.arg("--target-dir").arg(&directory);
     progress::note(&format!("building the kernel for {} with {toolchain}", arch.name()));
     command::run(&mut build)?;
-    let image = directory.join(arch.target()).join("release").join("kernel");
+    let image = directory.join(arch.target()).join(PROFILE).join("kernel");
     if !image.is_file() {
         bail!("the build left no kernel image at {}", image.display());
     }
