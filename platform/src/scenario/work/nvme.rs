@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 
 use fastrand::Rng;
 use sha2::{Digest, Sha256};
-use virtio_iommu::Endpoint;
+use virtio_iommu::{Endpoint, MappingStatus};
 
 use super::{Bench, Done, Work};
 use crate::devices::dma::Dma;
@@ -128,6 +128,15 @@ impl NvmeWork<'_> {
         Ok(())
     }
 
+    /// With all buffers here, nothing that was unmapped may be in the disk's reach.
+    fn check_flushed(&self) -> Result<(), String> {
+        let mut mappings = self.worker.domain.mappings();
+        match mappings.find(|mapping| mapping.status == MappingStatus::Deferred) {
+            None => Ok(()),
+            Some(mapping) => Err(format!("{}: a buffer came back before the flush", mapping.range)),
+        }
+    }
+
     /// A request is done.
     fn take(&mut self, completion: Completion) -> Result<(), String> {
         let Completion { tag, buffer, result } = completion;
@@ -179,6 +188,7 @@ impl Work for NvmeWork<'_> {
             self.disk.check_health().map_err(text)?;
         }
         if self.finished == self.pages() {
+            self.check_flushed()?;
             (self.submitted, self.finished) = (0, 0);
             self.pass = match self.pass {
                 Pass::Read => Pass::Write,
