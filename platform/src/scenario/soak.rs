@@ -20,7 +20,7 @@ use crate::time::{self, Deadline};
 /// Checks around those of the workers.
 const CHECKS: usize = 2;
 /// How long it lasts unless `soak.seconds=` says otherwise, and at most: the harness reads all of QEMU's trace, which grows
-/// by about a megabyte in each.
+/// by some two megabytes in each.
 const SECONDS: u64 = 60;
 const MAX_SECONDS: u64 = 600;
 
