@@ -197,6 +197,8 @@ pub(crate) fn map<'a, P: Platform>(
         sent = Some((Some(in_flight), Ok(())));
     }
     Started::Waiting(async move {
+        // Named in this order, in which they end where this is never polled: what is in flight, then the list.
+        let (sent, list) = (sent, list);
         let mut result = go_on(list, sent, place, purpose, held).await;
         if make_room(shared, key, &result).await {
             result = go_on(List::new(shared, key, runs.clone()), None, place, purpose, held).await;

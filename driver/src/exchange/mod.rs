@@ -10,14 +10,16 @@ mod flush;
 #[cfg(all(test, loom))]
 mod loom;
 mod map;
+mod sleepers;
 mod unmap;
 mod wait;
 
 pub(crate) use each::{Wanted, map_each, unmap_each};
 pub(crate) use flush::{flush, flush_all_the_same, unmap_by_policy};
 pub(crate) use map::{Place, Run, map};
+pub(crate) use sleepers::{Need, Sleepers, Wake};
 pub(crate) use unmap::{Owned, reclaim, unmap};
-pub(crate) use wait::{Deadline, InFlight, Need, Sleepers, Started, Wake};
+pub(crate) use wait::{Deadline, InFlight, Started};
 
 use crate::barrier;
 use crate::dma::{HeldMemory, Release};
