@@ -179,6 +179,8 @@ pub(crate) struct Engine {
     strangers: FaultWindow,
     /// Lists that were begun.
     lists: u64,
+    /// Domains that the embedder let go of.
+    orphans: usize,
 }
 
 impl Engine {
@@ -197,6 +199,7 @@ impl Engine {
             released: 0,
             strangers: FaultWindow::default(),
             lists: 0,
+            orphans: 0,
         }
     }
 
@@ -291,17 +294,24 @@ impl Engine {
     /// nothing depends on it: now or by [`take_orphan`](Self::take_orphan).
     pub(crate) fn release_domain(&mut self, key: DomainKey) -> Option<DomainRecord> {
         self.domain_mut(key)?.orphaned = true;
+        self.orphans += 1;
         self.revoke_if_empty(usize::from(key.index));
         self.take_if_idle(usize::from(key.index))
     }
 
     /// A record that was let go of and that nothing depends on any more.
     pub(crate) fn take_orphan(&mut self) -> Option<DomainRecord> {
+        // With every detachment this is asked, and nearly always for nothing.
+        if self.orphans == 0 {
+            return None;
+        }
         (0..self.domains.len()).find_map(|index| self.take_if_idle(index))
     }
 
     fn take_if_idle(&mut self, index: usize) -> Option<DomainRecord> {
-        self.domains[index].take_if(|domain| domain.orphaned && domain.is_idle())
+        let idle = self.domains[index].take_if(|domain| domain.orphaned && domain.is_idle());
+        self.orphans -= usize::from(idle.is_some());
+        idle
     }
 
     /// Takes note that unattached endpoints are blocked: domains without endpoints are dead from now on.

@@ -293,6 +293,11 @@ impl<P: Platform> Shared<P> {
         need: Need,
         work: impl FnOnce(&mut State) -> R,
     ) -> Result<R, RequestError> {
+        if need == Need::Slot
+            && let Some(mut state) = self.with_free_slot()
+        {
+            return Ok(work(&mut state));
+        }
         let mut work = Some(work);
         let mut deadline = Deadline::new();
         poll_fn(|context| {
@@ -434,8 +439,10 @@ impl<P: Platform> Shared<P> {
 
     /// The same for a batch of one.
     pub(crate) async fn finish(&self, batch: Batch) -> Outcome {
-        self.ring();
-        InFlight { shared: self, batch, deadline: Deadline::new() }.outcome().await
+        match self.begin(batch) {
+            None => Ok(()),
+            Some(in_flight) => in_flight.outcome().await,
+        }
     }
 
     /// Calls wakers, without the lock.
