@@ -271,10 +271,12 @@ impl RequestQueue {
         let Some((head, _)) = batch.ends else { return false };
         let Some(used) = self.ring.peek() else { return false };
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return false };
-        let status = self.ring.memory().read_cell::<TAIL_AT>(head)[0];
         let mine = used.id == u32::from(2 * head) && slot.state == SlotState::InFlight;
         let simple = self.sleepers == 0 && self.broken.is_none() && self.probing.is_none();
-        if !(mine && simple && status == 0 && used.len >= slot.expected) {
+        // Before the answer is known to be there the device may be writing it.
+        if !(mine && simple && used.len >= slot.expected)
+            || self.ring.memory().read_cell::<TAIL_AT>(head)[0] != 0
+        {
             return false;
         }
         (slot.state, slot.next) = (SlotState::Free, self.free);
@@ -291,12 +293,14 @@ impl RequestQueue {
         let (head, _) = batch.ends?;
         let used = self.ring.peek()?;
         let slot = self.slots.get(usize::from(head))?;
-        let status = self.ring.memory().read_cell::<TAIL_AT>(head)[0];
         let mine = used.id == u32::from(2 * head) && slot.state == SlotState::InFlight;
         let simple = self.probing != Some(head) && self.sleepers == 0 && self.broken.is_none();
-        if !(mine && simple && judge(used.len, slot.expected, status).is_ok()) {
+        if !(mine && simple) {
             return None;
         }
+        // Not before the answer is known to be there: else the device may be writing it.
+        let status = self.ring.memory().read_cell::<TAIL_AT>(head)[0];
+        judge(used.len, slot.expected, status).ok()?;
         let op = slot.op;
         self.ring.pass();
         self.advance(batch);
