@@ -146,6 +146,30 @@ fn a_dropped_unmap_gives_the_page_back_once() {
     });
 }
 
+/// Who looks once does not read an answer that is not there yet, though another's is.
+///
+/// Fails with the status read before the used entry's id is looked at, in `RequestQueue::take_one`.
+#[test]
+fn who_looks_once_leaves_others_answers_alone() {
+    explore_both("two who look once", 2, |suppression| {
+        let (world, device) = world(suppression, 2);
+        let his = submit(world.shared());
+        let device = world.spawn(device, 2);
+        let viommu = world.viommu.clone();
+        let other = thread::spawn(move || run(viommu.shared.finish(his)));
+        let (key, mut page) = (world.domain.key(), held());
+        let runs = core::iter::once(Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 });
+        let placement = Placement::up_to(Iova::new(u64::MAX));
+        let place = Place::Anywhere { len: 0x1000, placement, parts: 1 };
+        let mapped =
+            run(async { exchange::map(world.shared(), key, place, runs, READ, &mut page).finish().await });
+        assert!(mapped.is_ok() && page.is_none());
+        assert_eq!(other.join().unwrap(), Ok(()));
+        device.join().unwrap();
+        assert_eq!((world.viommu.stats().maps, world.viommu.stats().quarantined_mappings), (1, 0));
+    });
+}
+
 /// A MAP that is dropped against its answer leaves the page mapped and in quarantine, unless it was done.
 ///
 /// Fails with the mapping let go of in `Engine::lose`, or when the late answer is settled.
