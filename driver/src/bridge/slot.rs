@@ -51,12 +51,15 @@
 //!         disk().alloc_coherent(pages * 4096).map_or((0, NonNull::dangling()), |m| (m.iova().get() as usize, m.ptr()))
 //!     }
 //!     unsafe fn dma_dealloc(iova: usize, _: NonNull<u8>, _: usize) -> i32 {
+//! # // SAFETY: the caller's promise, as the trait has it.
 //!         unsafe { disk().unmap_at(Iova::new(iova as u64)) }.map_or_else(|error| { log::error!("{error}"); 0 }, |_| 0)
 //!     }
 //!     unsafe fn share(buffer: NonNull<[u8]>, direction: BufferDirection) -> usize {
+//! # // SAFETY: the caller's promise, as the trait has it.
 //!         unsafe { disk().share_or_fault(buffer, ours(direction)) }.get() as usize
 //!     }
 //!     unsafe fn unshare(iova: usize, buffer: NonNull<[u8]>, direction: BufferDirection) {
+//! # // SAFETY: the caller's promise, as the trait has it.
 //!         unsafe { disk().unshare(Iova::new(iova as u64), buffer, ours(direction)) }
 //!     }
 //! }

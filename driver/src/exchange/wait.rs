@@ -406,17 +406,7 @@ impl<P: Platform> Shared<P> {
 
     /// Rings for the batch, and looks once. Returns it where not all of it succeeded yet.
     #[inline]
-    pub(crate) fn begin(&self, batch: Batch) -> Option<InFlight<'_, P>> {
-        self.begin_and(batch, |_| ())
-    }
-
-    /// The same. If all succeeded, `then` runs under the lock that took the last answer.
-    #[inline]
-    pub(crate) fn begin_and(
-        &self,
-        mut batch: Batch,
-        then: impl FnOnce(&mut State),
-    ) -> Option<InFlight<'_, P>> {
+    pub(crate) fn begin(&self, mut batch: Batch) -> Option<InFlight<'_, P>> {
         self.ring();
         let mut state = self.state.lock();
         while let Some(op) = state.requests.take_next(&mut batch) {
@@ -424,7 +414,6 @@ impl<P: Platform> Shared<P> {
         }
         // Where somebody waits for a slot, the rest of the way wakes him.
         if batch.is_empty() && state.sleepers.waiting.is_empty() {
-            then(&mut state);
             return None;
         }
         Some(InFlight { shared: self, batch, deadline: Deadline::new() })
