@@ -1,12 +1,13 @@
 //! Who is woken, when, and by whom; and when the device is asked to interrupt.
 
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use virtio_iommu::{DmaDevice, Interrupt, Iova, Options};
-use virtio_iommu_model::{Config, Release, feature};
+use virtio_iommu_model::{Config, Execute, Inject, Release, feature};
 
 use super::{AT, Bench};
-use crate::support::{ANYWHERE, Bell, EP, EP2, Machine, PAGE, RW, Task};
+use crate::support::{ANYWHERE, Bell, EP, EP2, Machine, PAGE, RW, Task, When, interposed};
 
 fn page(number: u64) -> Iova {
     Iova::new(AT.get() + number * PAGE)
@@ -361,4 +362,44 @@ fn a_probe_sleeps_until_the_area_is_free() {
     bench.serve();
     first.finish().unwrap();
     second.finish().unwrap();
+}
+
+/// Fails when `look_once` wakes nobody, or `begin` does not look whether anybody waits: whoever began to wait for a slot
+/// while one mapping took the last sleeps on.
+#[test]
+fn who_looks_once_wakes_who_waits_for_his_slot() {
+    for anywhere in [true, false] {
+        wakes_who_waits(anywhere);
+    }
+}
+
+/// A mapping anywhere goes the quick way, one at an address does not.
+fn wakes_who_waits(anywhere: bool) {
+    let (machine, viommu, work) = interposed(When::Before);
+    let domain = viommu.create_domain(Default::default()).unwrap();
+    viommu.attach(EP, &domain).unwrap();
+    let phys = machine.memory(PAGE).phys;
+    let map_at = |at| {
+        let domain = domain.clone();
+        // SAFETY: the test's own memory, which is never reused.
+        Task::new(async move { unsafe { domain.map_at_async(at, phys, PAGE, RW) }.await })
+    };
+    // All slots but one are the device's, and nobody waits for their answers.
+    let lost = 127;
+    machine.inject((0..lost).map(|_| Inject::Hold(Execute::AtRelease)));
+    for index in 0..lost {
+        map_at(page(index)).sleep();
+    }
+    assert_eq!(viommu.stats().abandoned_requests, lost);
+    let sleeper = Arc::new(Mutex::new(map_at(page(lost))));
+    let (bell, other) = (sleeper.lock().unwrap().bell.clone(), Arc::clone(&sleeper));
+    // Before the answer is there, which he would drain himself.
+    work.run_next(move || other.lock().unwrap().sleep());
+    // SAFETY: as above, here and below.
+    let mapped = || unsafe { domain.map(phys, PAGE, RW, ANYWHERE) };
+    // SAFETY: as above.
+    let mapped_at = || unsafe { domain.map_at(page(lost + 1), phys, PAGE, RW) };
+    assert!(if anywhere { mapped().is_ok() } else { mapped_at().is_ok() });
+    assert_eq!(bell.wakes(), 1);
+    assert_eq!(sleeper.lock().unwrap().finish(), Ok(()));
 }
