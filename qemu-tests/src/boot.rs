@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result};
 
 use crate::console;
 use crate::disk::Disk;
+use crate::firmware::{Listener, Speaker};
 use crate::machine::{Gdb, Iommu, Machine};
 use crate::process::{Ended, Process};
 use crate::protocol::{Reason, Verdict};
@@ -83,6 +84,8 @@ pub struct Boot {
 pub struct Outcome {
     /// Each line that the guest printed.
     pub lines: Vec<String>,
+    /// Each line that its firmware printed before.
+    pub firmware: Vec<String>,
     /// What the guest claims, and whether that is complete.
     pub verdict: Verdict,
     /// How QEMU ended.
@@ -115,7 +118,7 @@ impl Boot {
         }
     }
 
-    /// Boots, hands each line to `observer` as it comes, and judges.
+    /// Boots, hands each line of the guest to `observer` as it comes, and judges.
     ///
     /// # Errors
     ///
@@ -146,16 +149,21 @@ impl Boot {
         let mut command = Command::new(&qemu.path);
         command.args(self.machine.arguments());
         let mut process = Process::start(&mut command)?;
-        let mut lines = Vec::new();
-        let ended = process.follow(deadline, &mut |line| {
-            observer(line);
-            lines.push(line.to_owned());
+        let (mut lines, mut firmware) = (Vec::new(), Vec::new());
+        let mut listener = Listener::default();
+        let ended = process.follow(deadline, &mut |line| match listener.line(line) {
+            Speaker::Firmware => firmware.push(line.to_owned()),
+            Speaker::Guest => {
+                observer(line);
+                lines.push(line.to_owned());
+            }
         });
         let wall = process.elapsed();
         let stderr = process.into_stderr();
 
         let verdict = Verdict::read(lines.iter().map(String::as_str), self.machine.arch, ended);
-        let mut outcome = Outcome { lines, verdict, ended, seen: None, objections: Vec::new(), stderr, wall };
+        let (seen, objections) = (None, Vec::new());
+        let mut outcome = Outcome { lines, firmware, verdict, ended, seen, objections, stderr, wall };
         let transfers = server.stop();
         if outcome.verdict.passed() {
             self.cross_examine(&disk, &nvme, &trace, &transfers, &mut outcome);
@@ -199,7 +207,7 @@ impl Boot {
         transfers: &[Transfer],
         outcome: &mut Outcome,
     ) {
-        if self.machine.iommu == Iommu::On && self.witness == Witness::Trace {
+        if self.machine.iommu != Iommu::Off && self.witness == Witness::Trace {
             match Counts::read(trace) {
                 Ok(seen) => {
                     outcome.objections = witness::differences(&outcome.verdict.values, &seen);

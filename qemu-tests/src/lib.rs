@@ -23,6 +23,7 @@ pub mod bench;
 pub mod boot;
 pub mod console;
 pub mod disk;
+mod firmware;
 pub mod machine;
 pub mod process;
 pub mod protocol;

@@ -4,51 +4,43 @@
 //! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`, 00:05.0 network, 00:06.0 NVMe disk,
 //! 00:07.0 console.
 
+mod arch;
+mod arguments;
+mod need;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 
+pub use self::arch::{Arch, Image};
+pub use self::need::Need;
+
+use self::arguments::Arguments;
 use crate::trace;
 
-/// The architectures that there are machines for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arch {
-    /// QEMU's `q35`.
-    X86_64,
-}
-
-impl Arch {
-    /// The name, as the kernel prints it and the command line takes it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64",
-        }
-    }
-
-    /// The Rust target that its kernel is built for.
-    #[must_use]
-    pub fn target(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64-unknown-none",
-        }
-    }
-
-    /// The name of its QEMU.
-    #[must_use]
-    pub fn qemu(self) -> &'static str {
-        match self {
-            Self::X86_64 => "qemu-system-x86_64",
-        }
-    }
-}
-
-/// Whether the machine has a virtio-iommu.
+/// The machine's virtio-iommu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Iommu {
     /// A `virtio-iommu-pci` at 00:01.0.
-    On,
+    Pci,
+    /// A `virtio-iommu-device` in the first slot for virtio over MMIO, for all of PCI.
+    Mmio,
     /// None; the other devices stay where they are.
     Off,
+}
+
+impl Iommu {
+    /// The arguments that make it.
+    fn arguments(self) -> &'static str {
+        match self {
+            Self::Pci => "-device virtio-iommu-pci,addr=1",
+            // By default the slots have the layout of before virtio 1.0, and an I/O thread takes the doorbell later.
+            Self::Mmio => {
+                "-global virtio-mmio.force-legacy=false -global virtio-mmio.ioeventfd=false \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.0,primary-bus=pcie.0"
+            }
+            Self::Off => "",
+        }
+    }
 }
 
 /// Whether QEMU waits for a debugger.
@@ -65,7 +57,7 @@ pub enum Gdb {
 pub struct Machine {
     /// Its architecture.
     pub arch: Arch,
-    /// Whether there is an IOMMU.
+    /// Its IOMMU.
     pub iommu: Iommu,
     /// The image of the disk; none leaves the device out.
     pub disk: Option<PathBuf>,
@@ -75,7 +67,7 @@ pub struct Machine {
     pub console: Option<PathBuf>,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// The kernel image, an ELF file with a PVH note.
+    /// The kernel image, as [`Arch::image`] says.
     pub kernel: PathBuf,
     /// The kernel's command line.
     pub cmdline: String,
@@ -88,12 +80,12 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The default machine with this kernel: an IOMMU, no disks, 256 MiB, no trace.
+    /// The default machine with this kernel: an IOMMU on PCI, no disks, 256 MiB, no trace.
     #[must_use]
     pub fn new(arch: Arch, kernel: PathBuf) -> Self {
         Self {
             arch,
-            iommu: Iommu::On,
+            iommu: Iommu::Pci,
             disk: None,
             nvme: None,
             console: None,
@@ -110,18 +102,10 @@ impl Machine {
     #[must_use]
     pub fn arguments(&self) -> Vec<OsString> {
         let mut arguments = Arguments::default();
-        match self.arch {
-            Arch::X86_64 => {
-                arguments.words("-M q35 -accel tcg");
-                arguments.words("-device isa-debug-exit,iobase=0xf4,iosize=4");
-            }
-        }
+        arguments.words(self.arch.machine());
         arguments.words("-m").word(self.memory_mib.to_string());
         arguments.words("-nodefaults -no-reboot -display none -serial stdio");
-        match self.iommu {
-            Iommu::On => arguments.words("-device virtio-iommu-pci,addr=1"),
-            Iommu::Off => &mut arguments,
-        };
+        arguments.words(self.iommu.arguments());
         if let Some(disk) = &self.disk {
             arguments.words("-drive").joined("if=none,id=disk,format=raw,file=", disk);
             arguments.words("-device virtio-blk-pci,drive=disk,iommu_platform=on,disable-legacy=on,addr=2");
@@ -154,36 +138,8 @@ impl Machine {
         };
         arguments.words("-kernel").word(&self.kernel);
         arguments.words("-append").word(&self.cmdline);
-        arguments.0.extend(self.extra.iter().cloned());
-        arguments.0
-    }
-}
-
-/// A list of arguments under construction.
-#[derive(Default)]
-struct Arguments(Vec<OsString>);
-
-impl Arguments {
-    /// Adds each word of `words`.
-    fn words(&mut self, words: &str) -> &mut Self {
-        self.0.extend(words.split_whitespace().map(OsString::from));
-        self
-    }
-
-    /// Adds one argument as it is.
-    fn word(&mut self, word: impl Into<OsString>) -> &mut Self {
-        self.0.push(word.into());
-        self
-    }
-
-    /// Adds `prefix` and `path` as one argument; QEMU takes a doubled comma for one that belongs to the path.
-    fn joined(&mut self, prefix: &str, path: &std::path::Path) -> &mut Self {
-        let mut word = OsString::from(prefix);
-        match path.to_str() {
-            Some(text) => word.push(text.replace(',', ",,")),
-            None => word.push(path),
-        }
-        self.word(word)
+        arguments.all(&self.extra);
+        arguments.finish()
     }
 }
 

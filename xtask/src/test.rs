@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use qemu_tests::machine::Arch;
+use qemu_tests::machine::{Arch, Iommu};
 
 use crate::setup::SetupArguments;
 use crate::{command, examples, kernel, loom, progress, qtest, setup};
@@ -115,8 +115,8 @@ fn interleavings(arguments: &TestArguments) -> Result<()> {
 fn machine(arguments: &TestArguments) -> Result<()> {
     progress::heading("machine tests");
     let arch = Arch::X86_64;
-    let qemu = setup::qemu(arch, arguments.setup.qemu.as_deref())?;
-    let image = kernel::build(arch)?;
+    let qemu = setup::qemu(arch, Iommu::Pci, &arguments.setup)?;
+    let image = kernel::build(arch)?.image;
     progress::note(&format!("QEMU {} at {}", qemu.version, qemu.path.display()));
     let mut tests = command::cargo(&["test", "--package", "qemu-tests", "--test", "machine"]);
     tests.env_remove("QEMU_TESTS_TIER");

@@ -33,7 +33,7 @@ pub(crate) struct Case {
 
 impl Case {
     fn new(name: &'static str, scenario: &'static str, expect: Expect) -> Self {
-        let (iommu, disk, peer) = (Iommu::On, DiskDevice::Present, Peer::Listening);
+        let (iommu, disk, peer) = (Iommu::Pci, DiskDevice::Present, Peer::Listening);
         Self { name, scenario, iommu, disk, peer, words: "", extra: "", deadline: DEADLINE, expect }
     }
 
