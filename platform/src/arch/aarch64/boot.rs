@@ -22,6 +22,11 @@ global_asm!(include_str!("entry.s"));
 const BOOT_MAPPED_START: u64 = 1 << 30;
 const BOOT_MAPPED_LAST: u64 = (4 << 30) - 1;
 
+/// What belongs to firmware and boot loader, whatever the memory map says: nothing.
+pub fn firmware_memory() -> Option<PhysRange> {
+    None
+}
+
 fn boot_mapped() -> PhysRange {
     PhysRange::new(BOOT_MAPPED_START, BOOT_MAPPED_LAST).unwrap_or_else(|| unreachable!("3 GiB are not empty"))
 }

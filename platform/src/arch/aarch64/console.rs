@@ -51,10 +51,16 @@ fn port() -> Option<Mmio> {
     Some(unsafe { Mmio::new(base, LEN_BYTES as usize) })
 }
 
-/// Moves to the port that the device tree names: the first one, as long as the boot tables reach it. Where it names none,
-/// the port stays where it was.
+/// Moves to the port that the device tree names: its `stdout-path`, or else the first one, as long as the boot tables
+/// reach it. Where it names none, the port stays where it was.
 pub(super) fn find(tree: &DeviceTree<'_>) {
-    let registers = tree.compatible(COMPATIBLE).find_map(|node| node.registers().ok()?.first().copied());
+    let chosen = tree.at(&["chosen"]);
+    let path = chosen.as_ref().and_then(|node| node.text("stdout-path")).unwrap_or("");
+    // A path may be followed by the line's rate, and its last part is the node's name.
+    let name = path.split(':').next().and_then(|path| path.rsplit('/').next());
+    let named = tree.compatible(COMPATIBLE).find(|node| Some(node.name()) == name);
+    let port = named.or_else(|| tree.compatible(COMPATIBLE).next());
+    let registers = port.and_then(|node| node.registers().ok()?.first().copied());
     let Some(registers) = registers else { return };
     let start = registers.start();
     if start.is_multiple_of(LEN_BYTES) && (LEN_BYTES..REACHED_AT_BOOT).contains(&start) {

@@ -66,7 +66,8 @@ enum Use {
 impl Use {
     fn attributes(self) -> u64 {
         use bits::{
-            ACCESSED, INNER_SHAREABLE, MEMORY, PRIVILEGED_NEVER_EXECUTES, READ_ONLY, USER_NEVER_EXECUTES, VALID,
+            ACCESSED, INNER_SHAREABLE, MEMORY, PRIVILEGED_NEVER_EXECUTES, READ_ONLY, USER_NEVER_EXECUTES,
+            VALID,
         };
         let cached = MEMORY | INNER_SHAREABLE;
         VALID
