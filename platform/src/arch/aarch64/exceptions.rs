@@ -60,7 +60,7 @@ extern "C" fn exception_entry(frame: &Frame) -> ! {
     let name = KINDS[vector % 4];
     let origin = ORIGINS.get(vector / 4).copied().unwrap_or("nowhere");
     print_now(format_args!(
-        "\nexception: {name} in {origin}, {}, syndrome {:#x}, at {:#018x}\n",
+        "\nexception {vector}: {name} in {origin}, {}, syndrome {:#x}, at {:#018x}\n",
         class_name(class),
         frame.esr,
         frame.elr
