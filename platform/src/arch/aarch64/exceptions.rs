@@ -6,8 +6,9 @@
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use super::{backtrace, image, power};
+use super::{backtrace, power};
 use crate::console::print_now;
+use crate::image;
 use crate::power::ExitCode;
 
 global_asm!(include_str!("exceptions.s"));
