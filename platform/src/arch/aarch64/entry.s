@@ -54,6 +54,35 @@ stop:
     wfi
     b       stop
 
+// Another CPU, with what `cpus::start` prepared in x0: memory that the boot tables reach. The kernel's own tables are used
+// before any other memory, as stacks may lie anywhere.
+.global start_other
+start_other:
+    msr     daifset, #0xf
+    mov     x20, x0
+    bl      enter_el1
+    bl      mmu_on
+
+    ldp     x1, x2, [x20]               // tables, SCTLR_EL1
+    msr     ttbr0_el1, x1
+    isb
+    tlbi    vmalle1
+    dsb     nsh
+    msr     sctlr_el1, x2
+    isb
+
+    ldp     x1, x2, [x20, #16]          // stack, stack for exceptions
+    msr     spsel, #1
+    mov     sp, x2
+    msr     spsel, #0
+    mov     sp, x1
+
+    mov     x29, xzr
+    mov     x30, xzr
+    mov     x0, x20
+    bl      cpu_entry
+    b       stop
+
 // Goes on at EL1, whether entered there or at EL2. Keeps x20. At EL3 it stops: no boot protocol enters there.
 enter_el1:
     mrs     x1, CurrentEL

@@ -26,11 +26,26 @@ unsafe extern "C" {
     static exception_vectors: u8;
 }
 
-/// Sets the vectors of this CPU. From here on a fault is reported.
+/// Sets the vectors of the first CPU. From here on a fault is reported.
 pub fn init() {
+    init_cpu(image::fault_stack_top());
+}
+
+/// Sets the vectors of this CPU, whose stack for exceptions ends at `fault_stack_top`.
+pub(super) fn init_cpu(fault_stack_top: u64) {
     let vectors = (&raw const exception_vectors).addr();
-    // SAFETY: the table of exceptions.s, which is aligned as it has to be, and whose every entry leads somewhere.
-    unsafe { asm!("msr vbar_el1, {}", "isb", in(reg) vectors, options(nomem, nostack, preserves_flags)) };
+    // SAFETY: the table of exceptions.s, which is aligned as it has to be, and whose every entry leads somewhere. The
+    // kernel uses TPIDR_EL1 for nothing else.
+    unsafe {
+        asm!(
+            "msr tpidr_el1, {stack}",
+            "msr vbar_el1, {vectors}",
+            "isb",
+            stack = in(reg) fault_stack_top,
+            vectors = in(reg) vectors,
+            options(nomem, nostack, preserves_flags),
+        );
+    }
 }
 
 /// What exceptions.s left on the stack, lowest address first.

@@ -20,7 +20,7 @@
     msr     tpidr_el0, x0
     mov     x0, sp
     msr     tpidrro_el0, x0
-    ldr     x0, =__fault_stack_top
+    mrs     x0, tpidr_el1
     mov     sp, x0
     mrs     x0, tpidr_el0
     sub     sp, sp, #FATAL_BYTES
@@ -54,8 +54,6 @@ exception_vectors:
     fatal 14
     fatal 15
 .balign 128
-
-.ltorg
 
 fatal_exception:
     stp     x2, x3, [sp, #16]

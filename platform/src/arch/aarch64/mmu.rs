@@ -221,6 +221,15 @@ unsafe fn activate(root: u64) {
     }
 }
 
+/// What another CPU sets to use the same tables: TTBR0_EL1 and SCTLR_EL1. `None` before [`init`].
+pub(super) fn in_use() -> Option<(u64, u64)> {
+    let root = (*ROOT.lock())?;
+    let control: u64;
+    // SAFETY: reads this CPU's own settings.
+    unsafe { asm!("mrs {}, sctlr_el1", out(reg) control, options(nomem, nostack, preserves_flags)) };
+    Some((root | ADDRESS_SPACE, control))
+}
+
 /// Maps device registers as device memory at their physical address, and gives that address.
 ///
 /// # Errors

@@ -10,6 +10,7 @@ pub mod backtrace;
 pub mod boot;
 pub mod clock;
 pub mod console;
+pub mod cpus;
 pub mod diagnostic;
 pub mod exceptions;
 pub mod interrupts;

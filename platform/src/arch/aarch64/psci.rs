@@ -1,6 +1,7 @@
 //! Calls to the firmware that turns CPUs and the machine on and off (Arm DEN 0022, PSCI).
 
 use core::arch::asm;
+use core::fmt;
 use core::sync::atomic::{AtomicU8, Ordering};
 
 use crate::firmware::device_tree::DeviceTree;
@@ -10,6 +11,7 @@ const COMPATIBLE: [&str; 2] = ["arm,psci-1.0", "arm,psci-0.2"];
 
 /// Functions, in the 64-bit calling convention where there is one.
 const SYSTEM_OFF: u64 = 0x8400_0008;
+const CPU_ON: u64 = 0xc400_0003;
 
 /// By which instruction the firmware is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +42,50 @@ pub fn system_off() {
     call(SYSTEM_OFF, [0; 3]);
 }
 
+/// Turns a CPU on, by its affinity: it begins at the physical address `entry`, with MMU and caches off, and `argument` in
+/// x0.
+///
+/// # Errors
+///
+/// [`PsciError`].
+///
+/// # Safety
+///
+/// What begins at `entry` must be able to run so, with this argument.
+pub(super) unsafe fn cpu_on(affinity: u64, entry: u64, argument: u64) -> Result<(), PsciError> {
+    match call(CPU_ON, [affinity, entry, argument]) {
+        Some(0) => Ok(()),
+        Some(code) => Err(PsciError::Refused { code }),
+        None => Err(PsciError::NoFirmware),
+    }
+}
+
+/// A call that did nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum PsciError {
+    /// The device tree names no firmware that can be called.
+    NoFirmware,
+    /// The firmware refused.
+    Refused {
+        /// Its reason: -1 not supported, -2 invalid parameters, -4 already on, -5 on pending, -6 internal failure.
+        code: i32,
+    },
+}
+
+impl fmt::Display for PsciError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoFirmware => f.write_str("the device tree names no PSCI firmware"),
+            Self::Refused { code } => write!(f, "PSCI answers {code}"),
+        }
+    }
+}
+
+impl core::error::Error for PsciError {}
+
 /// Makes a call; `None` without a conduit.
-fn call(function: u64, arguments: [u64; 3]) -> Option<i64> {
+fn call(function: u64, arguments: [u64; 3]) -> Option<i32> {
     let [a, b, c] = arguments;
     let result: i64;
     macro_rules! conduit {
@@ -64,5 +108,6 @@ fn call(function: u64, arguments: [u64; 3]) -> Option<i64> {
         2 => conduit!("smc #0"),
         _ => return None,
     }
-    Some(result)
+    // Results are 32 bits wide; the upper half may be anything.
+    Some(result as i32)
 }
