@@ -32,6 +32,7 @@ pub mod firmware;
 #[cfg(target_os = "none")]
 pub mod image;
 pub mod iommu;
+pub mod lock;
 pub mod machine;
 pub mod memory;
 pub mod mmio;

@@ -24,6 +24,7 @@ pub mod config;
 pub mod ecam;
 pub mod function;
 pub mod number;
+mod requester;
 pub mod scan;
 pub mod virtio_drivers;
 mod window;
@@ -90,6 +91,12 @@ impl<C: ConfigSpace> Pci<C> {
     /// The bridge whose secondary bus a function is on; `None` on a root bus.
     pub fn bridge_above(&self, address: PciAddress) -> Option<&Function> {
         function::bridge_above(&self.functions, address)
+    }
+
+    /// The number that a function's DMA carries where an IOMMU sees it: bus, device and function in 16 bits. Functions
+    /// behind a bridge to conventional PCI share one.
+    pub fn requester(&self, address: PciAddress) -> u16 {
+        requester::requester(&self.config, &self.functions, address)
     }
 
     /// Turns a function's memory decoding on or off. On turns it on for the bridges above too.

@@ -55,6 +55,7 @@ const KNOWN: &[&str] = &[
     "policy",
     "hide",
     "viot",
+    "iommu",
     "log",
     // How long devices work, and how much.
     "soak.seconds",

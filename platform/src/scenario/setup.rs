@@ -5,8 +5,6 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
 
-use virtio_iommu::transport::Transport;
-use virtio_iommu::transport::pci::PciTransport;
 use virtio_iommu::{
     DeferredBounds, Domain, DomainOptions, Endpoint, EndpointId, EndpointOptions, OpenError, Options,
     UnmapPolicy,
@@ -14,7 +12,7 @@ use virtio_iommu::{
 
 use crate::acpi::Signature;
 use crate::boot::BootInfo;
-use crate::iommu::{self, BringUpError, Iommu, KernelPlatform};
+use crate::iommu::{self, BringUpError, Iommu, KernelPlatform, Wrap, topology};
 use crate::machine::{DiscoverError, Firmware, Machine};
 use crate::pci::function::Function;
 
@@ -37,16 +35,32 @@ impl fmt::Display for SetupError {
     }
 }
 
-/// Discovers the machine and brings its IOMMU up. `wrap` can put something before the transport.
-pub(super) fn bring_up<T: Transport + 'static>(
+/// Discovers the machine and brings the first of its IOMMUs up.
+pub(super) fn bring_up(info: &BootInfo, options: Options) -> Result<(Machine, Iommu), SetupError> {
+    bring_up_first(info, options, None)
+}
+
+/// The same with something before the transport.
+pub(super) fn bring_up_wrapped(
     info: &BootInfo,
     options: Options,
-    wrap: impl FnOnce(PciTransport) -> T,
+    wrap: Wrap<'_>,
+) -> Result<(Machine, Iommu), SetupError> {
+    bring_up_first(info, options, Some(wrap))
+}
+
+fn bring_up_first(
+    info: &BootInfo,
+    options: Options,
+    wrap: Option<Wrap<'_>>,
 ) -> Result<(Machine, Iommu), SetupError> {
     let machine = Machine::discover(info).map_err(SetupError::Machine)?;
     let viot = firmware_viot(info, &machine);
     let viot = viot.as_deref().map_err(Clone::clone);
-    let iommu = iommu::bring_up(&machine, viot, options, wrap).map_err(SetupError::Iommu)?;
+    let found = topology::find(&machine, &info.command_line, viot).map_err(SetupError::Iommu)?;
+    let first = found.first().ok_or(SetupError::Iommu(BringUpError::NoDevice))?;
+    machine.pci.quiesce_all();
+    let iommu = iommu::bring_up(&machine, first, options, wrap).map_err(SetupError::Iommu)?;
     Ok((machine, iommu))
 }
 

@@ -18,7 +18,7 @@ use crate::report::Report;
 pub(super) fn iommu(machine: &Machine, iommu: &Iommu) {
     let viommu = &iommu.viommu;
     println!();
-    println!("virtio-iommu at {}, found by VIOT", iommu.address);
+    println!("virtio-iommu at {}, found by {}", iommu.place, iommu.source);
     println!("  features       {}", viommu.features());
     println!("  granule        {:#x} bytes", viommu.granule());
     println!("  input range    {}", viommu.input_range());
@@ -89,7 +89,7 @@ pub(super) fn live(iommu: &Iommu, report: &mut Report) {
     report.check(
         "iommu",
         true,
-        format_args!("live at {}, {} functions behind it", iommu.address, iommu.members.len()),
+        format_args!("live at {}, {} functions behind it", iommu.place, iommu.members.len()),
     );
 }
 

@@ -1,9 +1,9 @@
 //! A transport that misbehaves, for scenarios that must fail.
 
+use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
-use virtio_iommu::transport::pci::PciTransport;
 use virtio_iommu::transport::{DeviceStatus, InterruptCause, QueueAddresses, Transport, TransportError};
 
 use crate::memory::phys_to_virt;
@@ -29,9 +29,9 @@ impl Arm {
 
 const REQUEST_QUEUE: u16 = 0;
 
-/// A PCI transport with something before it.
+/// A transport with something before it.
 pub(super) struct Tampered {
-    inner: PciTransport,
+    inner: Box<dyn Transport>,
     tamper: Tamper,
     armed: Arm,
     descriptors: AtomicU64,
@@ -42,10 +42,10 @@ pub(super) struct Tampered {
 }
 
 impl Tampered {
-    pub(super) fn new(inner: PciTransport, tamper: Tamper, armed: Arm) -> Self {
+    pub(super) fn boxed(inner: Box<dyn Transport>, tamper: Tamper, armed: Arm) -> Box<dyn Transport> {
         let (descriptors, used) = (AtomicU64::new(0), AtomicU64::new(0));
         let (size, falsified) = (AtomicU16::new(0), AtomicU16::new(0));
-        Self { inner, tamper, armed, descriptors, used, size, falsified }
+        Box::new(Self { inner, tamper, armed, descriptors, used, size, falsified })
     }
 
     /// Turns the answers that came since the last time into successes, by the rings in memory. QEMU answers

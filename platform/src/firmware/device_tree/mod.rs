@@ -193,6 +193,12 @@ impl<'m> Node<'m> {
         self.path[self.path.len() - 1]
     }
 
+    /// Whether the two are one node of one tree.
+    pub fn is(&self, other: &Self) -> bool {
+        let place = |node: &Self| node.own().name().as_ptr();
+        place(self) == place(other)
+    }
+
     /// Its name with its unit address, such as `pci@30000000`; the root has none.
     pub fn name(&self) -> &'m str {
         let node = self.own();
