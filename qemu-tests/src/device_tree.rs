@@ -64,7 +64,7 @@ pub(crate) fn describe(qemu: &Qemu, machine: &Machine, directory: &Path) -> Resu
 
 /// Adds the claims to a tree.
 fn patch(bytes: &[u8], claims: &[Claim]) -> Result<Vec<u8>> {
-    let fdt = Fdt::new(bytes).map_err(|error| anyhow!("{error}"))?;
+    let fdt = Fdt::new(without_padding(bytes)).map_err(|error| anyhow!("{error}"))?;
     let mut tree = DeviceTree::from_fdt(&fdt);
     let mut slots = Vec::new();
     let mut hosts = Vec::new();
@@ -94,6 +94,12 @@ fn patch(bytes: &[u8], claims: &[Claim]) -> Result<Vec<u8>> {
     }
     set(at(&mut tree.root, host)?, "iommu-map", &map)?;
     Ok(tree.to_dtb())
+}
+
+/// The tree alone: some versions of QEMU write all of the buffer that the tree is in.
+fn without_padding(bytes: &[u8]) -> &[u8] {
+    let total = bytes.get(4..8).and_then(|total| total.try_into().ok()).map_or(0, u32::from_be_bytes);
+    bytes.get(..total as usize).unwrap_or(bytes)
 }
 
 /// Calls `visit` for each node with its path.
@@ -209,6 +215,13 @@ mod tests {
             .remove_property("iommu-map")
             .unwrap();
         assert_eq!(after, before);
+    }
+
+    #[test]
+    fn padding_after_the_tree_is_dropped() {
+        let mut bytes = tree(true).to_dtb();
+        bytes.resize(bytes.len() + 4096, 0);
+        assert!(patch(&bytes, &all()).is_ok());
     }
 
     #[test]
