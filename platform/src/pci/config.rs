@@ -23,6 +23,8 @@ pub mod offset {
     pub const HEADER_TYPE: u16 = 0x0e;
     /// The first BAR.
     pub const BAR0: u16 = 0x10;
+    /// A bridge's primary bus, 8 bits.
+    pub const PRIMARY_BUS: u16 = 0x18;
     /// A bridge's secondary bus, 8 bits.
     pub const SECONDARY_BUS: u16 = 0x19;
     /// A bridge's last bus, 8 bits.

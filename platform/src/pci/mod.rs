@@ -4,14 +4,16 @@
 //! [`ConfigSpace`]: the machine's is [`Ecam`](ecam::Ecam), a test's is an array.
 //!
 //! ```text
-//! scan          every bus of every segment, multifunction bit honoured; BARs sized with decoding off
-//! assign_bars   BARs without a usable address get one from the host's or the bridge's window
+//! scan          buses numbered where nobody did; every bus of every segment, multifunction bit honoured; BARs sized with
+//!               decoding off
+//! assign_bars   closed bridges get windows for what is behind them; BARs without a usable address get one from the
+//!               host's or the bridge's window
 //! quiesce_all   bus mastering off everywhere but on bridges
 //! set_memory_decode, set_bus_master   per function, with the bridges above it
 //! ```
 //!
 //! Promises that no loop depends on what a device says: buses, devices, functions, capabilities have their bounds.
-//! Leaves out: bus numbering, expansion ROMs, I/O ports, hot-plug, interrupts.
+//! Leaves out: expansion ROMs, I/O ports, hot-plug, interrupts.
 
 use alloc::vec::Vec;
 
@@ -21,8 +23,10 @@ pub mod capability;
 pub mod config;
 pub mod ecam;
 pub mod function;
+pub mod number;
 pub mod scan;
 pub mod virtio_drivers;
+mod window;
 
 pub use pci_types::PciAddress;
 
@@ -30,26 +34,36 @@ use assign::{AssignError, HostWindow};
 use capability::{Capability, ExtendedCapability};
 use config::ConfigSpace;
 use function::{BusMaster, Function, MemoryDecode};
+use number::Numbering;
 
 /// The functions of a machine, and the way to them.
 #[derive(Debug)]
 pub struct Pci<C: ConfigSpace> {
     config: C,
     functions: Vec<Function>,
+    numbering: Numbering,
 }
 
 impl<C: ConfigSpace> Pci<C> {
-    /// Finds every function. Their decoding is off while their BARs are sized, and then as it was.
+    /// Numbers the buses, where nobody did, and finds every function. Their decoding is off while their BARs are sized, and
+    /// then as it was.
     pub fn scan(config: C) -> Self {
+        let numbering = number::number(&config);
         let functions = scan::scan(&config);
-        Self { config, functions }
+        Self { config, functions, numbering }
     }
 
-    /// Gives an address to each memory BAR that has none or that has one it cannot keep: outside of its window, or in
+    /// What became of the bus numbers.
+    pub fn numbering(&self) -> &Numbering {
+        &self.numbering
+    }
+
+    /// Opens closed bridges for what is behind them, and gives an address to each memory BAR that has none or that has one it cannot keep: outside of its window, or in
     /// use by an earlier BAR.
     ///
     /// Gives what could not be assigned; those BARs have no address afterwards.
     pub fn assign_bars(&mut self, host: &HostWindow) -> Vec<AssignError> {
+        window::open(&self.config, &mut self.functions, host);
         assign::assign(&self.config, &mut self.functions, host)
     }
 

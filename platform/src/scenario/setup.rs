@@ -15,7 +15,7 @@ use virtio_iommu::{
 use crate::acpi::Signature;
 use crate::boot::BootInfo;
 use crate::iommu::{self, BringUpError, Iommu, KernelPlatform};
-use crate::machine::{DiscoverError, Machine};
+use crate::machine::{DiscoverError, Firmware, Machine};
 use crate::pci::function::Function;
 
 /// The name of the table.
@@ -56,7 +56,8 @@ fn firmware_viot(info: &BootInfo, machine: &Machine) -> Result<Vec<u8>, String> 
     if info.command_line.get("hide") == Some("VIOT") {
         return Err("hidden by the command line".into());
     }
-    let mut table = machine.tables.find(VIOT).map_err(|error| error.to_string())?.to_vec();
+    let Firmware::Acpi(tables) = &machine.firmware else { return Err("there are no ACPI tables".into()) };
+    let mut table = tables.find(VIOT).map_err(|error| error.to_string())?.to_vec();
     match info.command_line.get("viot") {
         Some("cut") => table.truncate(table.len().saturating_sub(6)),
         // Offset 16 of the second node, which QEMU puts behind a header of 48 bytes and a node of 16.
