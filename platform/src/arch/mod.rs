@@ -24,3 +24,8 @@ pub use host::*;
 mod x86_64;
 #[cfg(all(target_os = "none", target_arch = "x86_64"))]
 pub use x86_64::*;
+
+#[cfg(all(target_os = "none", target_arch = "aarch64"))]
+mod aarch64;
+#[cfg(all(target_os = "none", target_arch = "aarch64"))]
+pub use aarch64::*;
