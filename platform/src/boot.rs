@@ -33,8 +33,9 @@ mod kernel {
 
     use super::BootInfo;
     use crate::acpi::Tables;
-    use crate::arch::{boot as entry, image, mmu};
+    use crate::arch::{boot as entry, mmu};
     use crate::console::set_log_level;
+    use crate::image;
     use crate::memory::frames::{self, FRAME_BYTES};
     use crate::memory::heap;
     use crate::memory::physical::PhysicalMemory;

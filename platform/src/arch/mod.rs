@@ -3,7 +3,6 @@
 //! | module | holds |
 //! |---|---|
 //! | `boot` | the entry from the boot loader, and the memory map and command line it hands over |
-//! | `image` | where the kernel's own code and data lie |
 //! | `mmu` | page tables: RAM, device registers, firmware tables |
 //! | `exceptions` | the exception vectors, which report and end the machine |
 //! | `interrupts` | masking |
@@ -29,3 +28,7 @@ pub use x86_64::*;
 mod aarch64;
 #[cfg(all(target_os = "none", target_arch = "aarch64"))]
 pub use aarch64::*;
+#[cfg(all(target_os = "none", target_arch = "riscv64"))]
+mod riscv64;
+#[cfg(all(target_os = "none", target_arch = "riscv64"))]
+pub use riscv64::*;

@@ -13,8 +13,9 @@ use x86_64::registers::control::Cr2;
 use x86_64::structures::DescriptorTablePointer;
 use x86_64::structures::idt::{Entry, HandlerFunc};
 
-use super::{backtrace, image, segments};
+use super::{backtrace, segments};
 use crate::console::print_now;
+use crate::image;
 use crate::power::{self, ExitCode};
 
 global_asm!(include_str!("exceptions.s"));

@@ -31,6 +31,18 @@ pub fn read(memory: &impl PhysicalMemory, phys: u64) -> Result<BootInfo, DeviceT
     })
 }
 
+/// The node of the serial port that the tree names as the console's: `stdout-path`, a path or an alias, before a colon.
+pub fn console<'m>(tree: &DeviceTree<'m>) -> Option<Node<'m>> {
+    let path = tree.at(&["chosen"])?.text("stdout-path")?.split(':').next()?;
+    let path = if path.starts_with('/') { path } else { tree.at(&["aliases"])?.text(path)? };
+    let root = tree.nodes().next()?;
+    let names = path.split('/').filter(|name| !name.is_empty());
+    names.into_iter().try_fold(root, |node, name| {
+        let child = node.children().find(|child| child.name() == name);
+        child.or_else(|| node.child(name))
+    })
+}
+
 fn memory_map(tree: &DeviceTree<'_>) -> Result<MemoryMap, DeviceTreeError> {
     let mut regions = Vec::new();
     for node in tree.nodes().filter(|node| node.text("device_type") == Some("memory") && node.is_in_use()) {
