@@ -8,8 +8,7 @@ use core::arch::global_asm;
 use super::{clock, console, exceptions, psci};
 use crate::boot::{self, BootInfo};
 use crate::console::init_logger;
-use crate::firmware::device_tree::boot as tree_boot;
-use crate::firmware::device_tree::{DeviceTree, DeviceTreeError};
+use crate::firmware::device_tree::{self, DeviceTree, DeviceTreeError};
 use crate::memory::heap;
 use crate::memory::physical::PhysicalMemory;
 use crate::power::{self, ExitCode};
@@ -58,7 +57,7 @@ fn read_device_tree(phys: u64) -> Result<BootInfo, DeviceTreeError> {
     let tree = DeviceTree::read(&BootMemory, phys)?;
     psci::find(&tree);
     console::find(&tree);
-    tree_boot::read(&BootMemory, phys)
+    device_tree::boot::read(&BootMemory, phys)
 }
 
 /// Physical memory as the boot page tables map it.

@@ -6,7 +6,7 @@
 use core::ptr::NonNull;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::firmware::device_tree::DeviceTree;
+use crate::firmware::device_tree::{self, DeviceTree};
 use crate::mmio::Mmio;
 use crate::range::PhysRange;
 
@@ -54,11 +54,7 @@ fn port() -> Option<Mmio> {
 /// Moves to the port that the device tree names: its `stdout-path`, or else the first one, as long as the boot tables
 /// reach it. Where it names none, the port stays where it was.
 pub(super) fn find(tree: &DeviceTree<'_>) {
-    let chosen = tree.at(&["chosen"]);
-    let path = chosen.as_ref().and_then(|node| node.text("stdout-path")).unwrap_or("");
-    // A path may be followed by the line's rate, and its last part is the node's name.
-    let name = path.split(':').next().and_then(|path| path.rsplit('/').next());
-    let named = tree.compatible(COMPATIBLE).find(|node| Some(node.name()) == name);
+    let named = device_tree::boot::console(tree).filter(|node| node.is_compatible(COMPATIBLE));
     let port = named.or_else(|| tree.compatible(COMPATIBLE).next());
     let registers = port.and_then(|node| node.registers().ok()?.first().copied());
     let Some(registers) = registers else { return };

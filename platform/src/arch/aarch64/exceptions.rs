@@ -6,8 +6,9 @@
 use core::arch::{asm, global_asm};
 use core::sync::atomic::{AtomicBool, Ordering};
 
-use super::{backtrace, image, power};
+use super::{backtrace, power};
 use crate::console::print_now;
+use crate::image;
 use crate::power::ExitCode;
 
 global_asm!(include_str!("exceptions.s"));
@@ -60,7 +61,7 @@ extern "C" fn exception_entry(frame: &Frame) -> ! {
     let name = KINDS[vector % 4];
     let origin = ORIGINS.get(vector / 4).copied().unwrap_or("nowhere");
     print_now(format_args!(
-        "\nexception: {name} in {origin}, {}, syndrome {:#x}, at {:#018x}\n",
+        "\nexception {vector}: {name} in {origin}, {}, syndrome {:#x}, at {:#018x}\n",
         class_name(class),
         frame.esr,
         frame.elr

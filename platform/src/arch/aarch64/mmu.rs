@@ -20,7 +20,8 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::Mutex;
 
-use super::{console, image};
+use super::console;
+use crate::image;
 use crate::memory::frames::{self, FRAME_BYTES};
 use crate::memory::map::MemoryMap;
 use crate::range::PhysRange;

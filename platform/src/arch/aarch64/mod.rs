@@ -12,7 +12,6 @@ pub mod clock;
 pub mod console;
 pub mod diagnostic;
 pub mod exceptions;
-pub mod image;
 pub mod interrupts;
 pub mod mmu;
 pub mod power;
