@@ -174,13 +174,14 @@ fn broken_guests() -> Vec<Case> {
     let silent =
         Expect::Because(|reason| matches!(reason, Reason::NothingPrinted), "the guest printed nothing");
     let half = Expect::Because(|reason| matches!(reason, Reason::NoEnd), "the guest stopped without an end");
+    let fault =
+        |arch, words| Case { on: On::HomeOf(arch), ..Case::new("fault", "page-fault", Expect::Panic(words)) };
     let babble = Expect::Because(|reason| matches!(reason, Reason::UnknownLine(_)), "an unknown line");
     vec![
         Case::new("panic", "panic", Expect::Panic(&["panic at ", ".rs:"])),
-        Case {
-            on: On::HomeOf(Arch::X86_64),
-            ..Case::new("fault", "page-fault", Expect::Panic(&["exception 14", " at 0x", "rax ", "rsp "]))
-        },
+        fault(Arch::X86_64, &["exception 14", " at 0x", "rax ", "rsp "]),
+        fault(Arch::Aarch64, &["exception 0: ", "data abort", "read at 0x", "x30 ", "spsr "]),
+        fault(Arch::Riscv64, &["exception 0xd: load page fault, at 0x", "address 0x", "ra  ", "sstatus "]),
         Case { deadline: SILENCE, ..Case::new("silent", "silent", silent) },
         Case { deadline: SILENCE, ..Case::new("stops-half-way", "half", half) },
         Case::new("unknown-line", "babble", babble),

@@ -44,7 +44,9 @@ fn main() -> ExitCode {
     }
     let columns = column::all();
     let rows: Vec<Row> = rows();
-    let names: Vec<&str> = rows.iter().map(|row| row.name).collect();
+    // What differs between architectures has a row there in each, by the same name.
+    let mut names: Vec<&str> = rows.iter().map(|row| row.name).collect();
+    names.dedup();
     let table = Arc::new(Table::default());
     if !arguments.list {
         for column in &columns {
@@ -54,7 +56,8 @@ fn main() -> ExitCode {
         }
     }
     let mut trials = Vec::new();
-    for (row_at, row) in rows.iter().enumerate() {
+    for row in &rows {
+        let row_at = names.iter().position(|name| *name == row.name).unwrap_or(0);
         for (column_at, column) in columns.iter().enumerate() {
             if row.on.includes(column) {
                 let table = Arc::clone(&table);
