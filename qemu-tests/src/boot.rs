@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use crate::console;
+use crate::device_tree;
 use crate::disk::Disk;
 use crate::firmware::{Listener, Speaker};
 use crate::machine::{Gdb, Iommu, Machine};
@@ -57,7 +58,7 @@ pub enum Witness {
 /// A boot to be done.
 #[derive(Clone, Debug)]
 pub struct Boot {
-    /// The machine. Its `disk`, `nvme`, `cmdline` and, where there is none, `trace` are filled in here.
+    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree` and, where there is none, `trace` are filled in here.
     pub machine: Machine,
     /// The scenario's name.
     pub scenario: String,
@@ -145,6 +146,9 @@ impl Boot {
         let deadline = deadline.map(|deadline| deadline + self.soak_time());
         let server = Server::start(self.seed, self.peer, deadline)?;
         self.machine.cmdline = self.cmdline(&disk, &nvme, &server);
+        if !self.machine.iommu.claims().is_empty() {
+            self.machine.device_tree = Some(device_tree::describe(qemu, &self.machine, &self.directory)?);
+        }
 
         let mut command = Command::new(&qemu.path);
         command.args(self.machine.arguments());

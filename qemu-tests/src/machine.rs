@@ -15,6 +15,7 @@ pub use self::arch::{Arch, Image};
 pub use self::need::Need;
 
 use self::arguments::Arguments;
+use crate::device_tree::Claim;
 use crate::trace;
 
 /// The machine's virtio-iommu.
@@ -29,6 +30,14 @@ pub enum Iommu {
 }
 
 impl Iommu {
+    /// What the device tree has to be told of it. The one on PCI it knows by itself.
+    pub(crate) fn claims(self) -> Vec<Claim> {
+        match self {
+            Self::Pci | Self::Off => Vec::new(),
+            Self::Mmio => vec![Claim { slot: 0, functions: 0..=0xffff }],
+        }
+    }
+
     /// The arguments that make it.
     fn arguments(self) -> &'static str {
         match self {
@@ -71,6 +80,8 @@ pub struct Machine {
     pub kernel: PathBuf,
     /// The kernel's command line.
     pub cmdline: String,
+    /// The device tree that QEMU hands over instead of its own.
+    pub device_tree: Option<PathBuf>,
     /// Where QEMU writes its trace; none switches it off.
     pub trace: Option<PathBuf>,
     /// Arguments for QEMU that come last.
@@ -92,6 +103,7 @@ impl Machine {
             memory_mib: 256,
             kernel,
             cmdline: String::new(),
+            device_tree: None,
             trace: None,
             extra: Vec::new(),
             gdb: Gdb::Off,
@@ -136,6 +148,9 @@ impl Machine {
             Gdb::Wait => arguments.words("-s -S"),
             Gdb::Off => &mut arguments,
         };
+        if let Some(tree) = &self.device_tree {
+            arguments.words("-dtb").word(tree);
+        }
         arguments.words("-kernel").word(&self.kernel);
         arguments.words("-append").word(&self.cmdline);
         arguments.all(&self.extra);

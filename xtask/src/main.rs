@@ -6,6 +6,7 @@
 //! | `test` | the tests, tier by tier |
 //! | `bench` | counts what the driver's operations cost, and compares it |
 //! | `loom` | the driver's tests in every interleaving |
+//! | `machine` | the tier that boots kernels |
 //! | `qtest` | the tier that has a package of its own |
 //! | `fuzz` | the driver's fuzz targets, built and run |
 //! | `ci` | everything that must pass before a change is merged |
@@ -25,6 +26,7 @@ mod fuzz;
 mod image;
 mod kernel;
 mod loom;
+mod machine;
 mod paths;
 mod progress;
 mod qtest;

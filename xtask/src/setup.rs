@@ -6,6 +6,7 @@
 
 pub(crate) mod apt;
 pub(crate) mod debian;
+pub(crate) mod matrix;
 mod private_apt;
 pub(crate) mod qemu;
 pub(crate) mod toolchain;

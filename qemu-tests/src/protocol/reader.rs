@@ -30,8 +30,9 @@ impl Reader {
     pub(super) fn line(&mut self, line: &str) {
         self.any |= !line.trim().is_empty();
         let Some(rest) = line.strip_prefix("@@") else {
-            let tells_a_place =
-                ["panic at ", "panic: ", "exception "].iter().any(|word| line.starts_with(word));
+            let tells_a_place = ["panic at ", "panic: ", "exception ", "exception: "]
+                .iter()
+                .any(|word| line.starts_with(word));
             if tells_a_place && self.place.is_none() {
                 self.place = Some(line.trim().to_owned());
             }

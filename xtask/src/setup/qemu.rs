@@ -4,6 +4,7 @@
 //! before, and on Debian one that is unpacked now.
 
 use std::env;
+use std::ffi::OsString;
 use std::fmt;
 use std::path::Path;
 
@@ -36,6 +37,14 @@ impl Wanted {
         }
     }
 
+    /// The release that it is about, or begins with.
+    pub(crate) fn name(self) -> String {
+        match self {
+            Self::Since(oldest) => format!("{}.{}", oldest.major, oldest.minor),
+            Self::Of(release) => release.to_string(),
+        }
+    }
+
     /// The QEMU at `path`, if it will do.
     fn probe(self, path: &Path) -> Result<Qemu> {
         let qemu = Qemu::probe(path)?;
@@ -65,12 +74,21 @@ pub(crate) fn ensure(arch: Arch, wanted: Wanted, chosen: Option<&Path>) -> Resul
     if let Some(path) = chosen {
         return wanted.probe(path).context("--qemu");
     }
-    if let Some(path) = env::var_os(CHOOSE).filter(|path| !path.is_empty()) {
+    if let Some(path) = chosen_by_environment() {
         return wanted.probe(Path::new(&path)).context(CHOOSE);
     }
     let [(_, qemu)] = <[_; 1]>::try_from(ensure_each(&[arch], wanted))
         .map_err(|_| anyhow!("no answer about {}", arch.qemu()))?;
     qemu
+}
+
+fn chosen_by_environment() -> Option<OsString> {
+    env::var_os(CHOOSE).filter(|path| !path.is_empty())
+}
+
+/// Whether the environment names the QEMU to use.
+pub(crate) fn is_chosen_by_environment() -> bool {
+    chosen_by_environment().is_some()
 }
 
 /// The same for several architectures, all of which are unpacked at once where they are missing.
@@ -107,7 +125,11 @@ pub(crate) fn ensure_each(archs: &[Arch], wanted: Wanted) -> Vec<(Arch, Result<Q
 }
 
 /// The QEMU that is installed, or else the newest that was unpacked before.
-fn find(arch: Arch, wanted: Wanted) -> Result<Qemu> {
+///
+/// # Errors
+///
+/// When there is none that will do.
+pub(crate) fn find(arch: Arch, wanted: Wanted) -> Result<Qemu> {
     let installed = match paths::find_program(arch.qemu()) {
         Some(path) => wanted.probe(&path),
         None => Err(anyhow!("there is no {} on the search path", arch.qemu())),
