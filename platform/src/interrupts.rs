@@ -139,8 +139,8 @@ pub enum Next {
 pub fn dispatch(number: u32) -> Next {
     let handlers = HANDLERS.iter().filter_map(Once::get).filter(|handler| handler.number == number);
     // All of them: two devices may pull a line at once.
-    let claimed = handlers.fold(false, |claimed, handler| (handler.handle)() == Claim::Mine || claimed);
-    if claimed {
+    let claimed = handlers.filter(|handler| (handler.handle)() == Claim::Mine).count();
+    if claimed != 0 {
         STRAY.store(0, Ordering::Relaxed);
         return Next::KeepOn;
     }

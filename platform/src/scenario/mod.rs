@@ -10,6 +10,7 @@
 //!               pool; what they took; attacks                                  |
 //! block         the same with a virtio disk, by the kernel's own driver        |
 //! block-direct  that driver on a machine without an IOMMU                      |
+//! interrupts    faults and answers wake a CPU that sleeps                      |
 //! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
@@ -27,6 +28,7 @@ mod bridge;
 mod default;
 mod defect;
 mod devices;
+mod interrupts;
 mod misbehave;
 mod nvme;
 mod policies;
@@ -91,6 +93,7 @@ pub fn run(info: &BootInfo) -> ! {
         "block" => block::run(info),
         "block-direct" => block::direct(info),
         "two-iommus" => two_iommus::run(info),
+        "interrupts" => interrupts::run(info),
         "leak" => defect::leak(info),
         "early" => defect::early(info),
         "lie" => defect::lie(info),
@@ -104,7 +107,7 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             two-iommus bench bench-direct leak early lie panic page-fault overflow write-code silent half babble"
+             interrupts two-iommus bench bench-direct leak early lie panic page-fault overflow write-code silent half babble"
         )),
     }
 }

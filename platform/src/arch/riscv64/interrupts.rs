@@ -58,7 +58,8 @@ pub fn restore(saved: Saved) {
     }
 }
 
-/// Starts the PLIC that the device tree names, with every line off. This CPU is the one that takes interrupts.
+/// Starts the PLIC that the device tree names, with every line off, and lets this CPU take interrupts: it is the one that
+/// does.
 ///
 /// # Errors
 ///
@@ -70,6 +71,7 @@ pub fn init(firmware: &Firmware) -> Result<(), InterruptError> {
     CONTROLLER.try_call_once(|| start(tree))?;
     // SAFETY: both vectors are set, and the PLIC lets nothing through yet.
     unsafe { asm!("csrs sie, {}", in(reg) EXTERNAL, options(nostack, preserves_flags)) };
+    restore(Saved { enabled: true });
     Ok(())
 }
 

@@ -68,7 +68,7 @@ pub fn restore(saved: Saved) {
     }
 }
 
-/// Sets the 8259s up, with every line off.
+/// Sets the 8259s up, with every line off, and lets this CPU take interrupts.
 ///
 /// # Errors
 ///
@@ -99,6 +99,7 @@ pub fn init(firmware: &Firmware) -> Result<(), InterruptError> {
         return Err(InterruptError::NoController { reason: "no 8259 is at port 0x20".into() });
     }
     READY.store(true, Ordering::Release);
+    interrupts::enable();
     Ok(())
 }
 
