@@ -14,7 +14,6 @@ pub struct InterruptsOff {
 
 // SAFETY: only who changed `taken` from false to true has the lock, and `acquire` sees what was written before `release`.
 unsafe impl RawLock for InterruptsOff {
-    #[expect(clippy::declare_interior_mutable_const, reason = "each lock begins as a copy of its own")]
     const UNLOCKED: Self = Self { taken: AtomicBool::new(false) };
 
     type Saved = interrupts::Saved;

@@ -95,3 +95,6 @@ pub fn find(
         Firmware::DeviceTree { tree, bridges } => device_tree::read(&machine.pci, tree, bridges),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -153,6 +153,6 @@ impl<C: ConfigSpace> Pci<C> {
 }
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;

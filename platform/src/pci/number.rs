@@ -169,3 +169,6 @@ fn bridges(config: &impl ConfigSpace, segment: u16, bus: u8) -> Vec<PciAddress> 
     let functions = (0..scan::DEVICES).flat_map(|device| scan::present(config, segment, bus, device));
     functions.filter(|function| scan::is_bridge(config, *function)).collect()
 }
+
+#[cfg(test)]
+mod tests;

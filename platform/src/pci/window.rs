@@ -42,6 +42,22 @@ enum Kind {
 
 const KINDS: [Kind; 2] = [Kind::Memory, Kind::Prefetchable];
 
+impl Kind {
+    fn window(self, bridge: &Bridge) -> Option<PhysRange> {
+        match self {
+            Self::Memory => bridge.memory,
+            Self::Prefetchable => bridge.prefetchable,
+        }
+    }
+
+    fn window_mut(self, bridge: &mut Bridge) -> &mut Option<PhysRange> {
+        match self {
+            Self::Memory => &mut bridge.memory,
+            Self::Prefetchable => &mut bridge.prefetchable,
+        }
+    }
+}
+
 /// How much a window must hold; of nothing, nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Need {
@@ -55,6 +71,13 @@ struct Closed {
     at: usize,
     secondary: u8,
     needs: [Option<Need>; 2],
+}
+
+impl Closed {
+    /// The order in which windows beside each other get their addresses: those with the least choice first.
+    fn order(&self, kind: Kind) -> impl Ord + use<> {
+        (Reverse(self.needs[kind as usize].map(|need| need.align)), Reverse(self.secondary))
+    }
 }
 
 /// Opens the windows of closed bridges that need one, as far as there is room.
@@ -87,18 +110,21 @@ pub(super) fn open(config: &impl ConfigSpace, functions: &mut [Function], host: 
         closed[index].needs = [memory, prefetchable];
     }
 
-    // Outer bridges first; of those beside each other, those first that have the least choice.
-    let order = |bridge: &Closed| {
-        let depth = depth(functions, &functions[bridge.at]);
-        (depth, Reverse(bridge.needs.iter().flatten().map(|need| need.align).max()))
-    };
-    closed.sort_by_key(order);
-    for bridge in closed {
-        let found = KINDS.map(|kind| {
-            let need = bridge.needs[kind as usize]?;
-            find(functions, &functions[bridge.at], need, kind, host)
-        });
-        write(config, &mut functions[bridge.at], found);
+    // Outer bridges first; beside each other in the order of the rehearsal.
+    let depths: Vec<usize> = closed.iter().map(|bridge| depth(functions, &functions[bridge.at])).collect();
+    let mut outer_first: Vec<(usize, Closed)> = depths.into_iter().zip(closed).collect();
+    for kind in KINDS {
+        outer_first.sort_by_key(|(depth, bridge)| (*depth, bridge.order(kind)));
+        for (_, closed) in &outer_first {
+            let Some(need) = closed.needs[kind as usize] else { continue };
+            let found = find(functions, &functions[closed.at], need, kind, host);
+            if let Some(bridge) = &mut functions[closed.at].bridge {
+                *kind.window_mut(bridge) = found;
+            }
+        }
+    }
+    for (_, closed) in outer_first {
+        write(config, functions, closed.at);
     }
 }
 
@@ -134,14 +160,14 @@ fn need(functions: &[Function], closed: &[Closed], index: usize, kind: Kind, wid
     let bridge = &functions[closed[index].at];
     let behind: Vec<&Function> = behind(functions, bridge).collect();
     let is_behind = |other: &&Closed| behind.iter().any(|f| f.address == functions[other.at].address);
-    let mut windows: Vec<Need> =
-        closed.iter().filter(is_behind).filter_map(|other| other.needs[kind as usize]).collect();
-    windows.sort_by_key(|need| Reverse(need.align));
+    let mut inner: Vec<&Closed> = closed.iter().filter(is_behind).collect();
+    inner.sort_by_key(|other| other.order(kind));
+    let windows = inner.iter().filter_map(|other| other.needs[kind as usize]);
     let mut bars: Vec<Bar> = behind.iter().flat_map(|function| &function.bars).copied().collect();
     bars.retain(|bar| kind_of(bar, wide) == Some(kind));
     bars.sort_by_key(order);
     let bars = bars.iter().map(|bar| Need { len_bytes: bar.len_bytes, align: alignment(bar) });
-    let pieces: Vec<Need> = windows.into_iter().chain(bars).collect();
+    let pieces: Vec<Need> = windows.chain(bars).collect();
 
     let align = pieces.iter().map(|need| need.align).max()?.max(WINDOW_BYTES);
     // The window begins at a multiple of its alignment, so that where makes no difference.
@@ -177,10 +203,7 @@ fn find(
         other.bars.iter().filter_map(Bar::range).for_each(|range| used.insert(range));
     }
     if let Some(bridge) = above.and_then(|above| above.bridge) {
-        let window = match kind {
-            Kind::Memory => bridge.memory,
-            Kind::Prefetchable => bridge.prefetchable,
-        }?;
+        let window = kind.window(&bridge)?;
         let mut left: RangeSet = [window].into_iter().collect();
         used.iter().for_each(|range| left.remove(range));
         return left.find(need.len_bytes, need.align, window);
@@ -195,10 +218,20 @@ fn find(
     }
 }
 
-/// Writes both windows, closed where there is none, and remembers what the registers then say.
-fn write(config: &impl ConfigSpace, function: &mut Function, windows: [Option<PhysRange>; 2]) {
-    let address = function.address;
-    let [memory, prefetchable] = windows;
+/// Writes both windows of a bridge, closed where there is none, and remembers what the registers then say.
+fn write(config: &impl ConfigSpace, functions: &mut [Function], at: usize) {
+    let address = functions[at].address;
+    let above = bridge_above(functions, address).map(|above| above.bridge);
+    let Some(bridge) = functions[at].bridge else { return };
+    // What the bridge above turned out not to pass on, this one cannot.
+    let [memory, prefetchable] = KINDS.map(|kind| {
+        kind.window(&bridge).filter(|range| match above {
+            Some(above) => {
+                above.and_then(|above| kind.window(&above)).is_some_and(|outer| outer.contains(*range))
+            }
+            None => true,
+        })
+    });
     // Closed is a base above the limit.
     let megabytes = |range: Option<PhysRange>| match range {
         Some(range) => ((range.start() >> 16) as u16 & 0xfff0, (range.last() >> 16) as u16 & 0xfff0),
@@ -216,7 +249,7 @@ fn write(config: &impl ConfigSpace, function: &mut Function, windows: [Option<Ph
     let found = super::scan::read_bridge(config, address);
     // A register that did not take its window passes on something else, which nothing may be put into.
     let as_written = |found: Option<PhysRange>, wanted: Option<PhysRange>| found.filter(|_| found == wanted);
-    function.bridge = Some(Bridge {
+    functions[at].bridge = Some(Bridge {
         memory: as_written(found.memory, memory),
         prefetchable: as_written(found.prefetchable, prefetchable),
         ..found
@@ -236,3 +269,6 @@ fn takes_devices_later(config: &impl ConfigSpace, function: &Function) -> bool {
     let slot = config.read32(function.address, (express.offset + EXPRESS_SLOT) & !3);
     flags & FLAGS_SLOT_IMPLEMENTED != 0 && slot & SLOT_HOT_PLUG != 0
 }
+
+#[cfg(test)]
+mod tests;

@@ -314,3 +314,6 @@ fn translate(entry: Range<'_>, range: PhysRange) -> Option<PhysRange> {
     }
     PhysRange::from_len(parent.checked_add(range.start() - child)?, range.len_bytes())
 }
+
+#[cfg(test)]
+pub(crate) mod tests;
