@@ -10,6 +10,7 @@ mod need;
 mod place;
 
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 pub use self::arch::{Arch, Image};
@@ -28,6 +29,9 @@ const NET: u8 = 5;
 const NVME: u8 = 6;
 const CONSOLE: u8 = 7;
 
+/// The first function of the second root bus, where each has an IOMMU.
+const APART: u16 = 0x1000;
+
 /// The machine's virtio-iommu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Iommu {
@@ -35,6 +39,8 @@ pub enum Iommu {
     Pci,
     /// A `virtio-iommu-device` in the first slot for virtio over MMIO, for all of PCI.
     Mmio,
+    /// Two of them, in the first two slots: one for the root bus, one for a second root bus from 0x10 on, where an `edu` is.
+    TwoMmio,
     /// None; the other devices stay where they are.
     Off,
 }
@@ -45,17 +51,39 @@ impl Iommu {
         match self {
             Self::Pci | Self::Off => Vec::new(),
             Self::Mmio => vec![Claim { slot: 0, functions: 0..=0xffff }],
+            Self::TwoMmio => vec![
+                Claim { slot: 0, functions: 0..=APART - 1 },
+                Claim { slot: 1, functions: APART..=0xffff },
+            ],
         }
     }
 
-    /// The arguments that make it.
+    /// How many there are.
+    #[must_use]
+    pub fn count(self) -> usize {
+        match self {
+            Self::Off => 0,
+            Self::Pci | Self::Mmio => 1,
+            Self::TwoMmio => 2,
+        }
+    }
+
+    /// The arguments that make it. By default the slots have the layout of before virtio 1.0, and an I/O thread takes the
+    /// doorbell at its leisure.
     fn arguments(self) -> &'static str {
         match self {
             Self::Pci => "-device virtio-iommu-pci,addr=1",
-            // By default the slots have the layout of before virtio 1.0, and an I/O thread takes the doorbell later.
             Self::Mmio => {
                 "-global virtio-mmio.force-legacy=false -global virtio-mmio.ioeventfd=false \
                  -device virtio-iommu-device,bus=virtio-mmio-bus.0,primary-bus=pcie.0"
+            }
+            Self::TwoMmio => {
+                "-global virtio-mmio.force-legacy=false -global virtio-mmio.ioeventfd=false \
+                 -device pxb-pcie,id=apart,bus_nr=16,bus=pcie.0,addr=0x9 \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.0,primary-bus=pcie.0 \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.1,primary-bus=apart \
+                 -device pcie-root-port,id=apart-port,bus=apart,chassis=9 \
+                 -device edu,dma_mask=0xffffffffffffffff,bus=apart-port"
             }
             Self::Off => "",
         }
@@ -78,6 +106,8 @@ pub struct Machine {
     pub arch: Arch,
     /// Its IOMMU.
     pub iommu: Iommu,
+    /// Addresses that the IOMMU on PCI reserves.
+    pub reserved: Vec<RangeInclusive<u64>>,
     /// Where the other devices are.
     pub place: Place,
     /// How many CPUs there are.
@@ -111,6 +141,7 @@ impl Machine {
         Self {
             arch,
             iommu: Iommu::Pci,
+            reserved: Vec::new(),
             place: Place::RootBus,
             cpus: 1,
             disk: None,
@@ -134,7 +165,11 @@ impl Machine {
         arguments.words("-smp").word(self.cpus.to_string());
         arguments.words("-m").word(self.memory_mib.to_string());
         arguments.words("-nodefaults -no-reboot -display none -serial stdio");
-        arguments.words(self.iommu.arguments());
+        if self.reserved.is_empty() {
+            arguments.words(self.iommu.arguments());
+        } else {
+            arguments.words("-device").word(self.with_reserved());
+        }
         self.devices(&mut arguments);
         if let Some(file) = &self.trace {
             arguments.words("-D").word(file);
@@ -153,6 +188,15 @@ impl Machine {
         arguments.words("-append").word(&self.cmdline);
         arguments.all(&self.extra);
         arguments.finish()
+    }
+
+    /// The IOMMU on PCI with what it reserves. A list has no other form than this.
+    fn with_reserved(&self) -> String {
+        let region =
+            |region: &RangeInclusive<u64>| format!("\"{:#x}:{:#x}:0\"", region.start(), region.end());
+        let regions: Vec<String> = self.reserved.iter().map(region).collect();
+        let list = regions.join(",");
+        format!("{{\"driver\":\"virtio-iommu-pci\",\"addr\":\"0x1\",\"reserved-regions\":[{list}]}}")
     }
 
     /// The devices but for the IOMMU, which must be there before them.
@@ -233,6 +277,15 @@ mod tests {
         assert!(at("virtio-iommu-pci,addr=1") < at("pcie-root-port,id=port4"));
         assert!(at("pcie-root-port,id=port4") < at("edu,dma_mask=0xffffffffffffffff,bus=port4"));
         assert!(!line.contains("port2") && !line.contains("port6"), "no disk, no port for it: {line}");
+    }
+
+    #[test]
+    fn reserved_regions_are_a_list() {
+        let mut machine = Machine::new(Arch::Riscv64, "kernel".into());
+        machine.reserved = vec![0x10_0000..=0x1f_ffff, 0..=0xfff];
+        let expected = "{\"driver\":\"virtio-iommu-pci\",\"addr\":\"0x1\",\
+            \"reserved-regions\":[\"0x100000:0x1fffff:0\",\"0x0:0xfff:0\"]}";
+        assert!(machine.arguments().contains(&OsString::from(expected)), "{}", joined(&machine));
     }
 
     #[test]

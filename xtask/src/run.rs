@@ -62,6 +62,8 @@ enum Transport {
     Pci,
     /// virtio over MMIO, in front of the same PCI devices
     Mmio,
+    /// Two of these, for a root bus each
+    TwoMmio,
 }
 
 /// Where the devices are.
@@ -108,6 +110,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
     let iommu = match (arguments.iommu, arguments.transport) {
         (Switch::On, Transport::Pci) => Iommu::Pci,
         (Switch::On, Transport::Mmio) => Iommu::Mmio,
+        (Switch::On, Transport::TwoMmio) => Iommu::TwoMmio,
         (Switch::Off, _) => Iommu::Off,
     };
     let qemu = setup::qemu(arch, iommu, &arguments.setup)?;
