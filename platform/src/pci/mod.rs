@@ -23,6 +23,7 @@ pub mod capability;
 pub mod config;
 pub mod ecam;
 pub mod function;
+pub mod message;
 pub mod number;
 mod requester;
 pub mod scan;

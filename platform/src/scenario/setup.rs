@@ -12,7 +12,8 @@ use virtio_iommu::{
 
 use crate::acpi::Signature;
 use crate::boot::BootInfo;
-use crate::iommu::{self, BringUpError, Iommu, KernelPlatform, Wrap, topology};
+use crate::iommu::topology::{self, Topology};
+use crate::iommu::{self, BringUpError, Iommu, KernelPlatform, Wrap};
 use crate::machine::{DiscoverError, Firmware, Machine};
 use crate::pci::function::Function;
 
@@ -49,15 +50,30 @@ pub(super) fn bring_up_wrapped(
     bring_up_first(info, options, Some(wrap))
 }
 
+/// Discovers the machine and brings all of its IOMMUs up, by the order of what is behind them.
+pub(super) fn bring_up_all(info: &BootInfo, options: Options) -> Result<(Machine, Vec<Iommu>), SetupError> {
+    let (machine, found) = discover(info)?;
+    machine.pci.quiesce_all();
+    let up = |found| iommu::bring_up(&machine, found, options, None).map_err(SetupError::Iommu);
+    let iommus = found.iter().map(up).collect::<Result<_, _>>()?;
+    Ok((machine, iommus))
+}
+
+/// Discovers the machine and its IOMMUs.
+fn discover(info: &BootInfo) -> Result<(Machine, Vec<Topology>), SetupError> {
+    let machine = Machine::discover(info).map_err(SetupError::Machine)?;
+    let viot = firmware_viot(info, &machine);
+    let viot = viot.as_deref().map_err(Clone::clone);
+    let found = topology::find(&machine, &info.command_line, viot).map_err(SetupError::Iommu)?;
+    Ok((machine, found))
+}
+
 fn bring_up_first(
     info: &BootInfo,
     options: Options,
     wrap: Option<Wrap<'_>>,
 ) -> Result<(Machine, Iommu), SetupError> {
-    let machine = Machine::discover(info).map_err(SetupError::Machine)?;
-    let viot = firmware_viot(info, &machine);
-    let viot = viot.as_deref().map_err(Clone::clone);
-    let found = topology::find(&machine, &info.command_line, viot).map_err(SetupError::Iommu)?;
+    let (machine, found) = discover(info)?;
     let first = found.first().ok_or(SetupError::Iommu(BringUpError::NoDevice))?;
     machine.pci.quiesce_all();
     let iommu = iommu::bring_up(&machine, first, options, wrap).map_err(SetupError::Iommu)?;
