@@ -31,6 +31,7 @@ pub mod devices;
 pub mod firmware;
 #[cfg(target_os = "none")]
 pub mod image;
+pub mod interrupts;
 pub mod iommu;
 pub mod lock;
 pub mod machine;

@@ -2,6 +2,9 @@
 
 use core::arch::asm;
 
+use crate::interrupts::{InterruptError, Line};
+use crate::machine::Firmware;
+
 /// DAIF's bit for interrupts.
 const MASKED: u64 = 1 << 7;
 
@@ -27,6 +30,35 @@ pub fn restore(saved: Saved) {
         unsafe { asm!("msr daifclr, #2", options(nostack, preserves_flags)) };
     }
 }
+
+/// Starts no controller yet.
+///
+/// # Errors
+///
+/// [`InterruptError::NoController`].
+pub fn init(_: &Firmware) -> Result<(), InterruptError> {
+    Err(InterruptError::NoController { reason: "the kernel does not drive this machine's".into() })
+}
+
+/// None yet.
+pub fn line(_specifier: &[u32]) -> Option<Line> {
+    None
+}
+
+/// Lets a line come.
+///
+/// # Errors
+///
+/// [`InterruptError::NoLine`].
+pub fn enable(line: Line) -> Result<(), InterruptError> {
+    Err(InterruptError::NoLine { number: line.number })
+}
+
+/// Stops a line.
+pub fn disable(_: u32) {}
+
+/// Does not sleep yet.
+pub fn wait_until(_deadline_ns: u64) {}
 
 /// Called by the vector.
 #[unsafe(no_mangle)]

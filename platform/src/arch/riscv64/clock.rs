@@ -35,6 +35,13 @@ pub fn now_ns() -> Option<u64> {
     Some((u128::from(ticks) * 1_000_000_000 / u128::from(clock.hz)) as u64)
 }
 
+/// The value of [`ticks`] at a time of [`now_ns`], rounded up.
+pub(super) fn ticks_at(time_ns: u64) -> Option<u64> {
+    let clock = CLOCK.get()?.as_ref()?;
+    let ticks = (u128::from(time_ns) * u128::from(clock.hz)).div_ceil(1_000_000_000);
+    Some(clock.ticks_at_start.wrapping_add(u64::try_from(ticks).unwrap_or(u64::MAX)))
+}
+
 /// The counter's rate.
 pub fn tick_hz() -> Option<u64> {
     Some(CLOCK.get()?.as_ref()?.hz)

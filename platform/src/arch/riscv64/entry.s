@@ -17,6 +17,8 @@ _start:
     # Floating point on, in its initial state: the compiler may use its registers.
     li t0, 0x2000
     csrs sstatus, t0
+    # Nothing else uses the thread pointer: it keeps the hart's number.
+    mv tp, a0
     # The last frame of every backtrace.
     mv s0, zero
     call kernel_entry

@@ -11,4 +11,5 @@ pub mod diagnostic;
 pub mod exceptions;
 pub mod interrupts;
 pub mod mmu;
+mod plic;
 pub mod power;

@@ -74,7 +74,7 @@ fn an_iommu_on_pci_is_found_by_the_tree() {
         own: None,
         behind: alloc::vec![(at(0, 2), id(0x10)), (at(16, 0), id(0x1000))],
     };
-    assert_eq!(found, [expected.clone()]);
+    assert_eq!(found, core::slice::from_ref(&expected));
     let with_itself = by_tree(&[0, 6, 0, 0x1_0000], 8).expect("a good tree");
     assert_eq!(with_itself, [Topology { own: Some(id(8)), ..expected }]);
 }

@@ -49,7 +49,9 @@ fn slot(secondary: u8) -> FakeFunction {
         .with(0x54, &[0x40])
 }
 
-fn windows(function: &Function) -> (Option<(u64, u64)>, Option<(u64, u64)>) {
+type Ends = Option<(u64, u64)>;
+
+fn windows(function: &Function) -> (Ends, Ends) {
     let bridge = function.bridge.expect("a bridge");
     let [memory, prefetchable] =
         [bridge.memory, bridge.prefetchable].map(|window| window.map(|range| (range.start(), range.last())));
