@@ -215,7 +215,7 @@ impl Boot {
         outcome: &mut Outcome,
     ) {
         if self.machine.iommu != Iommu::Off && self.witness == Witness::Trace {
-            match Counts::read(trace) {
+            match Counts::read(trace, self.machine.iommu.count()) {
                 Ok(seen) => {
                     outcome.objections = witness::differences(&outcome.verdict.values, &seen);
                     outcome.seen = Some(seen);
