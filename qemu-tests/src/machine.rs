@@ -2,21 +2,35 @@
 //!
 //! Devices have fixed PCI slots, so that output is the same from run to run, and devices that are added by hand
 //! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`, 00:05.0 network, 00:06.0 NVMe disk,
-//! 00:07.0 console.
+//! 00:07.0 console. All but the IOMMU can be behind bridges instead ([`Place`]).
 
 mod arch;
 mod arguments;
 mod need;
+mod place;
 
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
 pub use self::arch::{Arch, Image};
 pub use self::need::Need;
+pub use self::place::Place;
 
 use self::arguments::Arguments;
 use crate::device_tree::Claim;
 use crate::trace;
+
+/// The slots of the endpoints.
+const DISK: u8 = 2;
+const RNG: u8 = 3;
+const EDU: u8 = 4;
+const NET: u8 = 5;
+const NVME: u8 = 6;
+const CONSOLE: u8 = 7;
+
+/// The first function of the second root bus, where each has an IOMMU.
+const APART: u16 = 0x1000;
 
 /// The machine's virtio-iommu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,6 +39,8 @@ pub enum Iommu {
     Pci,
     /// A `virtio-iommu-device` in the first slot for virtio over MMIO, for all of PCI.
     Mmio,
+    /// Two of them, in the first two slots: one for the root bus, one for a second root bus from 0x10 on, where an `edu` is.
+    TwoMmio,
     /// None; the other devices stay where they are.
     Off,
 }
@@ -35,17 +51,39 @@ impl Iommu {
         match self {
             Self::Pci | Self::Off => Vec::new(),
             Self::Mmio => vec![Claim { slot: 0, functions: 0..=0xffff }],
+            Self::TwoMmio => vec![
+                Claim { slot: 0, functions: 0..=APART - 1 },
+                Claim { slot: 1, functions: APART..=0xffff },
+            ],
         }
     }
 
-    /// The arguments that make it.
+    /// How many there are.
+    #[must_use]
+    pub fn count(self) -> usize {
+        match self {
+            Self::Off => 0,
+            Self::Pci | Self::Mmio => 1,
+            Self::TwoMmio => 2,
+        }
+    }
+
+    /// The arguments that make it. By default the slots have the layout of before virtio 1.0, and an I/O thread takes the
+    /// doorbell at its leisure.
     fn arguments(self) -> &'static str {
         match self {
             Self::Pci => "-device virtio-iommu-pci,addr=1",
-            // By default the slots have the layout of before virtio 1.0, and an I/O thread takes the doorbell later.
             Self::Mmio => {
                 "-global virtio-mmio.force-legacy=false -global virtio-mmio.ioeventfd=false \
                  -device virtio-iommu-device,bus=virtio-mmio-bus.0,primary-bus=pcie.0"
+            }
+            Self::TwoMmio => {
+                "-global virtio-mmio.force-legacy=false -global virtio-mmio.ioeventfd=false \
+                 -device pxb-pcie,id=apart,bus_nr=16,bus=pcie.0,addr=0x9 \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.0,primary-bus=pcie.0 \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.1,primary-bus=apart \
+                 -device pcie-root-port,id=apart-port,bus=apart,chassis=9 \
+                 -device edu,dma_mask=0xffffffffffffffff,bus=apart-port"
             }
             Self::Off => "",
         }
@@ -68,6 +106,12 @@ pub struct Machine {
     pub arch: Arch,
     /// Its IOMMU.
     pub iommu: Iommu,
+    /// Addresses that the IOMMU on PCI reserves.
+    pub reserved: Vec<RangeInclusive<u64>>,
+    /// Where the other devices are.
+    pub place: Place,
+    /// How many CPUs there are.
+    pub cpus: u32,
     /// The image of the disk; none leaves the device out.
     pub disk: Option<PathBuf>,
     /// The image of the NVMe disk; none leaves the device out.
@@ -91,12 +135,15 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The default machine with this kernel: an IOMMU on PCI, no disks, 256 MiB, no trace.
+    /// The default machine with this kernel: an IOMMU on PCI, no bridges, no disks, one CPU, 256 MiB, no trace.
     #[must_use]
     pub fn new(arch: Arch, kernel: PathBuf) -> Self {
         Self {
             arch,
             iommu: Iommu::Pci,
+            reserved: Vec::new(),
+            place: Place::RootBus,
+            cpus: 1,
             disk: None,
             nvme: None,
             console: None,
@@ -115,29 +162,15 @@ impl Machine {
     pub fn arguments(&self) -> Vec<OsString> {
         let mut arguments = Arguments::default();
         arguments.words(self.arch.machine());
+        arguments.words("-smp").word(self.cpus.to_string());
         arguments.words("-m").word(self.memory_mib.to_string());
         arguments.words("-nodefaults -no-reboot -display none -serial stdio");
-        arguments.words(self.iommu.arguments());
-        if let Some(disk) = &self.disk {
-            arguments.words("-drive").joined("if=none,id=disk,format=raw,file=", disk);
-            arguments.words("-device virtio-blk-pci,drive=disk,iommu_platform=on,disable-legacy=on,addr=2");
+        if self.reserved.is_empty() {
+            arguments.words(self.iommu.arguments());
+        } else {
+            arguments.words("-device").word(self.with_reserved());
         }
-        arguments.words("-object rng-builtin,id=entropy");
-        arguments.words("-device virtio-rng-pci,rng=entropy,iommu_platform=on,disable-legacy=on,addr=3");
-        arguments.words("-device edu,dma_mask=0xffffffffffffffff,addr=4");
-        if let Some(nvme) = &self.nvme {
-            arguments.words("-drive").joined("if=none,id=nvme,format=raw,file=", nvme);
-            arguments.words("-device nvme,drive=nvme,serial=0,addr=6");
-        }
-        arguments.words("-netdev user,id=net");
-        arguments
-            .words("-device virtio-net-pci,netdev=net,iommu_platform=on,disable-legacy=on,addr=5,romfile=");
-        match &self.console {
-            Some(file) => arguments.words("-chardev").joined("file,id=console,path=", file),
-            None => arguments.words("-chardev null,id=console"),
-        };
-        arguments.words("-device virtio-serial-pci,iommu_platform=on,disable-legacy=on,addr=7");
-        arguments.words("-device virtconsole,chardev=console");
+        self.devices(&mut arguments);
         if let Some(file) = &self.trace {
             arguments.words("-D").word(file);
             for event in trace::EVENTS {
@@ -155,6 +188,45 @@ impl Machine {
         arguments.words("-append").word(&self.cmdline);
         arguments.all(&self.extra);
         arguments.finish()
+    }
+
+    /// The IOMMU on PCI with what it reserves. A list has no other form than this.
+    fn with_reserved(&self) -> String {
+        let region =
+            |region: &RangeInclusive<u64>| format!("\"{:#x}:{:#x}:0\"", region.start(), region.end());
+        let regions: Vec<String> = self.reserved.iter().map(region).collect();
+        let list = regions.join(",");
+        format!("{{\"driver\":\"virtio-iommu-pci\",\"addr\":\"0x1\",\"reserved-regions\":[{list}]}}")
+    }
+
+    /// The devices but for the IOMMU, which must be there before them.
+    fn devices(&self, arguments: &mut Arguments) {
+        let mut slots = vec![RNG, EDU, NET, CONSOLE];
+        slots.extend(self.disk.as_ref().map(|_| DISK));
+        slots.extend(self.nvme.as_ref().map(|_| NVME));
+        arguments.words(&self.place.bridges(&slots));
+        // Without the first a virtio device goes around the IOMMU, and QEMU wants the second beside it.
+        let virtio = |slot| format!("iommu_platform=on,disable-legacy=on,{}", self.place.of(slot));
+        let device = |words: &str, place: &str| format!("-device {words},{place}");
+        if let Some(disk) = &self.disk {
+            arguments.words("-drive").joined("if=none,id=disk,format=raw,file=", disk);
+            arguments.words(&device("virtio-blk-pci,drive=disk", &virtio(DISK)));
+        }
+        arguments.words("-object rng-builtin,id=entropy");
+        arguments.words(&device("virtio-rng-pci,rng=entropy", &virtio(RNG)));
+        arguments.words(&device("edu,dma_mask=0xffffffffffffffff", &self.place.of(EDU)));
+        if let Some(nvme) = &self.nvme {
+            arguments.words("-drive").joined("if=none,id=nvme,format=raw,file=", nvme);
+            arguments.words(&device("nvme,drive=nvme,serial=0", &self.place.of(NVME)));
+        }
+        arguments.words("-netdev user,id=net");
+        arguments.words(&device("virtio-net-pci,netdev=net,romfile=", &virtio(NET)));
+        match &self.console {
+            Some(file) => arguments.words("-chardev").joined("file,id=console,path=", file),
+            None => arguments.words("-chardev null,id=console"),
+        };
+        arguments.words(&device("virtio-serial-pci", &virtio(CONSOLE)));
+        arguments.words("-device virtconsole,chardev=console");
     }
 }
 
@@ -178,23 +250,42 @@ mod tests {
         let line = joined(&machine);
         for part in [
             "virtio-iommu-pci,addr=1",
-            "addr=2",
+            "addr=0x2",
             "virtio-rng-pci,rng=entropy",
-            "addr=3",
-            "edu,dma_mask=",
-            "addr=4",
+            "addr=0x3",
+            "edu,dma_mask=0xffffffffffffffff,bus=pcie.0,addr=0x4",
             "file=nvme.img",
-            "nvme,drive=nvme,serial=0,addr=6",
+            "nvme,drive=nvme,serial=0,bus=pcie.0,addr=0x6",
             "virtio-net-pci,netdev=net",
-            "addr=5",
+            "addr=0x5",
             "file,id=console,path=console.txt",
             "virtio-serial-pci",
-            "addr=7",
+            "addr=0x7",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }
         assert!(machine.arguments().contains(&OsString::from("scenario=default seed=0x1")));
         assert!(!line.contains("-trace") && !line.contains("-S"));
+    }
+
+    #[test]
+    fn bridges_come_before_what_is_behind_them() {
+        let mut machine = Machine::new(Arch::X86_64, "kernel".into());
+        machine.place = Place::RootPorts;
+        let line = joined(&machine);
+        let at = |part: &str| line.find(part).unwrap_or_else(|| panic!("{part} is missing in {line}"));
+        assert!(at("virtio-iommu-pci,addr=1") < at("pcie-root-port,id=port4"));
+        assert!(at("pcie-root-port,id=port4") < at("edu,dma_mask=0xffffffffffffffff,bus=port4"));
+        assert!(!line.contains("port2") && !line.contains("port6"), "no disk, no port for it: {line}");
+    }
+
+    #[test]
+    fn reserved_regions_are_a_list() {
+        let mut machine = Machine::new(Arch::Riscv64, "kernel".into());
+        machine.reserved = vec![0x10_0000..=0x1f_ffff, 0..=0xfff];
+        let expected = "{\"driver\":\"virtio-iommu-pci\",\"addr\":\"0x1\",\
+            \"reserved-regions\":[\"0x100000:0x1fffff:0\",\"0x0:0xfff:0\"]}";
+        assert!(machine.arguments().contains(&OsString::from(expected)), "{}", joined(&machine));
     }
 
     #[test]

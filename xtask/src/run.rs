@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use qemu_tests::boot::{Boot, DEFAULT_SCENARIO, DEFAULT_SEED};
-use qemu_tests::machine::{Gdb, Iommu, Machine};
+use qemu_tests::machine::{self, Gdb, Iommu, Machine};
 
 use crate::setup::SetupArguments;
 use crate::{Arch, backtrace, kernel, paths, progress, setup};
@@ -24,6 +24,12 @@ pub(crate) struct RunArguments {
     /// What the IOMMU is reached by
     #[arg(long, value_enum, default_value_t)]
     transport: Transport,
+    /// Where the devices are
+    #[arg(long, value_enum, default_value_t)]
+    place: Place,
+    /// How many CPUs there are
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
     /// What the kernel is to do; it names its scenarios when it does not know one
     #[arg(long, value_name = "NAME", default_value = DEFAULT_SCENARIO)]
     scenario: String,
@@ -56,6 +62,38 @@ enum Transport {
     Pci,
     /// virtio over MMIO, in front of the same PCI devices
     Mmio,
+    /// Two of these, for a root bus each
+    TwoMmio,
+}
+
+/// Where the devices are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Place {
+    #[default]
+    RootBus,
+    /// Each behind a root port of its own
+    RootPorts,
+    /// All below one PCIe switch
+    Switch,
+    /// All behind one PCIe-to-PCI bridge: one endpoint
+    PciBridge,
+    /// Behind root ports of a second root bus
+    SecondRoot,
+    /// The same, where the bus bypasses the IOMMU
+    BypassingRoot,
+}
+
+impl From<Place> for machine::Place {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::RootBus => Self::RootBus,
+            Place::RootPorts => Self::RootPorts,
+            Place::Switch => Self::Switch,
+            Place::PciBridge => Self::PciBridge,
+            Place::SecondRoot => Self::SecondRoot,
+            Place::BypassingRoot => Self::BypassingRoot,
+        }
+    }
 }
 
 /// On or off.
@@ -72,6 +110,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
     let iommu = match (arguments.iommu, arguments.transport) {
         (Switch::On, Transport::Pci) => Iommu::Pci,
         (Switch::On, Transport::Mmio) => Iommu::Mmio,
+        (Switch::On, Transport::TwoMmio) => Iommu::TwoMmio,
         (Switch::Off, _) => Iommu::Off,
     };
     let qemu = setup::qemu(arch, iommu, &arguments.setup)?;
@@ -80,6 +119,8 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
 
     let mut machine = Machine::new(arch, kernel.image);
     machine.iommu = iommu;
+    machine.place = arguments.place.into();
+    machine.cpus = arguments.cpus;
     machine.gdb = if arguments.gdb { Gdb::Wait } else { Gdb::Off };
     // Relative to where the user is, while QEMU's own directory may change one day.
     machine.trace = arguments.trace.as_ref().map(std::path::absolute).transpose().context("--trace")?;

@@ -3,8 +3,9 @@
 use alloc::format;
 use alloc::string::String;
 use core::fmt::Write;
+use core::slice;
 
-use virtio_iommu::{Domain, EndpointId, ReservedKind, Unattached};
+use virtio_iommu::{Domain, EndpointId, ReservedKind, Stats, Unattached};
 
 use super::work::Row;
 use crate::iommu::{Iommu, KernelPlatform};
@@ -152,14 +153,19 @@ pub(super) fn figures(rows: &[(&str, Row)], report: &mut Report) {
 
 /// What the IOMMU was asked in all, which the host compares with what QEMU saw.
 pub(super) fn totals(iommu: &Iommu, report: &mut Report) {
-    let stats = iommu.viommu.stats();
-    report.value("attach", stats.attaches, "requests");
-    report.value("detach", stats.detaches, "requests");
-    report.value("map", stats.maps, "requests");
-    report.value("unmap", stats.unmaps, "requests");
-    report.value("requests", stats.requests, "requests");
-    report.value("kicks", stats.kicks, "kicks");
-    report.value("faults", stats.faults.delivered, "records");
+    totals_of(slice::from_ref(iommu), report);
+}
+
+/// The same of several, taken together.
+pub(super) fn totals_of(iommus: &[Iommu], report: &mut Report) {
+    let sum = |of: fn(&Stats) -> u64| iommus.iter().map(|iommu| of(&iommu.viommu.stats())).sum::<u64>();
+    report.value("attach", sum(|stats| stats.attaches), "requests");
+    report.value("detach", sum(|stats| stats.detaches), "requests");
+    report.value("map", sum(|stats| stats.maps), "requests");
+    report.value("unmap", sum(|stats| stats.unmaps), "requests");
+    report.value("requests", sum(|stats| stats.requests), "requests");
+    report.value("kicks", sum(|stats| stats.kicks), "kicks");
+    report.value("faults", sum(|stats| stats.faults.delivered), "records");
 }
 
 /// Checks that no request was lost, and that every fault is this endpoint's. Of records, which come in floods, some are

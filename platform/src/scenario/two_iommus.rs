@@ -5,6 +5,7 @@
 
 use alloc::format;
 use alloc::string::{String, ToString};
+use alloc::vec::Vec;
 
 use virtio_iommu::{Iova, Options, PhysAddr, Prot};
 
@@ -74,11 +75,14 @@ pub(super) fn run(info: &BootInfo) -> ! {
         let (own, other) = if index == 0 { (&mut one[0], &other[0]) } else { (&mut other[0], &one[0]) };
         report.check_result(&format!("{name}.same-address"), same_address(own, other), |told| *told);
     }
+    let mut iommus = Vec::new();
     for (side, name) in sides.into_iter().zip(NAMES) {
         machine.pci.set_bus_master(side.function.address, BusMaster::Off);
         let closed = close(&side.iommu, side.opened.endpoint);
         report.check_result(&format!("{name}.closed"), closed, |()| "detached, its memory is back");
+        iommus.push(side.iommu);
     }
+    show::totals_of(&iommus, &mut report);
     report.end()
 }
 

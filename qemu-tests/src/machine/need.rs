@@ -21,7 +21,8 @@ impl Need {
     pub fn of(arch: Arch, iommu: Iommu) -> Result<Self, &'static str> {
         let newer = Version { major: 10, minor: 0, micro: 0 };
         match (arch, iommu) {
-            (Arch::X86_64, Iommu::Mmio) => Err("q35 has no slot for virtio over MMIO"),
+            (Arch::X86_64, Iommu::Mmio | Iommu::TwoMmio) => Err("q35 has no slot for virtio over MMIO"),
+            (Arch::Riscv64, Iommu::TwoMmio) => Err("riscv's virt has no second root bus (pxb-pcie)"),
             (Arch::Riscv64, Iommu::Pci) => {
                 Ok(Self { oldest: newer, why: "no virtio-iommu-pci on riscv's virt before 10.0" })
             }

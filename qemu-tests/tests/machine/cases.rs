@@ -1,11 +1,13 @@
 //! The cases: a scenario, the machines it runs on, and how it must end.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use qemu_tests::bench;
 use qemu_tests::boot::{DEADLINE, DEFAULT_SCENARIO, DiskDevice};
-use qemu_tests::machine::{Arch, Iommu};
+use qemu_tests::machine::{Arch, Iommu, Place};
 use qemu_tests::protocol::Reason;
+use qemu_tests::qemu::{OLDEST, Version};
 use qemu_tests::server::Peer;
 
 use crate::column::Column;
@@ -22,22 +24,27 @@ pub(crate) enum On {
     Every,
     /// One for each architecture: IOMMU on PCI, newest QEMU.
     Home,
-    /// That of one architecture.
-    HomeOf(Arch),
+    /// Those of some architectures.
+    HomeOf(&'static [Arch]),
+    /// The same with the IOMMU on virtio over MMIO.
+    MmioOf(&'static [Arch]),
 }
 
 impl On {
     pub(crate) fn includes(self, column: &Column) -> bool {
         match self {
             Self::Every => true,
-            Self::Home => column.home,
-            Self::HomeOf(arch) => column.home && column.arch == arch,
+            Self::Home => column.newest && column.iommu == Iommu::Pci,
+            Self::HomeOf(archs) => Self::Home.includes(column) && archs.contains(&column.arch),
+            Self::MmioOf(archs) => {
+                column.newest && column.iommu == Iommu::Mmio && archs.contains(&column.arch)
+            }
         }
     }
 }
 
 /// Where ACPI's tables say what is behind the IOMMU.
-const ACPI: On = On::HomeOf(Arch::X86_64);
+const ACPI: On = On::HomeOf(&[Arch::X86_64]);
 
 /// One case.
 pub(crate) struct Case {
@@ -47,6 +54,10 @@ pub(crate) struct Case {
     pub(crate) scenario: &'static str,
     /// Instead of the column's.
     pub(crate) iommu: Option<Iommu>,
+    pub(crate) place: Place,
+    pub(crate) reserved: &'static [RangeInclusive<u64>],
+    /// Where older QEMUs lack an option.
+    pub(crate) since: Version,
     /// Of every kind.
     pub(crate) disk: DiskDevice,
     pub(crate) peer: Peer,
@@ -61,8 +72,21 @@ pub(crate) struct Case {
 impl Case {
     /// A scenario on one machine of each architecture.
     fn new(name: &'static str, scenario: &'static str, expect: Expect) -> Self {
-        let (on, iommu, disk, peer) = (On::Home, None, DiskDevice::Present, Peer::Listening);
-        Self { name, on, scenario, iommu, disk, peer, words: "", extra: "", deadline: DEADLINE, expect }
+        Self {
+            name,
+            on: On::Home,
+            scenario,
+            iommu: None,
+            place: Place::RootBus,
+            reserved: &[],
+            since: OLDEST,
+            disk: DiskDevice::Present,
+            peer: Peer::Listening,
+            words: "",
+            extra: "",
+            deadline: DEADLINE,
+            expect,
+        }
     }
 
     /// A scenario that passes on every machine.
@@ -80,6 +104,8 @@ impl Case {
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = whole_path();
     cases.extend(disks());
+    cases.extend(places());
+    cases.extend(options());
     cases.push(counted());
     cases.extend(caught());
     cases.extend(bad_input());
@@ -116,12 +142,73 @@ fn disks() -> Vec<Case> {
     ]
 }
 
+/// Devices behind bridges. What is behind a bypassing root bus no IOMMU knows, and the kernel says so.
+fn places() -> Vec<Case> {
+    let two_roots = On::HomeOf(&[Arch::X86_64, Arch::Aarch64]);
+    let behind = |name, place| Case { place, ..Case::default(name, Expect::Pass) };
+    vec![
+        behind("root-ports", Place::RootPorts),
+        behind("switch", Place::Switch),
+        Case { on: two_roots, ..behind("second-root", Place::SecondRoot) },
+        Case {
+            on: On::HomeOf(&[Arch::X86_64]),
+            place: Place::BypassingRoot,
+            ..Case::default("bypassing-root", Expect::FailNaming(&["the IOMMU does not know the function"]))
+        },
+    ]
+}
+
+/// What the IOMMU can be told to be.
+fn options() -> Vec<Case> {
+    let newer = Version { major: 10, minor: 0, micro: 0 };
+    let option = |name, extra| Case { extra, ..Case::default(name, Expect::Pass) };
+    let width =
+        |name, extra, words| Case { extra, since: newer, ..Case::default(name, Expect::PassNaming(words)) };
+    let mmio = On::MmioOf(&[Arch::Aarch64, Arch::Riscv64]);
+    vec![
+        // Where nothing bypasses at first, SeaBIOS waits for its own SATA disks for ever.
+        Case {
+            on: On::HomeOf(&[Arch::X86_64]),
+            ..option("boot-bypass-off", "-global virtio-iommu-pci.boot-bypass=off -machine sata=off")
+        },
+        Case {
+            on: On::HomeOf(&[Arch::Aarch64, Arch::Riscv64]),
+            ..option("boot-bypass-off", "-global virtio-iommu-pci.boot-bypass=off")
+        },
+        width("aw-bits-32", "-global virtio-iommu-pci.aw-bits=32", &["input range", "0x0..=0xffffffff"]),
+        width("aw-bits-48", "-global virtio-iommu-pci.aw-bits=48", &["input range", "0x0..=0xffffffffffff"]),
+        // All but the last granule, whose last byte no request can name.
+        width("aw-bits-64", "-global virtio-iommu-pci.aw-bits=64", &["input range", "..=0xffffffffffffefff"]),
+        // The driver has no packed ring, and declines.
+        option("packed-offered", "-global virtio-iommu-pci.packed=on"),
+        option("no-queue-reset", "-global virtio-iommu-pci.queue_reset=off"),
+        // Over PCI QEMU lets the IOMMU reach its own rings through itself, which it does not survive.
+        Case {
+            on: mmio,
+            extra: "-global virtio-iommu-device.iommu_platform=on",
+            ..Case::default("access-platform", Expect::PassNaming(&["features", "ACCESS_PLATFORM"]))
+        },
+        // Elsewhere the machine reserves what it needs, and takes no more.
+        Case {
+            on: On::HomeOf(&[Arch::Riscv64]),
+            since: newer,
+            reserved: &[0x10_0000..=0x1f_ffff],
+            ..Case::default("reserved", Expect::PassNaming(&["0x10", "0x100000..=0x1fffff"]))
+        },
+        Case {
+            on: On::MmioOf(&[Arch::Aarch64]),
+            iommu: Some(Iommu::TwoMmio),
+            ..Case::new("two-iommus", "two-iommus", Expect::Pass)
+        },
+    ]
+}
+
 /// What the operations ask of the device, which does not differ between architectures. Instructions are no matter for a test.
 fn counted() -> Case {
     // The clock is as in `bench::ICOUNT`.
     let extra = "-icount shift=0,sleep=off -trace memory_region_ops_read -trace memory_region_ops_write";
     let counted = Case::new("bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
-    let on = On::HomeOf(Arch::X86_64);
+    let on = On::HomeOf(&[Arch::X86_64]);
     Case { on, words: bench::COUNT, extra, ..counted }
 }
 
@@ -174,14 +261,16 @@ fn broken_guests() -> Vec<Case> {
     let silent =
         Expect::Because(|reason| matches!(reason, Reason::NothingPrinted), "the guest printed nothing");
     let half = Expect::Because(|reason| matches!(reason, Reason::NoEnd), "the guest stopped without an end");
-    let fault =
-        |arch, words| Case { on: On::HomeOf(arch), ..Case::new("fault", "page-fault", Expect::Panic(words)) };
+    let fault = |archs, words| Case {
+        on: On::HomeOf(archs),
+        ..Case::new("fault", "page-fault", Expect::Panic(words))
+    };
     let babble = Expect::Because(|reason| matches!(reason, Reason::UnknownLine(_)), "an unknown line");
     vec![
         Case::new("panic", "panic", Expect::Panic(&["panic at ", ".rs:"])),
-        fault(Arch::X86_64, &["exception 14", " at 0x", "rax ", "rsp "]),
-        fault(Arch::Aarch64, &["exception 0: ", "data abort", "read at 0x", "x30 ", "spsr "]),
-        fault(Arch::Riscv64, &["exception 0xd: load page fault, at 0x", "address 0x", "ra  ", "sstatus "]),
+        fault(&[Arch::X86_64], &["exception 14", " at 0x", "rax ", "rsp "]),
+        fault(&[Arch::Aarch64], &["exception 0: ", "data abort", "read at 0x", "x30 ", "spsr "]),
+        fault(&[Arch::Riscv64], &["exception 0xd: load page fault, at 0x", "address 0x", "ra  ", "sstatus "]),
         Case { deadline: SILENCE, ..Case::new("silent", "silent", silent) },
         Case { deadline: SILENCE, ..Case::new("stops-half-way", "half", half) },
         Case::new("unknown-line", "babble", babble),

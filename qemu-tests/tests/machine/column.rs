@@ -26,8 +26,8 @@ pub(crate) struct Column {
     pub(crate) iommu: Iommu,
     /// The release of QEMU: `7.2`, or a word in place of it.
     release: String,
-    /// Whether the cases that run once for each architecture run here.
-    pub(crate) home: bool,
+    /// Whether this is the newest QEMU on which there is the machine.
+    pub(crate) newest: bool,
     /// What it takes to run, or why that is not to be had.
     pub(crate) host: Result<Host, String>,
 }
@@ -64,7 +64,7 @@ impl Column {
     fn transport(&self) -> &'static str {
         match self.iommu {
             Iommu::Pci => "pci",
-            Iommu::Mmio => "mmio",
+            Iommu::Mmio | Iommu::TwoMmio => "mmio",
             Iommu::Off => "none",
         }
     }
@@ -80,7 +80,7 @@ pub(crate) fn all() -> Vec<Column> {
         arch,
         iommu: Iommu::Pci,
         release: "none".to_owned(),
-        home: true,
+        newest: true,
         host: Err(NOT_SET.to_owned()),
     };
     Arch::ALL.into_iter().map(nothing).collect()
@@ -105,20 +105,21 @@ fn of_arch(arch: Arch) -> Vec<Column> {
     for iommu in [Iommu::Pci, Iommu::Mmio] {
         if let Err(why) = Need::of(arch, iommu) {
             let (release, host) = ("any".to_owned(), Err(why.to_owned()));
-            columns.push(Column { arch, iommu, release, home: false, host });
+            columns.push(Column { arch, iommu, release, newest: false, host });
             continue;
         }
         columns.extend(there.iter().map(|qemu| column(arch, iommu, kernel.as_deref(), qemu.clone())));
         columns.extend(absent.iter().map(|(release, why)| {
             let (release, host) = ((*release).to_owned(), Err((*why).to_owned()));
-            Column { arch, iommu, release, home: false, host }
+            Column { arch, iommu, release, newest: false, host }
         }));
     }
-    // The newest QEMU that can do it over PCI.
     let version = |column: &Column| column.host.as_ref().ok().map(|host| host.qemu.version);
-    let homes = columns.iter_mut().filter(|column| column.iommu == Iommu::Pci && column.host.is_ok());
-    if let Some(home) = homes.max_by_key(|column| version(column)) {
-        home.home = true;
+    for iommu in [Iommu::Pci, Iommu::Mmio] {
+        let able = columns.iter_mut().filter(|column| column.iommu == iommu && column.host.is_ok());
+        if let Some(newest) = able.max_by_key(|column| version(column)) {
+            newest.newest = true;
+        }
     }
     columns
 }
@@ -128,7 +129,7 @@ fn column(arch: Arch, iommu: Iommu, kernel: Option<&Path>, qemu: Result<Qemu, St
         Ok(qemu) => format!("{}.{}", qemu.version.major, qemu.version.minor),
         Err(_) => "unknown".to_owned(),
     };
-    Column { arch, iommu, release, home: false, host: host(arch, iommu, kernel, qemu) }
+    Column { arch, iommu, release, newest: false, host: host(arch, iommu, kernel, qemu) }
 }
 
 fn host(arch: Arch, iommu: Iommu, kernel: Option<&Path>, qemu: Result<Qemu, String>) -> Result<Host, String> {

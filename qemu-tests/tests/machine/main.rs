@@ -103,6 +103,12 @@ fn trial(row: &Row, column: &Column, note: impl Fn(Mark) + Send + 'static) -> Tr
                 return Ok(Completion::ignored_with(reason));
             }
         };
+        if let Kind::Case(case) = &kind
+            && host.qemu.version < case.since
+        {
+            note(Mark::Skipped);
+            return Ok(Completion::ignored_with(format!("QEMU before {} lacks the option", case.since)));
+        }
         // Until it is known to have passed, even if it panics.
         note(Mark::Failed);
         match kind {
@@ -118,6 +124,8 @@ fn run(case: &Case, column: &Column, host: &Host) -> Result<(), Failed> {
     let directory = column.directory(case.name);
     let mut machine = column.machine(host);
     machine.iommu = case.iommu.unwrap_or(machine.iommu);
+    machine.place = case.place;
+    machine.reserved = case.reserved.to_vec();
     machine.extra = case.extra.split_whitespace().map(Into::into).collect();
     let mut boot = Boot::new(machine, case.scenario, &directory);
     boot.words = case.words.to_owned();

@@ -31,6 +31,13 @@ pub fn now_ns() -> Option<u64> {
     Some((u128::from(count) * 1_000_000_000 / u128::from(clock.hz)) as u64)
 }
 
+/// The counter's value at a time, or the last one it has.
+pub(super) fn count_at(ns: u64) -> Option<u64> {
+    let clock = CLOCK.get()?.as_ref()?;
+    let count = u128::from(ns) * u128::from(clock.hz) / 1_000_000_000 + u128::from(clock.count_at_start);
+    Some(u64::try_from(count).unwrap_or(u64::MAX))
+}
+
 /// The counter's rate.
 pub fn tick_hz() -> Option<u64> {
     Some(CLOCK.get()?.as_ref()?.hz)

@@ -1,6 +1,7 @@
 //! Ending the machine: through SiFive's test finisher, which takes a code, or else through the firmware.
 
 use core::arch::asm;
+use core::hint;
 use core::ptr::NonNull;
 
 use spin::Once;
@@ -13,6 +14,8 @@ use crate::range::PhysRange;
 /// QEMU's status is 0 for the first and the code in the upper half for the second.
 const FINISH_PASS: u32 = 0x5555;
 const FINISH_FAIL: u32 = 0x3333;
+/// How long the finisher is given, in turns of a loop: a second or more.
+const FINISH_SPINS: u32 = 500_000_000;
 const COMPATIBLE: &str = "sifive,test0";
 const REGISTER_BYTES: u64 = 4;
 
@@ -49,6 +52,10 @@ pub fn exit(code: ExitCode) -> ! {
                 other => u32::from(other.value()) << 16 | FINISH_FAIL,
             },
         );
+        // The machine goes on for a moment, and a second word would replace the first: the firmware has none but success.
+        for _ in 0..FINISH_SPINS {
+            hint::spin_loop();
+        }
     }
     // It returns only where it failed.
     let _ = sbi_rt::system_reset(sbi_rt::Shutdown, sbi_rt::NoReason);
