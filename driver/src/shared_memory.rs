@@ -163,16 +163,22 @@ impl SharedMemory {
         unsafe { at.write_volatile(len.to_le()) };
     }
 
-    /// Copies bytes into a cell, from `AT` on.
-    ///
-    /// # Panics
-    /// When they do not lie in it: they are the driver's own, of a length that the compiler knows.
+    /// Writes words to the beginning of a cell.
     #[inline(always)]
-    pub(crate) fn write_cell<const AT: usize>(&mut self, index: u16, bytes: &[u8]) {
-        assert!(bytes.len() <= CELL_LEN - AT, "outside of the cell");
-        let at = self.placed(self.cell(index) + AT);
-        // SAFETY: inside the region by the check above; no reference covers it.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
+    pub(crate) fn write_cell<const N: usize>(&mut self, index: u16, words: &[u64; N]) {
+        const { assert!(8 * N <= CELL_LEN, "outside of the cell") };
+        let at = self.placed(self.cell(index)).cast::<[u64; N]>();
+        // SAFETY: inside the region and aligned, since cells are; no reference covers it.
+        unsafe { at.write(*words) };
+    }
+
+    /// Writes four bytes of a cell, at `AT`.
+    #[inline(always)]
+    pub(crate) fn write_cell_tail<const AT: usize>(&mut self, index: u16, bytes: [u8; 4]) {
+        const { assert!(AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
+        let at = self.placed(self.cell(index) + AT).cast::<[u8; 4]>();
+        // SAFETY: as above.
+        unsafe { at.write(bytes) };
     }
 
     /// Reads four bytes of a cell, at `AT`.

@@ -5,7 +5,7 @@ use crate::engine::Op;
 use crate::error::RequestError;
 use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, UsedIndexJumped};
 use crate::shared_memory::SharedMemory;
-use crate::wire::request::{MAX_READABLE, PROBE_READABLE, Request, TAIL_LEN, TAIL_SENTINEL};
+use crate::wire::request::{Encoded, MAX_READABLE, PROBE_READABLE, Request, TAIL_LEN, TAIL_SENTINEL};
 use alloc::vec::Vec;
 use core::task::Waker;
 
@@ -167,11 +167,9 @@ impl RequestQueue {
     #[inline(always)]
     fn write_request(&mut self, index: u16, request: &Request) {
         let memory = self.ring.memory_mut();
-        let len = request.encode(|bytes| {
-            memory.write_cell::<0>(index, bytes);
-            bytes.len()
-        });
-        memory.write_cell::<TAIL_AT>(index, &TAIL_SENTINEL);
+        let Encoded { words, len } = request.encode();
+        memory.write_cell(index, &words);
+        memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
         memory.set_descriptor_len(2 * index, len as u32);
     }
 
@@ -183,10 +181,11 @@ impl RequestQueue {
         let (readable_at, writable_at) =
             (self.ring.memory().phys(probe_readable), self.ring.memory().phys(probe_writable));
         let memory = self.ring.memory_mut();
-        let len = request.encode(|bytes| {
-            memory.write_bytes(probe_readable, bytes);
-            bytes.len()
-        });
+        // What is behind the words was zeroed once, and stays so.
+        let Encoded { words, len } = request.encode();
+        for (number, word) in words.iter().enumerate() {
+            memory.write_bytes(probe_readable + 8 * number, &word.to_ne_bytes());
+        }
         // No properties of an earlier endpoint may be read as this one's.
         for at in probe_writable..probe_writable + self.probe_size {
             memory.write_bytes(at, &[0]);
@@ -269,19 +268,17 @@ impl RequestQueue {
     #[inline(always)]
     pub(crate) fn take_one(&mut self, batch: &Batch) -> bool {
         let Some((head, _)) = batch.ends else { return false };
-        let Some(used) = self.ring.peek() else { return false };
+        let simple = self.sleepers == 0 && self.broken.is_none() && self.probing.is_none();
+        let Some(used) = self.ring.peek_fresh().filter(|_| simple) else { return false };
         let Some(slot) = self.slots.get_mut(usize::from(head)) else { return false };
         let mine = used.id == u32::from(2 * head) && slot.state == SlotState::InFlight;
-        let simple = self.sleepers == 0 && self.broken.is_none() && self.probing.is_none();
         // Before the answer is known to be there the device may be writing it.
-        if !(mine && simple && used.len >= slot.expected)
-            || self.ring.memory().read_cell::<TAIL_AT>(head)[0] != 0
-        {
+        if !(mine && used.len >= slot.expected) || self.ring.memory().read_cell::<TAIL_AT>(head)[0] != 0 {
             return false;
         }
         (slot.state, slot.next) = (SlotState::Free, self.free);
         self.free = Some(head);
-        self.ring.pass();
+        self.ring.pass_fresh();
         true
     }
 

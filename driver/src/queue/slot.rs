@@ -12,7 +12,7 @@
 use crate::engine::Op;
 use crate::error::RequestError;
 use crate::ring::CELL_LEN;
-use crate::wire::request::{MAX_READABLE, Status, TAIL_SENTINEL, Tail};
+use crate::wire::request::{Status, TAIL_SENTINEL, Tail, WORDS};
 use core::mem::size_of;
 
 /// What came of a request.
@@ -43,7 +43,7 @@ pub(super) const STRIDE: usize = CELL_LEN;
 /// Where the answer's tail lies in a slot.
 pub(super) const TAIL_AT: usize = 40;
 
-const _: () = assert!(MAX_READABLE <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= STRIDE);
+const _: () = assert!(8 * WORDS <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= STRIDE);
 
 /// Judges an answer: success is all bytes written *and* status OK (D-09).
 ///
