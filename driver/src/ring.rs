@@ -193,6 +193,27 @@ impl Ring {
         self.avail_idx = self.avail_idx.wrapping_add(1);
     }
 
+    /// [`push`](Self::push) and [`publish`](Self::publish) for one chain, where all that was pushed before is published.
+    #[must_use = "without the doorbell the device may never look"]
+    #[inline(always)]
+    pub(crate) fn publish_one(&mut self, head: u16) -> bool {
+        debug_assert_eq!(self.avail_idx, self.published);
+        let old = self.avail_idx;
+        let new = old.wrapping_add(1);
+        self.memory.set_avail_entry(old, head);
+        (self.avail_idx, self.published) = (new, new);
+        if new.is_multiple_of(EVENT_STEP) {
+            self.move_event_on();
+        }
+        self.memory.publish_avail_index(new);
+        // As in `publish`.
+        fence(Ordering::SeqCst);
+        match self.suppression {
+            Suppression::Flags => self.memory.used_flags() & USED_NO_NOTIFY == 0,
+            Suppression::EventIndex => self.memory.avail_event() == old,
+        }
+    }
+
     /// Shows the device what was pushed, and says whether it wants the doorbell for it.
     #[must_use = "without the doorbell the device may never look"]
     pub(crate) fn publish(&mut self) -> bool {
@@ -201,9 +222,8 @@ impl Ring {
         }
         let old = core::mem::replace(&mut self.published, self.avail_idx);
         // Far enough away for as long as the index does not pass the next multiple.
-        let moved_on = (old ^ self.avail_idx) & !(EVENT_STEP - 1) != 0;
-        if moved_on && self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Unwanted {
-            self.write_used_event();
+        if (old ^ self.avail_idx) & !(EVENT_STEP - 1) != 0 {
+            self.move_event_on();
         }
         self.memory.publish_avail_index(self.avail_idx);
         // The device may go to sleep between our index and our look at its wish: both sides write, then look.
@@ -211,6 +231,13 @@ impl Ring {
         match self.suppression {
             Suppression::Flags => self.memory.used_flags() & USED_NO_NOTIFY == 0,
             Suppression::EventIndex => crossed(self.memory.avail_event(), old, self.avail_idx),
+        }
+    }
+
+    #[cold]
+    fn move_event_on(&mut self) {
+        if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Unwanted {
+            self.write_used_event();
         }
     }
 

@@ -12,9 +12,7 @@ use crate::addr::{Iova, IovaRange};
 use crate::barrier;
 use crate::engine::{Engine, Geometry, Limits};
 use crate::error::{BypassError, StartError};
-use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, Sleepers, State};
-use crate::fault::FaultBacklog;
-use crate::lock::Mutex;
+use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, State, StateLock};
 use crate::options::Options;
 use crate::platform::{DmaMemory, Platform};
 use crate::queue::{EventQueue, RequestQueue};
@@ -265,22 +263,13 @@ fn run<P: Platform>(
         false => None,
     };
     let limits = Limits::new(&options);
-    let state = State {
-        engine: Engine::new(geometry, limits, options.own_endpoint),
-        requests,
-        events,
-        faults: FaultBacklog::new(options.fault_backlog),
-        sleepers: Sleepers::new(),
-        sent: 0,
-        dead: None,
-        paused: false,
-        bypass_due: false,
-    };
+    let engine = Engine::new(geometry, limits, options.own_endpoint);
+    let state = State::new(engine, requests, events, options.fault_backlog);
     let shared = Arc::new(Shared {
         platform,
         transport,
         options,
-        state: Mutex::new(state),
+        state: StateLock::new(state),
         doorbell: AtomicBool::new(false),
         kicks: AtomicUsize::new(0),
         live: AtomicBool::new(false),

@@ -80,6 +80,11 @@ impl ListId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MappingHandle(pub(super) u32);
 
+impl MappingHandle {
+    /// Names none.
+    pub(crate) const UNKNOWN: Self = Self(u32::MAX);
+}
+
 /// Who has the addresses of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Holder {

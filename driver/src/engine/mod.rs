@@ -26,7 +26,6 @@ pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
-pub(crate) use quick::Begun;
 pub(crate) use recover::Revival;
 
 use crate::addr::{Iova, IovaRange};

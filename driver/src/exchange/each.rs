@@ -1,6 +1,7 @@
 //! Mapping and unmapping several that have nothing to do with each other: a request each, and one doorbell for as many as
 //! the ring takes.
 
+use super::quick::First;
 use super::unmap::{Owned, unmap};
 use super::{Need, Run, Shared, State};
 use crate::addr::IovaRange;
@@ -140,7 +141,7 @@ pub(crate) async fn unmap_each<P: Platform>(
                     rest.next += 1;
                     if let Some(mapping) = place.take() {
                         let owned = Owned::new(shared, key, mapping.range());
-                        result = result.and(unmap(owned, mapping.range()).finish().await);
+                        result = result.and(unmap(owned, mapping.range(), First::No).await);
                     }
                 }
                 return result;

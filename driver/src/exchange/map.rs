@@ -1,15 +1,16 @@
 //! Mapping lists of runs.
 
 use super::flush::flush_all_the_same;
+use super::quick::{First, FirstMap, SentMap};
 use super::unmap::{Owned, unmap};
-use super::{InFlight, Need, Shared, Started, State};
+use super::{InFlight, Need, Shared, State};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{Begun, DomainKey, Engine, ListId, Op, Placement, Purpose, Unmade};
+use crate::engine::{DomainKey, Engine, ListId, Op, Placement, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
-use crate::wire::request::{Request, Status};
+use crate::wire::request::Status;
 use core::future::Future;
 
 /// Physically contiguous bytes, whole granules.
@@ -30,43 +31,6 @@ pub(crate) enum Place {
     Anywhere { len: u64, placement: Placement, parts: usize },
     /// Here, in one mapping.
     At(IovaRange),
-}
-
-/// What became of the quick way.
-enum Quick<'a, P: Platform> {
-    Done(IovaRange),
-    /// It was sent, and not answered yet, or not with a success.
-    Sent(IovaRange, ListId, InFlight<'a, P>),
-    /// Nothing was done.
-    No,
-}
-
-/// Maps a list of one, if there is nothing unusual about it, and looks once.
-#[inline(always)]
-fn begin_one<'a, P: Platform>(
-    shared: &'a Shared<P>,
-    key: DomainKey,
-    place: Place,
-    run: Option<Run>,
-    purpose: Purpose,
-    held: &mut Option<HeldMemory>,
-) -> Quick<'a, P> {
-    let (Place::Anywhere { placement, parts: 1, .. }, Some(run)) = (place, run) else { return Quick::No };
-    let Some(mut state) = shared.with_free_slot() else { return Quick::No };
-    let State { engine, requests, .. } = &mut *state;
-    let mut batch = Batch::default();
-    let send = |request: &Request, op| batch = requests.submit_one(request, op);
-    let name = engine.begin_list();
-    let begun = engine.begin_one(key, (name, placement), run, purpose, held, send);
-    let Some(Begun { range, record }) = begun else { return Quick::No };
-    state.sent += 1;
-    state.publish(Some(key), &shared.doorbell);
-    drop(state);
-    let mapped = |state: &mut State| state.engine.mapped_one(key, range, record).then_some(());
-    match shared.look_once(batch, || Op::Map { domain: key, range, record }, mapped) {
-        Ok(()) | Err(None) => Quick::Done(range),
-        Err(Some(in_flight)) => Quick::Sent(range, name, in_flight),
-    }
 }
 
 /// A list that is being mapped, or rolled back. Where that ends early, what was mapped of it is in quarantine, and
@@ -171,11 +135,10 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
 }
 
 /// Maps runs, which fill the place that they go to. All or nothing: on an error no mapping is left, their addresses are
-/// free and `held` is back, except for what is in quarantine.
+/// free and `held` is back, except for what is in quarantine. `first` says what was done for a list of one already.
 ///
 /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
 /// of an earlier life: it gets another (I12).
-#[inline]
 pub(crate) fn map<'a, P: Platform>(
     shared: &'a Shared<P>,
     key: DomainKey,
@@ -183,20 +146,18 @@ pub(crate) fn map<'a, P: Platform>(
     runs: impl Iterator<Item = Run> + Clone + Send + 'a,
     purpose: Purpose,
     held: &'a mut Option<HeldMemory>,
-) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a> {
-    let lent = held.is_some();
-    let quick = begin_one(shared, key, place, runs.clone().next(), purpose, held);
-    if let Quick::Done(range) = quick {
-        return Started::Done(Ok(range));
-    }
+    first: FirstMap<'a, P>,
+) -> impl Future<Output = Result<IovaRange, MapError>> + Send + 'a {
+    let mut lent = held.is_some();
     let mut list = List::new(shared, key, runs.clone());
     let mut sent = None;
-    if let Quick::Sent(range, name, in_flight) = quick {
+    if let First::Sent(SentMap { range, name, lent: memory }, in_flight) = first {
+        lent = memory;
         (list.name, list.whole, list.owned) = (Some(name), Some(range), Some(range));
         list.runs.next();
         sent = Some((Some(in_flight), Ok(())));
     }
-    Started::Waiting(async move {
+    async move {
         // Named in this order, in which they end where this is never polled: what is in flight, then the list.
         let (sent, list) = (sent, list);
         let mut result = go_on(list, sent, place, purpose, held).await;
@@ -216,7 +177,7 @@ pub(crate) fn map<'a, P: Platform>(
             result = go_on(again, None, Place::At(range), purpose, held).await;
         }
         result
-    })
+    }
 }
 
 /// The requests of a list that were sent together, if not all of them succeeded at once, and whether others could not be.
@@ -297,7 +258,7 @@ async fn roll_back<P: Platform>(
             Unmade::Live(range) => {
                 list.owned = owned.after(range);
                 if let Err(UnmapError::Request { error, .. }) =
-                    unmap(Owned::new(shared, key, range), range).finish().await
+                    unmap(Owned::new(shared, key, range), range, First::No).await
                 {
                     result = Err(error);
                 }

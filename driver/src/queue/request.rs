@@ -5,7 +5,7 @@ use crate::engine::Op;
 use crate::error::RequestError;
 use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, UsedIndexJumped};
 use crate::shared_memory::SharedMemory;
-use crate::wire::request::{Encoded, MAX_READABLE, PROBE_READABLE, Request, TAIL_LEN, TAIL_SENTINEL};
+use crate::wire::request::{Encoded, MAX_READABLE, PROBE_READABLE, Request, Status, TAIL_LEN, TAIL_SENTINEL};
 use alloc::vec::Vec;
 use core::task::Waker;
 
@@ -249,37 +249,49 @@ impl RequestQueue {
         None
     }
 
-    /// [`submit`](Self::submit) for a batch of one that is no PROBE.
-    #[inline(always)]
-    pub(crate) fn submit_one(&mut self, request: &Request, op: Op) -> Batch {
-        let Some(index) = self.free else {
-            debug_assert!(false, "the caller makes sure of a slot");
-            return Batch::default();
-        };
-        let slot = &mut self.slots[usize::from(index)];
-        self.free = slot.next;
-        (slot.state, slot.op, slot.expected, slot.next) = (SlotState::InFlight, op, TAIL_LEN as u32, None);
-        self.write_request(index, request);
-        self.ring.push(2 * index);
-        Batch { ends: Some((index, index)), len: 1 }
+    /// Whether nothing is out of the ordinary: the device keeps to the ring, nobody sleeps, and no PROBE is under way.
+    pub(crate) fn is_usual(&self) -> bool {
+        self.broken.is_none() && self.sleepers == 0 && self.probing.is_none()
     }
 
-    /// [`take_next`](Self::take_next) for a batch of one whose request the caller knows. Whether it was taken.
+    /// Puts a request that is no PROBE into a free slot and shows it to the device, where all is
+    /// [usual](Self::is_usual). Says which slot that is, and whether the device wants the doorbell. `None`, and nothing
+    /// done, where no slot is free.
     #[inline(always)]
-    pub(crate) fn take_one(&mut self, batch: &Batch) -> bool {
-        let Some((head, _)) = batch.ends else { return false };
-        let simple = self.sleepers == 0 && self.broken.is_none() && self.probing.is_none();
-        let Some(used) = self.ring.peek_fresh().filter(|_| simple) else { return false };
-        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return false };
-        let mine = used.id == u32::from(2 * head) && slot.state == SlotState::InFlight;
+    pub(crate) fn send_one(&mut self, request: &Request, op: Op) -> Option<(u16, bool)> {
+        debug_assert!(self.is_usual());
+        let index = self.free?;
+        let slot = self.slots.get_mut(usize::from(index))?;
+        self.free = slot.next;
+        (slot.state, slot.op, slot.expected) = (SlotState::InFlight, op, TAIL_LEN as u32);
+        self.write_request(index, request);
+        Some((index, self.ring.publish_one(2 * index)))
+    }
+
+    /// Takes the success of a request that [`send_one`](Self::send_one) sent, where all is [usual](Self::is_usual), if it
+    /// is the next in the ring. Whether it was.
+    #[inline(always)]
+    pub(crate) fn take_one(&mut self, index: u16) -> bool {
+        debug_assert!(self.is_usual());
+        let Some(used) = self.ring.peek_fresh() else { return false };
+        let Some(slot) = self.slots.get_mut(usize::from(index)) else { return false };
+        let mine = used.id == 2 * u32::from(index) && slot.state == SlotState::InFlight;
         // Before the answer is known to be there the device may be writing it.
-        if !(mine && used.len >= slot.expected) || self.ring.memory().read_cell::<TAIL_AT>(head)[0] != 0 {
+        if !(mine && used.len >= TAIL_LEN as u32)
+            || self.ring.memory().read_cell::<TAIL_AT>(index)[0] != Status::OK
+        {
             return false;
         }
         (slot.state, slot.next) = (SlotState::Free, self.free);
-        self.free = Some(head);
+        self.free = Some(index);
         self.ring.pass_fresh();
         true
+    }
+
+    /// A request that [`send_one`](Self::send_one) sent, to be waited for.
+    pub(crate) fn batch_of(&mut self, index: u16) -> Batch {
+        self.slots[usize::from(index)].next = None;
+        Batch { ends: Some((index, index)), len: 1 }
     }
 
     /// Takes the batch's first request, if it succeeded and its answer is the next in the ring: what most find when they

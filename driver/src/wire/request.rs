@@ -135,9 +135,12 @@ pub enum Status {
 }
 
 impl Status {
+    /// [`Ok`](Self::Ok) as the device writes it.
+    pub(crate) const OK: u8 = 0;
+
     pub(crate) const fn from_wire(byte: u8) -> Self {
         match byte {
-            0 => Self::Ok,
+            Self::OK => Self::Ok,
             1 => Self::IoErr,
             2 => Self::Unsupp,
             3 => Self::DevErr,
