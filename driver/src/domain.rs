@@ -192,10 +192,10 @@ impl<P: Platform> Domain<P> {
         let purpose = Purpose { prot, tag: "" };
         let (shared, key) = (&self.0.shared, self.0.key);
         let first = match place {
-            Place::Anywhere { placement, .. } => {
+            Place::Anywhere { placement, .. } if prot.is_plain() && run.is_whole(shared.granule) => {
                 exchange::map_first(shared, key, run, placement, purpose, &mut None)
             }
-            Place::At(_) => First::No,
+            _ => First::No,
         };
         let range = match first {
             First::Done(mapped) => mapped.range,

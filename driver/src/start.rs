@@ -269,6 +269,7 @@ fn run<P: Platform>(
         platform,
         transport,
         options,
+        granule: geometry.granule,
         state: StateLock::new(state),
         doorbell: AtomicBool::new(false),
         kicks: AtomicUsize::new(0),

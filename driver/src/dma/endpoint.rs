@@ -269,7 +269,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError> {
-        self.map_in_place(phys, len, direction.prot())
+        self.map_in_place(phys, len, direction)
     }
 
     unsafe fn map_each(

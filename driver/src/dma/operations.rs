@@ -250,12 +250,13 @@ impl<P: Platform> Endpoint<P> {
         &self,
         phys: PhysAddr,
         len: usize,
-        prot: Prot,
+        direction: Direction,
     ) -> Result<DmaMapping, DmaError> {
         self.check_open()?;
         let view = &*self.view;
         let run = rounded(PhysSegment { phys, len }, view.granule)?;
-        let (placement, purpose) = (view.placement(run.len), Purpose { prot, tag: self.tag });
+        let placement = view.placement(run.len);
+        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key) = (view.domain.shared(), view.domain.key());
         match exchange::map_first(shared, key, run, placement, purpose, &mut None) {
             First::Done(mapped) => {
@@ -288,7 +289,10 @@ impl<P: Platform> Endpoint<P> {
         let run = rounded(PhysSegment { phys, len }, view.granule)?;
         let (placement, purpose) = (view.placement(run.len), Purpose { prot, tag: self.tag });
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let first = exchange::map_first(shared, key, run, placement, purpose, &mut None);
+        let first = match prot.is_plain() {
+            true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
+            false => First::No,
+        };
         self.map_rest_async(phys, len, (run, placement, purpose), first).await
     }
 
@@ -326,7 +330,7 @@ impl<P: Platform> Endpoint<P> {
         let Placement { limit, align } = view.placement(len);
         let placement = Placement { limit: limit.min(within.limit), align: align.max(within.align) };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let one = runs.clone().next().filter(|run| run.len == len);
+        let one = runs.clone().next().filter(|run| run.len == len && run.is_whole(view.granule));
         let first = match one {
             Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
             None => First::No,

@@ -163,9 +163,9 @@ impl Engine {
     }
 
     /// The next domain after the one in place `after` that [is overdue](Self::is_flush_overdue), and its place.
-    pub(crate) fn next_overdue(&self, after: Option<u16>, now_ns: Option<u64>) -> Option<(u16, DomainKey)> {
+    pub(crate) fn next_overdue(&self, after: Option<u32>, now_ns: Option<u64>) -> Option<(u32, DomainKey)> {
         self.domains.iter().enumerate().find_map(|(index, domain)| {
-            let (index, domain) = (index as u16, domain.as_ref()?);
+            let (index, domain) = (index as u32, domain.as_ref()?);
             let key = DomainKey { index, generation: domain.generation };
             (Some(index) > after && self.is_flush_overdue(key, now_ns)).then_some((index, key))
         })

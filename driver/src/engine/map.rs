@@ -405,7 +405,7 @@ impl Engine {
         let (index, generation) = self.domains.iter().enumerate().find_map(|(index, domain)| {
             let domain = domain.as_ref()?;
             let released = domain.space.tally().released;
-            (released > 0).then_some((index as u16, domain.generation))
+            (released > 0).then_some((index as u32, domain.generation))
         })?;
         self.take_released(DomainKey { index, generation }, IovaRange::WHOLE)
     }

@@ -6,82 +6,70 @@
 use super::deferred::Deferral;
 use super::domain::DomainRecord;
 use super::mapping::{ListId, MappingHandle, Purpose};
-use super::{DomainKey, Engine, Geometry, Op, Placement};
+use super::{DomainKey, Engine, Placement};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::options::DomainKind;
-use crate::prot::Prot;
-use crate::wire::request::Request;
 
 impl DomainRecord {
-    /// Whether [`check`](Self::check) has nothing against a mapping, wherever it goes.
+    /// Whether [`check`](Self::check) has nothing against a mapping of whole granules for reading, writing or both.
     #[inline(always)]
-    fn suits(&self, geometry: &Geometry, run: Run, prot: Prot) -> bool {
-        let (phys, len, bits) = (run.phys.get(), run.len, prot.bits());
-        let plain = (Prot::READ | Prot::WRITE).bits();
-        (phys | len) & (geometry.granule - 1) == 0
-            && len >= 2
-            && len - 1 <= u64::MAX - phys
-            && bits & !plain == 0
-            && bits != 0
-            && self.kind == DomainKind::Translated
+    fn takes_mappings(&self) -> bool {
+        self.kind == DomainKind::Translated
             && self.attached > 0
             && !self.in_transition
             && !self.space.is_full()
     }
+
+    /// Counts a request that was sent, and the doorbell, if the device wants that.
+    #[inline(always)]
+    pub(crate) fn count_request(&mut self, wanted: bool) {
+        self.stats.requests += 1;
+        self.stats.kicks += u64::from(wanted);
+    }
 }
 
-/// A request that was sent in one of the ways here: what became of the records, its slot, and whether the device wants
-/// the doorbell.
-pub(crate) type Sent<T> = (T, u16, bool);
+/// What a mapping held that is gone.
+pub(crate) enum Unheld {
+    Nothing,
+    Memory(HeldMemory),
+}
 
 impl Engine {
-    /// Begins a mapping where `placement` allows, and hands the request for it to `send`.
+    /// Begins a mapping of whole granules for reading, writing or both, where `placement` allows. The request for it is
+    /// then sent in any case.
     #[inline(always)]
     pub(crate) fn begin_one(
         &mut self,
         key: DomainKey,
-        (list, placement): (ListId, Placement),
         run: Run,
+        placement: Placement,
         purpose: Purpose,
         held: &mut Option<HeldMemory>,
-        send: impl FnOnce(&Request, Op) -> Option<(u16, bool)>,
-    ) -> Option<Sent<Mapped>> {
-        let geometry = &self.geometry;
-        let domain = self.domains.get_mut(usize::from(key.index))?.as_mut()?;
-        if domain.generation != key.generation || !domain.suits(geometry, run, purpose.prot) {
+    ) -> Option<(&mut DomainRecord, Mapped, ListId)> {
+        debug_assert!(purpose.prot.is_plain() && run.is_whole(self.geometry.granule));
+        let list = ListId(self.lists + 1);
+        let domain = self.domains.get_mut(key.place())?.as_mut()?;
+        if domain.generation != key.generation || !domain.takes_mappings() {
             return None;
         }
-        let align = placement.align.max(geometry.granule);
-        let id = domain.id;
-        let made =
-            domain.space.make(run, (align, placement.limit), (purpose, list), held, |range, record| {
-                let request = Request::Map { domain: id, range, phys: run.phys, prot: purpose.prot };
-                send(&request, Op::Map { domain: key, range, record })
-            });
-        let (mapped, (slot, wanted)) = made?;
-        domain.stats.requests += 1;
-        domain.stats.kicks += u64::from(wanted);
-        Some((mapped, slot, wanted))
+        let mapped = domain.space.make(run, placement, (purpose, list), held)?;
+        self.lists = list.0;
+        Some((domain, mapped, list))
     }
 
-    /// Begins the unmapping of one live mapping, which the handle may name, and hands the request for it to `send`.
+    /// Begins the unmapping of one live mapping, which the handle may name. The request for it is then sent in any case.
     #[inline(always)]
     pub(crate) fn begin_unmap_one(
         &mut self,
         key: DomainKey,
-        (range, record): (IovaRange, MappingHandle),
-        send: impl FnOnce(&Request, Op) -> Option<(u16, bool)>,
-    ) -> Option<Sent<MappingHandle>> {
+        range: IovaRange,
+        record: MappingHandle,
+    ) -> Option<(&mut DomainRecord, MappingHandle)> {
         let domain = self.domain_mut(key)?;
-        let id = domain.id;
-        let (record, (slot, wanted)) = domain.space.begin_unmap((range, record), |record| {
-            send(&Request::Unmap { domain: id, range }, Op::Unmap { domain: key, range, record })
-        })?;
-        domain.stats.requests += 1;
-        domain.stats.kicks += u64::from(wanted);
-        Some((record, slot, wanted))
+        let record = domain.space.begin_unmap(range, record)?;
+        Some((domain, record))
     }
 
     /// The device confirmed a MAP that somebody waits for. False where there is more to it.
@@ -99,15 +87,14 @@ impl Engine {
         true
     }
 
-    /// The device confirmed an UNMAP that somebody waits for. With the memory that was held for the mapping. `None` where
-    /// there is more to it.
+    /// The device confirmed an UNMAP that somebody waits for. `None` where there is more to it.
     #[inline(always)]
     pub(crate) fn unmapped_one(
         &mut self,
         key: DomainKey,
         range: IovaRange,
         record: MappingHandle,
-    ) -> Option<Option<HeldMemory>> {
+    ) -> Option<Unheld> {
         let domain = self.domain_mut(key)?;
         let held = domain.space.end_unmapped(record, range)?;
         domain.stats.unmaps += 1;

@@ -20,6 +20,15 @@ pub(crate) struct Run {
     pub len: u64,
 }
 
+impl Run {
+    /// Whether it is what it should be, and ends below 2^64.
+    #[inline]
+    pub(crate) fn is_whole(self, granule: u64) -> bool {
+        let (phys, mask) = (self.phys.get(), granule - 1);
+        (phys | self.len) & mask == 0 && self.len >= 2 && self.len - 1 <= u64::MAX - phys
+    }
+}
+
 /// How many numbers in a row may turn out to be in use by an earlier life of the device, before a refusal is taken
 /// for what it says.
 const MAX_RENUMBERINGS: usize = 8;

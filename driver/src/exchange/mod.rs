@@ -46,6 +46,8 @@ pub(crate) struct Shared<P: Platform> {
     pub platform: P,
     pub transport: Box<dyn Transport>,
     pub options: Options,
+    /// The smallest mapping.
+    pub granule: u64,
     pub state: StateLock<P::Lock>,
     /// Whether the request queue's doorbell is due. Rung by whoever comes first, so that requests are not held
     /// up by a submitter that was interrupted before it rang: with EVENT_IDX the device asks only once.

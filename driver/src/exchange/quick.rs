@@ -7,8 +7,11 @@
 use super::{InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose};
+use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose, Unheld};
+#[cfg(feature = "bench")]
+use crate::error::RequestError;
 use crate::exchange::Run;
+use crate::lock::Guard;
 use crate::platform::Platform;
 use crate::queue::Completion;
 use crate::wire::request::Request;
@@ -50,16 +53,13 @@ pub(crate) struct SentMap {
 }
 
 impl<P: Platform> Shared<P> {
-    /// Rings for a request that was sent as `slot`, and takes its success, if that is there.
+    /// Rings for a request that was sent as `slot`, and takes its success, if that is there: then with the lock, for
+    /// whatever that does to the records.
     #[inline(always)]
-    fn answer<R>(&self, slot: u16, then: impl FnOnce(&mut State) -> R) -> Result<R, InFlight<'_, P>> {
+    fn answer(&self, slot: u16) -> Option<Guard<'_, P::Lock, State>> {
         self.ring();
-        if let Some(mut state) = self.state.usual()
-            && state.requests.take_one(slot)
-        {
-            return Ok(then(&mut state));
-        }
-        Err(self.wait_for(slot))
+        let mut state = self.state.usual()?;
+        if state.requests.take_one(slot) { Some(state) } else { None }
     }
 
     #[cold]
@@ -70,23 +70,23 @@ impl<P: Platform> Shared<P> {
 
     /// Sends a request that no record knows, and waits for its answer: what everything else takes below the records.
     #[cfg(feature = "bench")]
-    pub(crate) fn exchange_raw(&self, request: &Request) -> Result<(), crate::error::RequestError> {
-        let no_slot = Err(crate::error::RequestError::NoSlot);
+    pub(crate) fn exchange_raw(&self, request: &Request) -> Result<(), RequestError> {
         let slot = {
-            let Some(mut state) = self.state.usual() else { return no_slot };
-            let Some((slot, wanted)) = state.requests.send_one(request, Op::None) else { return no_slot };
+            let Some(mut state) = self.state.usual() else { return Err(RequestError::NoSlot) };
+            let Some(slot) = state.requests.free_slot() else { return Err(RequestError::NoSlot) };
+            let wanted = state.requests.send_one(slot, request, Op::None);
             state.sent += 1;
             self.note_doorbell(wanted);
             slot
         };
-        match self.answer(slot, |_| ()) {
-            Ok(()) => Ok(()),
-            Err(in_flight) => self.block_on(in_flight.outcome()),
+        match self.answer(slot) {
+            Some(_) => Ok(()),
+            None => self.block_on(self.wait_for(slot).outcome()),
         }
     }
 }
 
-/// Maps a run where `placement` allows. With `held` as for [`map`](super::map).
+/// Maps a run where `placement` allows, for reading, writing or both. With `held` as for [`map`](super::map).
 #[inline(always)]
 pub(crate) fn map_first<'a, P: Platform>(
     shared: &'a Shared<P>,
@@ -100,26 +100,26 @@ pub(crate) fn map_first<'a, P: Platform>(
     let (slot, mapped, name) = {
         let Some(mut state) = shared.state.usual() else { return First::No };
         let State { engine, requests, sent, .. } = &mut *state;
-        let name = engine.begin_list();
-        let send = |request: &Request, op| requests.send_one(request, op);
-        let Some((mapped, slot, wanted)) = engine.begin_one(key, (name, placement), run, purpose, held, send)
-        else {
+        let Some(slot) = requests.free_slot() else { return First::No };
+        let Some((domain, mapped, name)) = engine.begin_one(key, run, placement, purpose, held) else {
             return First::No;
         };
+        let Mapped { range, record } = mapped;
+        let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
+        let wanted = requests.send_one(slot, &request, Op::Map { domain: key, range, record });
+        domain.count_request(wanted);
         *sent += 1;
         shared.note_doorbell(wanted);
         (slot, mapped, name)
     };
     let Mapped { range, record } = mapped;
-    let confirm = |state: &mut State| {
-        if !state.engine.mapped_one(key, range, record) {
-            settle(state, Op::Map { domain: key, range, record });
-        }
+    let Some(mut state) = shared.answer(slot) else {
+        return First::Sent(SentMap { range, name, lent }, shared.wait_for(slot));
     };
-    match shared.answer(slot, confirm) {
-        Ok(()) => First::Done(mapped),
-        Err(in_flight) => First::Sent(SentMap { range, name, lent }, in_flight),
+    if !state.engine.mapped_one(key, range, record) {
+        settle(&mut state, Op::Map { domain: key, range, record });
     }
+    First::Done(mapped)
 }
 
 /// Unmaps one live mapping, which `record` may be the record of.
@@ -133,33 +133,29 @@ pub(crate) fn unmap_first<P: Platform>(
     let (slot, record) = {
         let Some(mut state) = shared.state.usual() else { return First::No };
         let State { engine, requests, sent, .. } = &mut *state;
-        let send = |request: &Request, op| requests.send_one(request, op);
-        let Some((record, slot, wanted)) = engine.begin_unmap_one(key, (range, record), send) else {
-            return First::No;
-        };
+        let Some(slot) = requests.free_slot() else { return First::No };
+        let Some((domain, record)) = engine.begin_unmap_one(key, range, record) else { return First::No };
+        let request = Request::Unmap { domain: domain.id, range };
+        let wanted = requests.send_one(slot, &request, Op::Unmap { domain: key, range, record });
+        domain.count_request(wanted);
         *sent += 1;
         shared.note_doorbell(wanted);
         (slot, record)
     };
-    let confirm = |state: &mut State| {
-        let held = state.engine.unmapped_one(key, range, record);
-        if held.is_none() {
-            settle(state, Op::Unmap { domain: key, range, record });
-        }
-        held
-    };
-    match shared.answer(slot, confirm) {
-        Ok(Some(None)) => First::Done(()),
-        Ok(Some(Some(held))) => {
+    let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };
+    match state.engine.unmapped_one(key, range, record) {
+        Some(Unheld::Nothing) => {}
+        Some(Unheld::Memory(held)) => {
+            drop(state);
             shared.release(held);
-            First::Done(())
         }
-        Ok(None) => {
+        None => {
+            settle(&mut state, Op::Unmap { domain: key, range, record });
+            drop(state);
             shared.release_unmapped(key, range);
-            First::Done(())
         }
-        Err(in_flight) => First::Sent((), in_flight),
     }
+    First::Done(())
 }
 
 /// Defers the unmapping of one live mapping, which `record` may be the record of. [`Deferral::Strict`] where nothing was

@@ -170,7 +170,7 @@ impl RequestQueue {
         let Encoded { words, len } = request.encode();
         memory.write_cell(index, &words);
         memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
-        memory.set_descriptor_len(2 * index, len as u32);
+        memory.set_readable_len(index, len as u32);
     }
 
     #[cold]
@@ -254,18 +254,22 @@ impl RequestQueue {
         self.broken.is_none() && self.sleepers == 0 && self.probing.is_none()
     }
 
-    /// Puts a request that is no PROBE into a free slot and shows it to the device, where all is
-    /// [usual](Self::is_usual). Says which slot that is, and whether the device wants the doorbell. `None`, and nothing
-    /// done, where no slot is free.
+    /// A free slot for [`send_one`](Self::send_one).
     #[inline(always)]
-    pub(crate) fn send_one(&mut self, request: &Request, op: Op) -> Option<(u16, bool)> {
-        debug_assert!(self.is_usual());
-        let index = self.free?;
-        let slot = self.slots.get_mut(usize::from(index))?;
+    pub(crate) fn free_slot(&self) -> Option<u16> {
+        self.free
+    }
+
+    /// Puts a request that is no PROBE into the [free slot](Self::free_slot) and shows it to the device, where all is
+    /// [usual](Self::is_usual). Says whether the device wants the doorbell.
+    #[inline(always)]
+    pub(crate) fn send_one(&mut self, index: u16, request: &Request, op: Op) -> bool {
+        debug_assert!(self.is_usual() && self.free == Some(index));
+        let slot = &mut self.slots[usize::from(index)];
         self.free = slot.next;
         (slot.state, slot.op, slot.expected) = (SlotState::InFlight, op, TAIL_LEN as u32);
         self.write_request(index, request);
-        Some((index, self.ring.publish_one(2 * index)))
+        self.ring.publish_one(2 * index)
     }
 
     /// Takes the success of a request that [`send_one`](Self::send_one) sent, where all is [usual](Self::is_usual), if it

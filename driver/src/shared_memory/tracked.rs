@@ -114,8 +114,8 @@ impl SharedMemory {
         (self.read_u32(at), self.read_u32(at + 4))
     }
 
-    pub(crate) fn set_descriptor_len(&mut self, index: u16, len: u32) {
-        self.cells.write(16 * usize::from(index & self.places.mask) + 8, &len.to_le_bytes());
+    pub(crate) fn set_readable_len(&mut self, index: u16, len: u32) {
+        self.cells.write(32 * usize::from(index & self.places.cell_mask) + 8, &len.to_le_bytes());
     }
 
     pub(crate) fn write_cell<const N: usize>(&mut self, index: u16, words: &[u64; N]) {

@@ -155,12 +155,6 @@ impl Space {
         self.tally.certain < self.mappings as u64
     }
 
-    /// The lowest address that the driver chooses. Address 0 stays free: virtio-drivers takes it for a failure, and it
-    /// catches null pointers of devices.
-    pub(super) fn lowest(&self) -> u64 {
-        self.order.granule()
-    }
-
     fn room_left(&self) -> usize {
         self.order.capacity() - self.outside
     }
