@@ -258,7 +258,12 @@ impl<P: Platform> Endpoint<P> {
         let placement = view.placement(run.len);
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        match exchange::map_first(shared, key, run, placement, purpose, &mut None) {
+        // A granule of one byte is no mapping by itself.
+        let first = match run.len >= 2 {
+            true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
+            false => First::No,
+        };
+        match first {
             First::Done(mapped) => {
                 view.domain.flush_if_overdue();
                 Ok(self.mapping_within(mapped, phys, len))
@@ -289,7 +294,7 @@ impl<P: Platform> Endpoint<P> {
         let run = rounded(PhysSegment { phys, len }, view.granule)?;
         let (placement, purpose) = (view.placement(run.len), Purpose { prot, tag: self.tag });
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let first = match prot.is_plain() {
+        let first = match prot.is_plain() && run.len >= 2 {
             true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
             false => First::No,
         };

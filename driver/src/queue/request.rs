@@ -98,7 +98,6 @@ impl RequestQueue {
             .map(|index| Slot {
                 state: SlotState::Free,
                 op: Op::None,
-                expected: 0,
                 next: (index + 1 < slot_count).then_some(index + 1),
             })
             .collect();
@@ -156,9 +155,7 @@ impl RequestQueue {
             true => self.write_probe(index, request),
             false => self.write_request(index, request),
         }
-        let expected = if probe { self.probe_size + TAIL_LEN } else { TAIL_LEN };
-        self.slots[usize::from(index)] =
-            Slot { state: SlotState::InFlight, op, expected: expected as u32, next: None };
+        self.slots[usize::from(index)] = Slot { state: SlotState::InFlight, op, next: None };
         self.append(batch, index);
         self.ring.push(2 * index);
         true
@@ -267,7 +264,7 @@ impl RequestQueue {
         debug_assert!(self.is_usual() && self.free == Some(index));
         let slot = &mut self.slots[usize::from(index)];
         self.free = slot.next;
-        (slot.state, slot.op, slot.expected) = (SlotState::InFlight, op, TAIL_LEN as u32);
+        (slot.state, slot.op) = (SlotState::InFlight, op);
         self.write_request(index, request);
         self.ring.publish_one(2 * index)
     }
@@ -313,7 +310,7 @@ impl RequestQueue {
         }
         // Not before the answer is known to be there: else the device may be writing it.
         let status = self.ring.memory().read_cell::<TAIL_AT>(head)[0];
-        judge(used.len, slot.expected, status).ok()?;
+        judge(used.len, TAIL_LEN as u32, status).ok()?;
         let op = slot.op;
         self.ring.pass();
         self.advance(batch);
@@ -332,15 +329,15 @@ impl RequestQueue {
 
     #[inline]
     fn finish(&mut self, index: u16, used_len: u32) -> Completion {
-        let status = if self.probing == Some(index) {
+        let (expected, status) = if self.probing == Some(index) {
             let mut tail = [0; TAIL_LEN];
             self.ring.memory().read_bytes(self.areas.probe_writable + self.probe_size, &mut tail);
-            tail[0]
+            (self.probe_size + TAIL_LEN, tail[0])
         } else {
-            self.ring.memory().read_cell::<TAIL_AT>(index)[0]
+            (TAIL_LEN, self.ring.memory().read_cell::<TAIL_AT>(index)[0])
         };
         let slot = &mut self.slots[usize::from(index)];
-        let outcome = judge(used_len, slot.expected, status);
+        let outcome = judge(used_len, expected as u32, status);
         let completion = Completion { op: slot.op, outcome, abandoned: slot.state == SlotState::Abandoned };
         slot.state = SlotState::Done(outcome);
         if self.sleepers > 0 {

@@ -32,8 +32,6 @@ pub(super) struct Slot {
     pub state: SlotState,
     /// What the request does to the driver's records, while it is not free.
     pub op: Op,
-    /// Bytes that the device has to write for success.
-    pub expected: u32,
     /// The next slot of the same batch, or of the free list.
     pub next: Option<u16>,
 }

@@ -53,37 +53,15 @@ impl Space {
         Some(index)
     }
 
-    /// The record of exactly this mapping, if it is live on the device. The handle may name it.
-    #[inline(always)]
-    fn live(&mut self, range: IovaRange, handle: MappingHandle) -> Option<(Index, &mut Record)> {
-        let is = |record: &Record| {
-            record.holder == Holder::Mapping
-                && record.range == range
-                && record.state == MappingState::Live
-                && record.on_device
-        };
-        let index = match self.order.get(handle.0) {
-            Some(record) if is(record) => handle.0,
-            _ => self.find_for_one(range.start())?,
-        };
-        let record = self.order.get_mut(index)?;
-        is(record).then_some((index, record))
-    }
-
-    #[cold]
-    fn find_for_one(&self, start: Iova) -> Option<Index> {
-        self.find(start)
-    }
-
     /// The device confirmed the MAP of a record that waits for that. False where it is not there, or not so.
     #[inline(always)]
     pub(crate) fn confirm(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Some(record) = self.order.get_mut(handle.0) else { return false };
         let waits = record.holder == Holder::Mapping
             && record.range.start() == range.start()
-            && record.state == MappingState::Mapping
-            && record.on_device;
+            && record.state == MappingState::Mapping;
         if waits {
+            debug_assert!(record.range == range && record.on_device);
             // Before and after it adds nothing to the tally.
             (record.state, record.counted, record.owned) = (MappingState::Live, true, true);
         }
@@ -93,44 +71,88 @@ impl Space {
     /// Marks the one live mapping of exactly this range, which the handle may name, as being unmapped.
     #[inline(always)]
     pub(crate) fn begin_unmap(&mut self, range: IovaRange, handle: MappingHandle) -> Option<MappingHandle> {
-        let (index, record) = self.live(range, handle)?;
-        // As above.
-        (record.state, record.owned) = (MappingState::Unmapping, false);
-        Some(MappingHandle(index))
+        self.leave(range, handle, MappingState::Unmapping)
     }
 
     /// Marks it as deferred. False where it is not there, or not live.
     #[inline(always)]
     pub(crate) fn defer(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
-        let Some((_, record)) = self.live(range, handle) else { return false };
+        self.leave(range, handle, MappingState::Deferred).is_some()
+    }
+
+    #[inline(always)]
+    fn leave(
+        &mut self,
+        range: IovaRange,
+        handle: MappingHandle,
+        state: MappingState,
+    ) -> Option<MappingHandle> {
+        if let Some(record) = self.order.get_mut(handle.0)
+            && is_live(record, range)
+        {
+            // As above.
+            (record.state, record.owned) = (state, false);
+            return Some(handle);
+        }
+        self.find_and_leave(range, state)
+    }
+
+    #[cold]
+    fn find_and_leave(&mut self, range: IovaRange, state: MappingState) -> Option<MappingHandle> {
+        let index = self.find(range.start())?;
+        let record = &mut self.order[index];
+        if !is_live(record, range) {
+            return None;
+        }
         // As above.
-        (record.state, record.owned) = (MappingState::Deferred, false);
-        true
+        (record.state, record.owned) = (state, false);
+        Some(MappingHandle(index))
     }
 
     /// The device confirmed the UNMAP of a record that waits for that: its addresses are free. With the memory that was
     /// held for it. `None` where it is not there, or not so.
     #[inline(always)]
     pub(crate) fn end_unmapped(&mut self, handle: MappingHandle, range: IovaRange) -> Option<Unheld> {
-        let granule = self.order.granule();
-        let record = self.order.get_mut(handle.0)?;
+        let Self { order, magazines, .. } = self;
+        let granules = order.granules(range);
+        let record = order.get_mut(handle.0)?;
         let waits = record.holder == Holder::Mapping
-            && record.range == range
+            && record.range.start() == range.start()
             && record.state == MappingState::Unmapping
-            && record.on_device
-            && record.counted
-            && !record.owned;
+            && record.counted;
         if !waits {
             return None;
         }
-        let held = match record.holds_memory() {
-            true => record.take_held(granule).map_or(Unheld::Nothing, Unheld::Memory),
-            false => Unheld::Nothing,
-        };
-        (record.holder, record.counted) = (Holder::Taken, false);
+        debug_assert!(record.range == range && record.on_device && !record.owned);
         self.mappings -= 1;
         self.outside -= 1;
-        self.free(handle.0);
-        Some(held)
+        record.counted = false;
+        if record.holds_memory() {
+            return Some(self.take_held(handle));
+        }
+        record.holder = Holder::Taken;
+        if !magazines.keep(handle.0, record, granules) {
+            self.free(handle.0);
+        }
+        Some(Unheld::Nothing)
     }
+
+    #[cold]
+    fn take_held(&mut self, handle: MappingHandle) -> Unheld {
+        let granule = self.order.granule();
+        let record = &mut self.order[handle.0];
+        let held = record.take_held(granule);
+        record.holder = Holder::Taken;
+        self.free(handle.0);
+        held.map_or(Unheld::Nothing, Unheld::Memory)
+    }
+}
+
+/// Whether it is the record of exactly this mapping, live on the device.
+#[inline(always)]
+fn is_live(record: &Record, range: IovaRange) -> bool {
+    record.holder == Holder::Mapping
+        && record.range == range
+        && record.state == MappingState::Live
+        && record.on_device
 }
