@@ -123,6 +123,10 @@ impl Ring {
         ring
     }
 
+    pub(crate) fn interrupts(&self) -> Interrupts {
+        self.interrupts
+    }
+
     /// Changes whether the owner wants to be interrupted. What the device did before it sees a new wish comes without
     /// an interrupt, so that the owner has to look once more.
     pub(crate) fn set_interrupts(&mut self, interrupts: Interrupts) {
@@ -263,13 +267,13 @@ impl Ring {
     }
 
     /// The next entry that the device is done with, left where it is, if all that was seen before was passed and the
-    /// index makes sense: what [`peek`](Self::peek) comes to for one request at a time.
+    /// index makes sense: what [`peek`](Self::peek) comes to for one request at a time, while no interrupt is wanted.
     #[inline(always)]
     pub(crate) fn peek_fresh(&self) -> Option<Used> {
+        debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
         let ready = self.memory.used_index().wrapping_sub(self.used_idx);
         let possible = self.published.wrapping_sub(self.used_idx);
-        // With an interrupt wanted the last look has to come after it was said for which entry.
-        if ready == 0 || ready > possible || self.interrupts == Interrupts::Wanted {
+        if ready == 0 || ready > possible {
             return None;
         }
         let (id, len) = self.memory.used_entry(self.used_idx);

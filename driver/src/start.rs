@@ -19,7 +19,7 @@ use crate::queue::{EventQueue, RequestQueue};
 use crate::ring::{ALIGN, Ring, Suppression};
 use crate::shared_memory::SharedMemory;
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
-use crate::transport::{DeviceStatus, QueueAddresses, Transport, TransportError};
+use crate::transport::{DeviceStatus, DoorbellCell, QueueAddresses, Transport, TransportError};
 use crate::viommu::Viommu;
 use crate::wire::config::offset;
 use crate::wire::feature::Features;
@@ -265,8 +265,11 @@ fn run<P: Platform>(
     let limits = Limits::new(&options);
     let engine = Engine::new(geometry, limits, options.own_endpoint);
     let state = State::new(engine, requests, events, options.fault_backlog);
+    // SAFETY: `Shared` has both, and drops the transport last.
+    let request_doorbell = unsafe { DoorbellCell::new(transport.doorbell(REQUEST_QUEUE)) };
     let shared = Arc::new(Shared {
         platform,
+        request_doorbell,
         transport,
         options,
         granule: geometry.granule,

@@ -288,6 +288,11 @@ impl DmaMapping {
         self.range
     }
 
+    /// Where its record is, if that is known.
+    pub(crate) fn record(&self) -> MappingHandle {
+        self.record
+    }
+
     /// Where the first byte is for the endpoint.
     pub fn iova(&self) -> Iova {
         self.iova

@@ -156,9 +156,9 @@ impl<P: Platform> Endpoint<P> {
             let placement = Placement { limit: view.limit, align: alignment(run.len, view.boundary) };
             Ok(Wanted { run, placement })
         };
-        let mapping = |index: usize, range| {
+        let mapping = |index: usize, mapped| {
             let PhysSegment { phys, len } = segments[index];
-            self.mapping_within(Mapped::of(range), phys, len)
+            self.mapping_within(mapped, phys, len)
         };
         let (shared, key) = (view.domain.shared(), view.domain.key());
         Ok(exchange::map_each(shared, key, wanted, mapping, purpose, mappings).await?)

@@ -21,13 +21,6 @@ impl DomainRecord {
             && !self.in_transition
             && !self.space.is_full()
     }
-
-    /// Counts a request that was sent, and the doorbell, if the device wants that.
-    #[inline(always)]
-    pub(crate) fn count_request(&mut self, wanted: bool) {
-        self.stats.requests += 1;
-        self.stats.kicks += u64::from(wanted);
-    }
 }
 
 /// What a mapping held that is gone.
@@ -43,20 +36,17 @@ impl Engine {
     pub(crate) fn begin_one(
         &mut self,
         key: DomainKey,
-        run: Run,
-        placement: Placement,
-        purpose: Purpose,
+        (run, placement): (Run, Placement),
+        (purpose, list): (Purpose, ListId),
         held: &mut Option<HeldMemory>,
-    ) -> Option<(&mut DomainRecord, Mapped, ListId)> {
+    ) -> Option<(&mut DomainRecord, Mapped)> {
         debug_assert!(purpose.prot.is_plain() && run.is_whole(self.geometry.granule));
-        let list = ListId(self.lists + 1);
         let domain = self.domains.get_mut(key.place())?.as_mut()?;
         if domain.generation != key.generation || !domain.takes_mappings() {
             return None;
         }
         let mapped = domain.space.make(run, placement, (purpose, list), held)?;
-        self.lists = list.0;
-        Some((domain, mapped, list))
+        Some((domain, mapped))
     }
 
     /// Begins the unmapping of one live mapping, which the handle may name. The request for it is then sent in any case.
@@ -101,6 +91,14 @@ impl Engine {
         domain.stats.mapped_bytes -= range.len_minus_one() + 1;
         self.confirmed.unmaps += 1;
         Some(held)
+    }
+
+    /// [`unmapped_one`](Self::unmapped_one) for what may be several mappings, or hold memory: false then, and where there is
+    /// more to it.
+    #[inline(always)]
+    pub(crate) fn unmapped_plain(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+        let Some(domain) = self.domain_mut(key) else { return false };
+        domain.space.is_all_of(record, range) && self.unmapped_one(key, range, record).is_some()
     }
 
     /// Defers the unmapping of one live mapping, which the handle may name. [`Deferral::Strict`] where nothing was done.

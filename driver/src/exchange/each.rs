@@ -3,13 +3,13 @@
 
 use super::quick::First;
 use super::unmap::{Owned, unmap};
-use super::{Need, Run, Shared, State};
-use crate::addr::IovaRange;
+use super::{Mapped, Need, Run, Shared, State};
 use crate::dma::DmaMapping;
 use crate::engine::{DomainKey, ListId, Made, Op, Placement, Purpose, UnmapPlan};
 use crate::error::{MapError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
+use crate::wire::request::Request;
 
 /// What is to be mapped: each with the place that it may go to, and what its owner gets for it.
 pub(crate) struct Wanted {
@@ -41,7 +41,7 @@ pub(crate) async fn map_each<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
     wanted: impl Fn(usize) -> Result<Wanted, MapError> + Send,
-    mapping: impl Fn(usize, IovaRange) -> DmaMapping + Send,
+    mapping: impl Fn(usize, Mapped) -> DmaMapping + Send,
     purpose: Purpose,
     made: &mut [Option<DmaMapping>],
 ) -> Result<(), MapError> {
@@ -57,12 +57,23 @@ pub(crate) async fn map_each<P: Platform>(
             let name = *each.name.get_or_insert_with(|| state.engine.begin_list());
             while next < count && state.requests.can_submit(false) {
                 let begun = wanted(next).and_then(|Wanted { run, placement }| {
-                    state.engine.begin_anywhere(key, (name, placement), run, purpose)
+                    let State { engine, .. } = &mut *state;
+                    if run.is_whole(shared.granule)
+                        && let Some((domain, mapped)) =
+                            engine.begin_one(key, (run, placement), (purpose, name), &mut None)
+                    {
+                        let Mapped { range, record } = mapped;
+                        let Run { phys, .. } = run;
+                        let request = Request::Map { domain: domain.id, range, phys, prot: purpose.prot };
+                        return Ok((mapped, request, Op::Map { domain: key, range, record }));
+                    }
+                    let begun = engine.begin_anywhere(key, (name, placement), run, purpose);
+                    begun.map(|(range, request, op)| (Mapped::of(range), request, op))
                 });
                 match begun {
-                    Ok((range, request, op)) => {
+                    Ok((mapped, request, op)) => {
                         state.submit(&request, op, &mut batch);
-                        each.made[next] = Some(mapping(next, range));
+                        each.made[next] = Some(mapping(next, mapped));
                     }
                     Err(error) => {
                         result = Err(error);
@@ -184,13 +195,20 @@ impl<P: Platform> Rest<'_, P> {
     fn submit(&mut self, state: &mut State, result: &mut Result<(), UnmapError>) -> Batch {
         let mut batch = Batch::default();
         while self.next < self.mappings.len() && state.requests.can_submit(false) {
-            let range = self.mappings[self.next].as_ref().map(DmaMapping::range);
-            match range.map(|range| state.engine.begin_unmap(self.key, range)) {
-                Some(Ok(UnmapPlan::Send(request, op))) => state.submit(&request, op, &mut batch),
-                Some(Ok(UnmapPlan::Nothing)) | None => {}
-                Some(Err(error)) => *result = result.and(Err(error)),
-            }
+            let mapping =
+                self.mappings[self.next].as_ref().map(|mapping| (mapping.range(), mapping.record()));
             self.next += 1;
+            let Some((range, record)) = mapping else { continue };
+            if let Some((domain, record)) = state.engine.begin_unmap_one(self.key, range, record) {
+                let request = Request::Unmap { domain: domain.id, range };
+                state.submit(&request, Op::Unmap { domain: self.key, range, record }, &mut batch);
+                continue;
+            }
+            match state.engine.begin_unmap(self.key, range) {
+                Ok(UnmapPlan::Send(request, op)) => state.submit(&request, op, &mut batch),
+                Ok(UnmapPlan::Nothing) => {}
+                Err(error) => *result = result.and(Err(error)),
+            }
         }
         state.publish(Some(self.key), &self.shared.doorbell);
         batch

@@ -33,7 +33,7 @@ use crate::options::Options;
 use crate::platform::Platform;
 use crate::queue::Batch;
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
-use crate::transport::Transport;
+use crate::transport::{DoorbellCell, Transport};
 use crate::wire::request::Request;
 use alloc::boxed::Box;
 
@@ -44,6 +44,8 @@ pub(crate) const EVENT_QUEUE: u16 = 1;
 /// One IOMMU, shared by all handles.
 pub(crate) struct Shared<P: Platform> {
     pub platform: P,
+    /// Declared before the transport that it belongs to, so that it goes first.
+    pub request_doorbell: DoorbellCell,
     pub transport: Box<dyn Transport>,
     pub options: Options,
     /// The smallest mapping.
@@ -77,10 +79,8 @@ impl<P: Platform> Shared<P> {
     /// Notes a doorbell that the device wants, to be rung by [`ring`](Self::ring) when the lock is dropped. Called under the
     /// lock.
     #[inline(always)]
-    pub(crate) fn note_doorbell(&self, wanted: bool) {
-        if wanted {
-            self.doorbell.store(true, Ordering::Release);
-        }
+    pub(crate) fn note_doorbell(&self) {
+        self.doorbell.store(true, Ordering::Release);
     }
 
     /// Rings the request queue's doorbell if it is due. Called without the lock.
@@ -89,7 +89,9 @@ impl<P: Platform> Shared<P> {
         if self.doorbell.swap(false, Ordering::AcqRel) {
             self.kicks.fetch_add(1, Ordering::Relaxed);
             barrier::memory_before_doorbell();
-            self.transport.notify(REQUEST_QUEUE);
+            if !self.request_doorbell.ring(REQUEST_QUEUE) {
+                self.transport.notify(REQUEST_QUEUE);
+            }
         }
     }
 

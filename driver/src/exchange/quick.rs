@@ -76,7 +76,9 @@ impl<P: Platform> Shared<P> {
             let Some(slot) = state.requests.free_slot() else { return Err(RequestError::NoSlot) };
             let wanted = state.requests.send_one(slot, request, Op::None);
             state.sent += 1;
-            self.note_doorbell(wanted);
+            if wanted {
+                self.note_doorbell();
+            }
             slot
         };
         match self.answer(slot) {
@@ -101,15 +103,18 @@ pub(crate) fn map_first<'a, P: Platform>(
         let Some(mut state) = shared.state.usual() else { return First::No };
         let State { engine, requests, sent, .. } = &mut *state;
         let Some(slot) = requests.free_slot() else { return First::No };
-        let Some((domain, mapped, name)) = engine.begin_one(key, run, placement, purpose, held) else {
-            return First::No;
-        };
+        let name = engine.begin_list();
+        let begun = engine.begin_one(key, (run, placement), (purpose, name), held);
+        let Some((domain, mapped)) = begun else { return First::No };
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
         let wanted = requests.send_one(slot, &request, Op::Map { domain: key, range, record });
-        domain.count_request(wanted);
         *sent += 1;
-        shared.note_doorbell(wanted);
+        domain.stats.requests += 1;
+        if wanted {
+            domain.stats.kicks += 1;
+            shared.note_doorbell();
+        }
         (slot, mapped, name)
     };
     let Mapped { range, record } = mapped;
@@ -137,9 +142,12 @@ pub(crate) fn unmap_first<P: Platform>(
         let Some((domain, record)) = engine.begin_unmap_one(key, range, record) else { return First::No };
         let request = Request::Unmap { domain: domain.id, range };
         let wanted = requests.send_one(slot, &request, Op::Unmap { domain: key, range, record });
-        domain.count_request(wanted);
         *sent += 1;
-        shared.note_doorbell(wanted);
+        domain.stats.requests += 1;
+        if wanted {
+            domain.stats.kicks += 1;
+            shared.note_doorbell();
+        }
         (slot, record)
     };
     let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };

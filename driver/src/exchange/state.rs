@@ -5,7 +5,7 @@ use crate::engine::{DomainKey, Engine, Op};
 use crate::error::RequestError;
 use crate::fault::FaultBacklog;
 use crate::lock::{Guard, Mutex, RawLock};
-use crate::queue::{Batch, EventQueue, RequestQueue};
+use crate::queue::{Batch, Completion, EventQueue, RequestQueue};
 use crate::sync::{AtomicBool, Ordering};
 use crate::wire::request::Request;
 use core::ops::{Deref, DerefMut};
@@ -61,6 +61,19 @@ impl State {
     pub(crate) fn drain(&mut self) {
         while let Some(completion) = self.requests.complete() {
             self.engine.settle(&completion);
+        }
+    }
+
+    /// Takes note of a request that succeeded in time.
+    #[inline(always)]
+    pub(crate) fn succeeded(&mut self, op: Op) {
+        let done = match op {
+            Op::Map { domain, range, record } => self.engine.mapped_one(domain, range, record),
+            Op::Unmap { domain, range, record } => self.engine.unmapped_plain(domain, range, record),
+            _ => false,
+        };
+        if !done {
+            self.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
         }
     }
 

@@ -13,7 +13,7 @@ use super::{Need, Shared, State, Wake};
 use crate::error::RequestError;
 use crate::options::Options;
 use crate::platform::Platform;
-use crate::queue::{Answer, Batch, Completion, Outcome};
+use crate::queue::{Answer, Batch, Outcome};
 use crate::ring::Interrupts;
 use crate::transport::DeviceStatus;
 use core::future::{Future, poll_fn};
@@ -344,7 +344,7 @@ impl<P: Platform> Shared<P> {
         self.ring();
         let mut state = self.state.lock();
         while let Some(op) = state.requests.take_next(&mut batch) {
-            state.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+            state.succeeded(op);
         }
         // Where somebody waits for a slot, the rest of the way wakes him.
         if batch.is_empty() && state.sleepers.waiting.is_empty() {

@@ -248,7 +248,8 @@ impl RequestQueue {
 
     /// Whether nothing is out of the ordinary: the device keeps to the ring, nobody sleeps, and no PROBE is under way.
     pub(crate) fn is_usual(&self) -> bool {
-        self.broken.is_none() && self.sleepers == 0 && self.probing.is_none()
+        let quiet = self.sleepers == 0 && self.ring.interrupts() == Interrupts::Unwanted;
+        self.broken.is_none() && quiet && self.probing.is_none()
     }
 
     /// A free slot for [`send_one`](Self::send_one).

@@ -137,6 +137,12 @@ impl Space {
         Some(Unheld::Nothing)
     }
 
+    /// Whether this one record is all of the range, and there is no memory that goes back with it.
+    #[inline(always)]
+    pub(crate) fn is_all_of(&self, handle: MappingHandle, range: IovaRange) -> bool {
+        self.order.get(handle.0).is_some_and(|record| record.range == range && !record.holds_memory())
+    }
+
     #[cold]
     fn take_held(&mut self, handle: MappingHandle) -> Unheld {
         let granule = self.order.granule();
