@@ -252,22 +252,15 @@ impl Ring {
             return Ok(None);
         }
         let (id, len) = self.memory.used_entry(self.used_idx);
-        self.pass();
+        self.used_idx = self.used_idx.wrapping_add(1);
+        if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
+            self.write_used_event();
+        }
         Ok(Some(Used { id, len }))
     }
 
-    /// The next entry that the device is done with, left where it is.
-    #[inline]
-    pub(crate) fn peek(&mut self) -> Option<Used> {
-        if self.seen == self.used_idx && !matches!(self.look(), Ok(true)) {
-            return None;
-        }
-        let (id, len) = self.memory.used_entry(self.used_idx);
-        Some(Used { id, len })
-    }
-
-    /// The next entry that the device is done with, left where it is, if all that was seen before was passed and the
-    /// index makes sense: what [`peek`](Self::peek) comes to for one request at a time, while no interrupt is wanted.
+    /// The next entry that the device is done with, left where it is, while no interrupt is wanted. `None` also where the
+    /// index makes no sense, as [`pop`](Self::pop) finds out.
     #[inline(always)]
     pub(crate) fn peek_fresh(&self) -> Option<Used> {
         debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
@@ -285,15 +278,6 @@ impl Ring {
     pub(crate) fn pass_fresh(&mut self) {
         self.used_idx = self.used_idx.wrapping_add(1);
         self.seen = self.used_idx;
-    }
-
-    /// Passes over the entry that [`peek`](Self::peek) returned.
-    #[inline]
-    pub(crate) fn pass(&mut self) {
-        self.used_idx = self.used_idx.wrapping_add(1);
-        if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
-            self.write_used_event();
-        }
     }
 
     /// Whether the device is done with more than was seen before.

@@ -15,7 +15,7 @@ use crate::options::DomainKind;
 impl DomainRecord {
     /// Whether [`check`](Self::check) has nothing against a mapping of whole granules for reading, writing or both.
     #[inline(always)]
-    fn takes_mappings(&self) -> bool {
+    pub(super) fn takes_mappings(&self) -> bool {
         self.kind == DomainKind::Translated
             && self.attached > 0
             && !self.in_transition
@@ -49,7 +49,8 @@ impl Engine {
         Some((domain, mapped))
     }
 
-    /// Begins the unmapping of one live mapping, which the handle may name. The request for it is then sent in any case.
+    /// Begins the unmapping of live mappings that touch each other, the first of which the handle may name. The request for
+    /// it is then sent in any case.
     #[inline(always)]
     pub(crate) fn begin_unmap_one(
         &mut self,
@@ -93,12 +94,27 @@ impl Engine {
         Some(held)
     }
 
-    /// [`unmapped_one`](Self::unmapped_one) for what may be several mappings, or hold memory: false then, and where there is
-    /// more to it.
+    /// The same for what may be several mappings: false where it is more than whole mappings that were made together and
+    /// hold no memory.
     #[inline(always)]
     pub(crate) fn unmapped_plain(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
-        domain.space.is_all_of(record, range) && self.unmapped_one(key, range, record).is_some()
+        match domain.space.is_all_of(record, range) {
+            true => self.unmapped_one(key, range, record).is_some(),
+            false => self.unmapped_run(key, range, record),
+        }
+    }
+
+    #[inline(never)]
+    fn unmapped_run(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+        let Some(domain) = self.domain_mut(key) else { return false };
+        if !domain.space.end_unmapped_run(record, range) {
+            return false;
+        }
+        domain.stats.unmaps += 1;
+        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
+        self.confirmed.unmaps += 1;
+        true
     }
 
     /// Defers the unmapping of one live mapping, which the handle may name. [`Deferral::Strict`] where nothing was done.

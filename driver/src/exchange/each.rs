@@ -55,24 +55,25 @@ pub(crate) async fn map_each<P: Platform>(
         let submit = |state: &mut State| -> Batch {
             let mut batch = Batch::default();
             let name = *each.name.get_or_insert_with(|| state.engine.begin_list());
-            while next < count && state.requests.can_submit(false) {
+            let State { engine, requests, sent, .. } = &mut *state;
+            while next < count
+                && let Some(slot) = requests.free_slot()
+            {
                 let begun = wanted(next).and_then(|Wanted { run, placement }| {
-                    let State { engine, .. } = &mut *state;
-                    if run.is_whole(shared.granule)
-                        && let Some((domain, mapped)) =
-                            engine.begin_one(key, (run, placement), (purpose, name), &mut None)
-                    {
-                        let Mapped { range, record } = mapped;
-                        let Run { phys, .. } = run;
-                        let request = Request::Map { domain: domain.id, range, phys, prot: purpose.prot };
-                        return Ok((mapped, request, Op::Map { domain: key, range, record }));
-                    }
-                    let begun = engine.begin_anywhere(key, (name, placement), run, purpose);
-                    begun.map(|(range, request, op)| (Mapped::of(range), request, op))
+                    let begun = engine.begin_anywhere(key, (run, placement), (purpose, name));
+                    begun.map(|(mapped, domain)| (mapped, domain, run.phys))
                 });
                 match begun {
-                    Ok((mapped, request, op)) => {
-                        state.submit(&request, op, &mut batch);
+                    Ok((mapped, domain, phys)) => {
+                        let Mapped { range, record } = mapped;
+                        let request = Request::Map { domain, range, phys, prot: purpose.prot };
+                        requests.queue_one(
+                            slot,
+                            &request,
+                            Op::Map { domain: key, range, record },
+                            &mut batch,
+                        );
+                        *sent += 1;
                         each.made[next] = Some(mapping(next, mapped));
                     }
                     Err(error) => {

@@ -3,14 +3,14 @@
 use super::flush::flush_all_the_same;
 use super::quick::{First, FirstMap, SentMap};
 use super::unmap::{Owned, unmap};
-use super::{InFlight, Need, Shared, State};
+use super::{InFlight, Mapped, Need, Shared, State};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{DomainKey, Engine, ListId, Op, Placement, Purpose, Unmade};
+use crate::engine::{DomainKey, Engine, ListId, MappingHandle, Op, Placement, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
-use crate::wire::request::Status;
+use crate::wire::request::{Request, Status};
 use core::future::Future;
 
 /// Physically contiguous bytes, whole granules.
@@ -56,6 +56,8 @@ struct List<'a, P: Platform, I: Iterator<Item = Run> + Clone> {
     /// What is not begun yet: runs, and the addresses for them.
     runs: I,
     free: Option<IovaRange>,
+    /// Where the record of those addresses is, if that is known.
+    free_record: MappingHandle,
 }
 
 impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
@@ -68,7 +70,8 @@ impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
 
 impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
     fn new(shared: &'a Shared<P>, key: DomainKey, runs: I) -> Self {
-        Self { shared, key, name: None, whole: None, owned: None, runs, free: None }
+        let free_record = MappingHandle::UNKNOWN;
+        Self { shared, key, name: None, whole: None, owned: None, runs, free: None, free_record }
     }
 
     #[cold]
@@ -117,20 +120,31 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             }
         };
         let mut begun = Ok(());
-        while state.requests.can_submit(false) {
-            let Some(free) = self.free else { break };
+        let State { engine, requests, sent, .. } = &mut *state;
+        while let Some(free) = self.free
+            && let Some(slot) = requests.free_slot()
+        {
             let mut runs = self.runs.clone();
-            let Some(run) = runs.next() else { break };
-            let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
-            let request = part.ok_or(MapError::Empty).and_then(|part| {
-                let begun = state.engine.begin_map(self.key, (name, part), run.phys, purpose, held);
-                begun.map(|(request, op)| (part, request, op))
+            let Some(Run { phys, len }) = runs.next() else { break };
+            let part = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
+            let made = part.ok_or(MapError::Empty).and_then(|part| {
+                let rest = Mapped { range: free, record: self.free_record };
+                let made = engine.begin_part(self.key, (part, rest), phys, (purpose, name), held)?;
+                Ok((part, made))
             });
-            match request {
-                Ok((part, request, op)) => {
-                    state.submit(&request, op, &mut batch);
+            match made {
+                Ok((range, (record, behind, domain))) => {
+                    let request = Request::Map { domain, range, phys, prot: purpose.prot };
+                    requests.queue_one(
+                        slot,
+                        &request,
+                        Op::Map { domain: self.key, range, record },
+                        &mut batch,
+                    );
+                    *sent += 1;
                     self.runs = runs;
-                    self.free = free.after(part);
+                    self.free = free.after(range);
+                    self.free_record = behind;
                 }
                 Err(error) => {
                     begun = Err(error);

@@ -13,7 +13,6 @@ use crate::error::RequestError;
 use crate::exchange::Run;
 use crate::lock::Guard;
 use crate::platform::Platform;
-use crate::queue::Completion;
 use crate::wire::request::Request;
 
 /// A mapping, and where its record is.
@@ -64,7 +63,7 @@ impl<P: Platform> Shared<P> {
 
     #[cold]
     fn wait_for(&self, slot: u16) -> InFlight<'_, P> {
-        let batch = self.state.lock().requests.batch_of(slot);
+        let batch = { self.state.lock().requests.batch_of(slot) };
         InFlight::new(self, batch)
     }
 
@@ -122,12 +121,12 @@ pub(crate) fn map_first<'a, P: Platform>(
         return First::Sent(SentMap { range, name, lent }, shared.wait_for(slot));
     };
     if !state.engine.mapped_one(key, range, record) {
-        settle(&mut state, Op::Map { domain: key, range, record });
+        state.succeeded(Op::Map { domain: key, range, record });
     }
     First::Done(mapped)
 }
 
-/// Unmaps one live mapping, which `record` may be the record of.
+/// Unmaps live mappings that touch each other, the first of which `record` may be the record of.
 #[inline(always)]
 pub(crate) fn unmap_first<P: Platform>(
     shared: &Shared<P>,
@@ -158,7 +157,7 @@ pub(crate) fn unmap_first<P: Platform>(
             shared.release(held);
         }
         None => {
-            settle(&mut state, Op::Unmap { domain: key, range, record });
+            state.succeeded(Op::Unmap { domain: key, range, record });
             drop(state);
             shared.release_unmapped(key, range);
         }
@@ -178,10 +177,4 @@ pub(crate) fn defer_first<P: Platform>(
     let now_ns = shared.platform.now_ns();
     let Some(mut state) = shared.state.usual() else { return Deferral::Strict };
     state.engine.defer_one(key, (range, record), now_ns)
-}
-
-/// Does what the answer does to the records where there is more to it.
-#[cold]
-fn settle(state: &mut State, op: Op) {
-    state.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
 }

@@ -342,13 +342,14 @@ impl<P: Platform> Shared<P> {
     #[inline]
     pub(crate) fn begin(&self, mut batch: Batch) -> Option<InFlight<'_, P>> {
         self.ring();
-        let mut state = self.state.lock();
-        while let Some(op) = state.requests.take_next(&mut batch) {
-            state.succeeded(op);
-        }
-        // Where somebody waits for a slot, the rest of the way wakes him.
-        if batch.is_empty() && state.sleepers.waiting.is_empty() {
-            return None;
+        if let Some(mut state) = self.state.usual() {
+            // Bounded by the batch.
+            while let Some(op) = state.requests.take_next(&mut batch) {
+                state.succeeded(op);
+            }
+            if batch.is_empty() {
+                return None;
+            }
         }
         Some(InFlight::new(self, batch))
     }

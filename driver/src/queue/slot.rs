@@ -32,9 +32,12 @@ pub(super) struct Slot {
     pub state: SlotState,
     /// What the request does to the driver's records, while it is not free.
     pub op: Op,
-    /// The next slot of the same batch, or of the free list.
-    pub next: Option<u16>,
+    /// The next slot of the same batch, or of the free list, or [`NO_SLOT`].
+    pub next: u16,
 }
+
+/// No slot: there are at most 2^14.
+pub(super) const NO_SLOT: u16 = u16::MAX;
 
 /// Bytes from one slot to the next: one cache line.
 pub(super) const STRIDE: usize = CELL_LEN;

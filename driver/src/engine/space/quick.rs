@@ -3,7 +3,7 @@
 use super::Space;
 use super::order::Wanted;
 use super::slab::Index;
-use crate::addr::{Iova, IovaRange};
+use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
 use crate::engine::{Placement, Unheld};
@@ -68,45 +68,128 @@ impl Space {
         waits
     }
 
-    /// Marks the one live mapping of exactly this range, which the handle may name, as being unmapped.
+    /// Marks the live mappings of exactly this range, the first of which the handle may name, as being unmapped.
     #[inline(always)]
     pub(crate) fn begin_unmap(&mut self, range: IovaRange, handle: MappingHandle) -> Option<MappingHandle> {
-        self.leave(range, handle, MappingState::Unmapping)
-    }
-
-    /// Marks it as deferred. False where it is not there, or not live.
-    #[inline(always)]
-    pub(crate) fn defer(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
-        self.leave(range, handle, MappingState::Deferred).is_some()
-    }
-
-    #[inline(always)]
-    fn leave(
-        &mut self,
-        range: IovaRange,
-        handle: MappingHandle,
-        state: MappingState,
-    ) -> Option<MappingHandle> {
         if let Some(record) = self.order.get_mut(handle.0)
-            && is_live(record, range)
+            && record.range == range
+            && is_live(record)
         {
             // As above.
-            (record.state, record.owned) = (state, false);
+            (record.state, record.owned) = (MappingState::Unmapping, false);
             return Some(handle);
         }
-        self.find_and_leave(range, state)
+        self.begin_unmap_run(range)
     }
 
-    #[cold]
-    fn find_and_leave(&mut self, range: IovaRange, state: MappingState) -> Option<MappingHandle> {
-        let index = self.find(range.start())?;
-        let record = &mut self.order[index];
-        if !is_live(record, range) {
+    /// Marks the one live mapping of exactly this range as deferred. False where the handle does not name it, or it is not
+    /// live.
+    #[inline(always)]
+    pub(crate) fn defer(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
+        let Some(record) = self.order.get_mut(handle.0) else { return false };
+        let live = record.range == range && is_live(record);
+        if live {
+            // As above.
+            (record.state, record.owned) = (MappingState::Deferred, false);
+        }
+        live
+    }
+
+    #[inline(never)]
+    fn begin_unmap_run(&mut self, range: IovaRange) -> Option<MappingHandle> {
+        let first = self.find(range.start())?;
+        let mut index = first;
+        // Bounded by the records in the range, as below.
+        loop {
+            let record = self.order.get(index)?;
+            if !is_live(record) || record.range.last() > range.last() {
+                return None;
+            }
+            if record.range.last() == range.last() {
+                break;
+            }
+            let next = self.order.get(record.next)?;
+            if record.range.last().checked_add(1) != Some(next.range.start()) {
+                return None;
+            }
+            index = record.next;
+        }
+        let (last, mut index) = (index, first);
+        loop {
+            let record = &mut self.order[index];
+            // As above.
+            (record.state, record.owned) = (MappingState::Unmapping, false);
+            if index == last {
+                return Some(MappingHandle(first));
+            }
+            index = record.next;
+        }
+    }
+
+    /// Makes a mapping of the first of the addresses that were taken for a list, whose record the handle may name. Its
+    /// record, and that of the rest, or [`MappingHandle::UNKNOWN`] where there is none. `None`, and nothing changed, where it is not so.
+    #[inline(always)]
+    pub(crate) fn begin_part(
+        &mut self,
+        part: IovaRange,
+        Mapped { range: rest, record: handle }: Mapped,
+        phys: PhysAddr,
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<(MappingHandle, MappingHandle)> {
+        let index = if handle == MappingHandle::UNKNOWN { self.find(rest.start())? } else { handle.0 };
+        let record = self.order.get(index)?;
+        let taken = record.holder == Holder::Taken && record.range == rest && part.start() == rest.start();
+        if !taken || part.last() > rest.last() {
             return None;
         }
-        // As above.
-        (record.state, record.owned) = (state, false);
-        Some(MappingHandle(index))
+        let behind = match part.last() == rest.last() {
+            true => MappingHandle::UNKNOWN,
+            false => MappingHandle(self.split(index, part.last().checked_add(1)?)?),
+        };
+        self.mappings += 1;
+        self.order.get_mut(index)?.begin(phys, purpose, list, None);
+        Some((MappingHandle(index), behind))
+    }
+
+    /// The device confirmed the UNMAP of records that wait for that, were made together, and hold no memory: their
+    /// addresses are free. False, and nothing changed, where it is not so.
+    pub(crate) fn end_unmapped_run(&mut self, first: MappingHandle, range: IovaRange) -> bool {
+        let waits = |record: &Record| {
+            record.holder == Holder::Mapping
+                && record.state == MappingState::Unmapping
+                && record.on_device
+                && record.counted
+                && !record.owned
+                && !record.holds_memory()
+        };
+        let Some(mut record) = self.order.get(first.0).filter(|record| waits(record)) else { return false };
+        if record.range.start() != range.start() {
+            return false;
+        }
+        let (mut last, mut count) = (first.0, 1);
+        // Bounded by the records in the range.
+        while record.range.last() < range.last() {
+            let Some(next) = self.order.get(record.next).filter(|next| waits(next)) else { return false };
+            // What lies behind another touches it, and was made with it.
+            let beside = next.rank < 0
+                || record.range.last().checked_add(1) == Some(next.range.start()) && record.is_beside(next);
+            if !beside {
+                return false;
+            }
+            last = record.next;
+            record = next;
+            count += 1;
+        }
+        if record.range.last() != range.last() {
+            return false;
+        }
+        self.order.merge(first.0, last);
+        self.mappings -= count;
+        self.outside -= count;
+        let record = &mut self.order[first.0];
+        (record.holder, record.counted) = (Holder::Taken, false);
+        self.free(first.0);
+        true
     }
 
     /// The device confirmed the UNMAP of a record that waits for that: its addresses are free. With the memory that was
@@ -117,13 +200,13 @@ impl Space {
         let granules = order.granules(range);
         let record = order.get_mut(handle.0)?;
         let waits = record.holder == Holder::Mapping
-            && record.range.start() == range.start()
+            && record.range == range
             && record.state == MappingState::Unmapping
             && record.counted;
         if !waits {
             return None;
         }
-        debug_assert!(record.range == range && record.on_device && !record.owned);
+        debug_assert!(record.on_device && !record.owned);
         self.mappings -= 1;
         self.outside -= 1;
         record.counted = false;
@@ -154,11 +237,8 @@ impl Space {
     }
 }
 
-/// Whether it is the record of exactly this mapping, live on the device.
+/// Whether it is the record of a mapping that is live on the device.
 #[inline(always)]
-fn is_live(record: &Record, range: IovaRange) -> bool {
-    record.holder == Holder::Mapping
-        && record.range == range
-        && record.state == MappingState::Live
-        && record.on_device
+fn is_live(record: &Record) -> bool {
+    record.holder == Holder::Mapping && record.state == MappingState::Live && record.on_device
 }
