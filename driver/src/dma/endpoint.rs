@@ -257,7 +257,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn alloc(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
-        self.block_on(self.alloc_async(len, direction))
+        self.alloc_now(len, direction)
     }
 
     fn adopt(

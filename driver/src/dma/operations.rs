@@ -21,23 +21,62 @@ impl<P: Platform> Endpoint<P> {
     /// # Errors
     /// As there.
     pub async fn alloc_async(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
-        let no_memory = DmaError::NoMemory { len };
-        let granule = usize::try_from(self.view.viommu.granule()).map_err(|_| no_memory)?;
-        // At least two bytes, since no MAP can say one.
-        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
-        self.check_open()?;
-        let shared = self.view.domain.shared();
-        let memory = shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
-        let held = HeldMemory::from_platform(memory, granule);
+        let held = self.memory(len)?;
+        self.alloc_in(held, direction).await
+    }
+
+    async fn alloc_in(&self, held: HeldMemory, direction: Direction) -> Result<CoherentMemory, DmaError> {
+        let memory = held.memory();
         match self.adopt_async(held, direction).await {
             Ok(mapping) => Ok(CoherentMemory { mapping, ptr: memory.ptr }),
             Err((error, held)) => {
                 if let Some(held) = held {
-                    shared.release(held);
+                    self.view.domain.shared().release(held);
                 }
                 Err(error)
             }
         }
+    }
+
+    /// The same for whoever blocks.
+    pub(super) fn alloc_now(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
+        let held = self.memory(len)?;
+        let (view, memory) = (&*self.view, held.memory());
+        let run = Run { phys: memory.phys, len: memory.len as u64 };
+        if !run.is_whole(view.granule) {
+            return self.block_on(self.alloc_in(held, direction));
+        }
+        let (placement, mut held) = (view.placement(run.len), Some(held));
+        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
+        let mapped = match first {
+            First::Done(mapped) => mapped,
+            first => {
+                let place = Place::Anywhere { len: run.len, placement, parts: 1 };
+                let run = iter::once(run);
+                let rest = exchange::map(shared, key, place, run, purpose, &mut held, first);
+                Mapped::of(self.block_on(rest).inspect_err(|_| {
+                    if let Some(held) = held.take() {
+                        shared.release(held);
+                    }
+                })?)
+            }
+        };
+        view.domain.flush_if_overdue();
+        let mapping = self.mapping(mapped, mapped.range.start(), memory.len);
+        Ok(CoherentMemory { mapping, ptr: memory.ptr })
+    }
+
+    /// Memory from the platform, for `len` bytes in whole granules.
+    fn memory(&self, len: usize) -> Result<HeldMemory, DmaError> {
+        let no_memory = DmaError::NoMemory { len };
+        let granule = usize::try_from(self.view.granule).map_err(|_| no_memory)?;
+        // At least two bytes, since no MAP can say one.
+        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
+        self.check_open()?;
+        let memory = self.view.domain.shared().platform.dma_alloc(len, granule).ok_or(no_memory)?;
+        Ok(HeldMemory::from_platform(memory, granule))
     }
 
     /// [`DmaDevice::alloc_coherent`](super::DmaDevice::alloc_coherent) as a future.

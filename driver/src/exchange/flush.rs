@@ -129,7 +129,9 @@ impl<'a, P: Platform> Flush<'a, P> {
                     apart = true;
                 }
             };
-            shared.wait(batch, each).await;
+            if let Some(in_flight) = shared.begin(batch) {
+                in_flight.wait(each).await;
+            }
             self.give_back(first);
             if apart {
                 self.unmap_apart(first).await;

@@ -151,9 +151,46 @@ impl Space {
         Some((MappingHandle(index), behind))
     }
 
-    /// The device confirmed the UNMAP of records that wait for that, were made together, and hold no memory: their
-    /// addresses are free. False, and nothing changed, where it is not so.
+    /// The device confirmed the UNMAP of records that wait for that, touch each other and hold no memory: their addresses are
+    /// free. False, and nothing changed, where it is not so.
     pub(crate) fn end_unmapped_run(&mut self, first: MappingHandle, range: IovaRange) -> bool {
+        let Some(count) = self.count_unmapped(first, range) else { return false };
+        self.mappings -= count;
+        self.outside -= count;
+        let mut index = first.0;
+        for _ in 0..count {
+            // What was made together is freed as one range: from here to there.
+            let (group, mut last) = (index, index);
+            let mut record = &self.order[index];
+            while record.range.last() < range.last() {
+                let next = &self.order[record.next];
+                if !(next.rank < 0 || record.is_beside(next)) {
+                    break;
+                }
+                last = record.next;
+                record = next;
+            }
+            let (end, next) = (record.range.last(), record.next);
+            if group != last {
+                self.order.merge(group, last);
+            }
+            let Self { order, magazines, .. } = self;
+            let granules = order.granules(order[group].range);
+            let record = &mut order[group];
+            (record.holder, record.counted) = (Holder::Taken, false);
+            if !magazines.keep(group, record, granules) {
+                self.free(group);
+            }
+            if end == range.last() {
+                break;
+            }
+            index = next;
+        }
+        true
+    }
+
+    /// How many records that is.
+    fn count_unmapped(&self, first: MappingHandle, range: IovaRange) -> Option<usize> {
         let waits = |record: &Record| {
             record.holder == Holder::Mapping
                 && record.state == MappingState::Unmapping
@@ -162,34 +199,22 @@ impl Space {
                 && !record.owned
                 && !record.holds_memory()
         };
-        let Some(mut record) = self.order.get(first.0).filter(|record| waits(record)) else { return false };
+        let mut record = self.order.get(first.0).filter(|record| waits(record))?;
+        let mut count = 1;
         if record.range.start() != range.start() {
-            return false;
+            return None;
         }
-        let (mut last, mut count) = (first.0, 1);
         // Bounded by the records in the range.
         while record.range.last() < range.last() {
-            let Some(next) = self.order.get(record.next).filter(|next| waits(next)) else { return false };
-            // What lies behind another touches it, and was made with it.
-            let beside = next.rank < 0
-                || record.range.last().checked_add(1) == Some(next.range.start()) && record.is_beside(next);
-            if !beside {
-                return false;
+            let next = self.order.get(record.next).filter(|next| waits(next))?;
+            // What lies behind another touches it.
+            if next.rank >= 0 && record.range.last().checked_add(1) != Some(next.range.start()) {
+                return None;
             }
-            last = record.next;
             record = next;
             count += 1;
         }
-        if record.range.last() != range.last() {
-            return false;
-        }
-        self.order.merge(first.0, last);
-        self.mappings -= count;
-        self.outside -= count;
-        let record = &mut self.order[first.0];
-        (record.holder, record.counted) = (Holder::Taken, false);
-        self.free(first.0);
-        true
+        (record.range.last() == range.last()).then_some(count)
     }
 
     /// The device confirmed the UNMAP of a record that waits for that: its addresses are free. With the memory that was
