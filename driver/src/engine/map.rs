@@ -434,6 +434,11 @@ impl Engine {
         self.domain(key)?.space.iter_in(range).find(apart).map(|record| record.range)
     }
 
+    /// Whether any record holds memory that the device cannot reach any more.
+    pub(crate) fn has_released(&self) -> bool {
+        self.released > 0
+    }
+
     /// Takes memory that the device cannot reach any more out of the records of `range`, one a call.
     pub(crate) fn take_released(&mut self, key: DomainKey, range: IovaRange) -> Option<HeldMemory> {
         if self.released == 0 {

@@ -295,6 +295,13 @@ impl Engine {
         (record.generation == key.generation).then_some(record)
     }
 
+    /// Counts a request that was sent for a domain.
+    pub(crate) fn count_request(&mut self, key: DomainKey) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.stats.requests += 1;
+        }
+    }
+
     /// The embedder let go of a domain. Its record is returned, to be dropped outside of the lock, as soon as
     /// nothing depends on it: now or by [`take_orphan`](Self::take_orphan).
     pub(crate) fn release_domain(&mut self, key: DomainKey) -> Option<DomainRecord> {

@@ -169,9 +169,13 @@ pub(crate) async fn unmap_each<P: Platform>(
             };
             in_flight.wait(answer).await;
         }
-        for mapping in rest.mappings[first..rest.next].iter_mut().filter_map(Option::take) {
-            shared.release_unmapped(key, mapping.range());
+        let done = &mut rest.mappings[first..rest.next];
+        if shared.state.lock().engine.has_released() {
+            for mapping in done.iter().flatten() {
+                shared.release_unmapped(key, mapping.range());
+            }
         }
+        done.fill_with(|| None);
     }
     result
 }
@@ -195,18 +199,27 @@ impl<P: Platform> Rest<'_, P> {
     /// Begins and submits while there are slots. Called under the lock.
     fn submit(&mut self, state: &mut State, result: &mut Result<(), UnmapError>) -> Batch {
         let mut batch = Batch::default();
-        while self.next < self.mappings.len() && state.requests.can_submit(false) {
+        let State { engine, requests, sent, .. } = &mut *state;
+        while self.next < self.mappings.len()
+            && let Some(slot) = requests.free_slot()
+        {
             let mapping =
                 self.mappings[self.next].as_ref().map(|mapping| (mapping.range(), mapping.record()));
             self.next += 1;
             let Some((range, record)) = mapping else { continue };
-            if let Some((domain, record)) = state.engine.begin_unmap_one(self.key, range, record) {
+            if let Some((domain, record)) = engine.begin_unmap_one(self.key, range, record) {
+                domain.stats.requests += 1;
+                *sent += 1;
                 let request = Request::Unmap { domain: domain.id, range };
-                state.submit(&request, Op::Unmap { domain: self.key, range, record }, &mut batch);
+                requests.queue_one(slot, &request, Op::Unmap { domain: self.key, range, record }, &mut batch);
                 continue;
             }
-            match state.engine.begin_unmap(self.key, range) {
-                Ok(UnmapPlan::Send(request, op)) => state.submit(&request, op, &mut batch),
+            match engine.begin_unmap(self.key, range) {
+                Ok(UnmapPlan::Send(request, op)) => {
+                    engine.count_request(self.key);
+                    *sent += 1;
+                    requests.queue_one(slot, &request, op, &mut batch);
+                }
                 Ok(UnmapPlan::Nothing) => {}
                 Err(error) => *result = result.and(Err(error)),
             }

@@ -83,8 +83,8 @@ impl State {
         let submitted = self.requests.submit(request, op, batch);
         debug_assert!(submitted, "the caller makes sure of a slot");
         self.sent += 1;
-        if let Some(domain) = op.domain().and_then(|key| self.engine.domain_mut(key)) {
-            domain.stats.requests += 1;
+        if let Some(key) = op.domain() {
+            self.engine.count_request(key);
         }
     }
 
