@@ -1,6 +1,6 @@
 //! From the architecture's entry to the kernel's main function.
 //!
-//! The order matters: the ACPI tables are found before any memory is handed out, so that none of them can be; the page
+//! The order matters: what firmware left in RAM is found before any memory is handed out, so that none of it can be; the page
 //! tables come from frames below what the boot loader's or the boot page tables map; only then is the rest of RAM used.
 
 use alloc::vec::Vec;
@@ -18,6 +18,8 @@ pub struct BootInfo {
     pub memory_map: MemoryMap,
     /// The physical address of the ACPI root pointer.
     pub rsdp: Option<u64>,
+    /// Where the device tree lies.
+    pub device_tree: Option<PhysRange>,
     /// Where further files lie that the boot loader loaded. They are kept out of the allocators.
     pub modules: Vec<PhysRange>,
 }
@@ -31,17 +33,15 @@ mod kernel {
 
     use super::BootInfo;
     use crate::acpi::Tables;
-    use crate::arch::{image, mmu};
+    use crate::arch::{boot as entry, mmu};
     use crate::console::set_log_level;
+    use crate::image;
     use crate::memory::frames::{self, FRAME_BYTES};
     use crate::memory::heap;
     use crate::memory::physical::PhysicalMemory;
     use crate::power::{self, ExitCode};
     use crate::println;
     use crate::range::{PhysRange, RangeSet};
-
-    /// What lies below here belongs to firmware and boot loader, whatever the map says.
-    const LOW_BYTES: u64 = 1 << 20;
 
     unsafe extern "Rust" {
         /// The kernel's main function, which the binary defines with [`entry!`](crate::entry).
@@ -83,11 +83,14 @@ mod kernel {
     /// The ranges of RAM that are in use already.
     fn taken(info: &BootInfo, memory: &impl PhysicalMemory) -> Vec<PhysRange> {
         let mut taken = info.modules.clone();
-        taken.extend(PhysRange::from_len(0, LOW_BYTES));
+        taken.extend(entry::firmware_memory());
         taken.push(image::whole());
-        // A machine without good tables boots as well; who needs them reports what is wrong.
-        if let Ok(tables) = Tables::find_all(memory, info.rsdp) {
-            taken.extend(tables.ranges());
+        taken.extend(info.device_tree);
+        // A machine with a device tree is not searched for tables that nobody mentioned.
+        if info.rsdp.is_some() || info.device_tree.is_none() {
+            // A machine without good tables boots as well; who needs them reports what is wrong.
+            let tables = Tables::find_all(memory, info.rsdp).ok();
+            taken.extend(tables.iter().flat_map(Tables::ranges));
         }
         taken
     }

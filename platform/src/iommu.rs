@@ -1,15 +1,14 @@
 //! The virtio-iommu in this kernel: what the driver needs of it, and the order of bring-up.
 //!
 //! This is the worked example of how to embed the driver, from top to bottom: a [`Platform`] of three methods, and the
-//! order of bring-up. What firmware says about endpoints is read in `topology`, and the device's registers are mapped in
+//! order of bring-up. What firmware says about endpoints is read in [`topology`], and the device's registers are mapped in
 //! `registers`.
 
-use alloc::string::String;
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ptr::NonNull;
 
 use virtio_iommu::transport::Transport;
-use virtio_iommu::transport::pci::PciTransport;
 use virtio_iommu::{
     DmaMemory, EndpointId, Introduction, Options, PhysAddr, Platform, SpinNotInInterrupts, StartError, Viommu,
 };
@@ -22,13 +21,15 @@ use crate::pci::function::{BusMaster, Function};
 use crate::time;
 
 mod error;
+pub mod interrupt;
 mod registers;
-mod topology;
+pub mod topology;
 
 pub use error::BringUpError;
 pub use registers::transport;
+use topology::{Place, Source, Topology};
 
-/// This kernel, as the driver sees it: frames, a spin lock (no interrupts, so it cannot be interrupted), a clock.
+/// This kernel, as the driver sees it: frames, a spin lock (handlers of interrupts do not map, unmap or poll), a clock.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelPlatform;
 
@@ -76,7 +77,9 @@ pub struct Iommu {
     /// The driver.
     pub viommu: Viommu<KernelPlatform>,
     /// Where the device is.
-    pub address: PciAddress,
+    pub place: Place,
+    /// Who said what is behind it.
+    pub source: Source,
     /// Its own endpoint number, which is never attached.
     pub own: Option<EndpointId>,
     /// The functions behind it.
@@ -93,37 +96,41 @@ impl Iommu {
     }
 }
 
-/// Finds the IOMMU by VIOT and brings it up, in the order that leaves no window.
+/// Puts something before a transport, as a test may want to.
+pub type Wrap<'w> = &'w dyn Fn(Box<dyn Transport>) -> Box<dyn Transport>;
+
+/// Brings an IOMMU up, in the order that leaves no window.
 ///
-/// Bus mastering is off everywhere but on bridges from the first step on, and on for the IOMMU from the second;
-/// after this an endpoint reaches nothing until it is attached. `wrap` can put something before the transport.
+/// Bus mastering is off everywhere but on bridges and IOMMUs, by [`Pci::quiesce_all`](crate::pci::Pci::quiesce_all), and
+/// goes on for this IOMMU now; after this an endpoint reaches nothing until it is attached.
 ///
 /// # Errors
 ///
-/// [`BringUpError`]; bus mastering stays off.
-pub fn bring_up<T: Transport + 'static>(
+/// [`BringUpError`]; the IOMMU's bus mastering is off then.
+pub fn bring_up(
     machine: &Machine,
-    viot: Result<&[u8], String>,
+    found: &Topology,
     options: Options,
-    wrap: impl FnOnce(PciTransport) -> T,
+    wrap: Option<Wrap<'_>>,
 ) -> Result<Iommu, BringUpError> {
-    machine.pci.quiesce_all();
-    let found = topology::read(machine, viot)?;
-    let transport = transport(machine, found.iommu)?;
-    let address = found.iommu.address;
-    machine.pci.set_bus_master(address, BusMaster::On);
+    let set_bus_master = |state| match found.place {
+        Place::Pci(address) => machine.pci.set_bus_master(address, state),
+        Place::Mmio(_) => {}
+    };
+    set_bus_master(BusMaster::On);
     let options = Options { own_endpoint: found.own, ..options };
-    let live = start(wrap(transport), options, &found.behind);
-    let (viommu, members) = live.map_err(|error| {
-        machine.pci.set_bus_master(address, BusMaster::Off);
-        BringUpError::Start(error)
-    })?;
-    Ok(Iommu { viommu, address, own: found.own, members })
+    let live = match (found.place, wrap) {
+        (place, Some(wrap)) => start(wrap(registers::any(machine, place)?), options, &found.behind),
+        (Place::Pci(address), None) => start(registers::pci(machine, address)?, options, &found.behind),
+        (Place::Mmio(base), None) => start(registers::mmio(base)?, options, &found.behind),
+    };
+    let (viommu, members) = live.inspect_err(|_| set_bus_master(BusMaster::Off))?;
+    Ok(Iommu { viommu, place: found.place, source: found.source, own: found.own, members })
 }
 
 /// Starts the device, makes what is behind it known, and closes the bypass.
-fn start<T: Transport + 'static>(
-    transport: T,
+fn start(
+    transport: impl Transport + 'static,
     options: Options,
     behind: &[(PciAddress, EndpointId)],
 ) -> Result<(Viommu<KernelPlatform>, Vec<Member>), StartError> {

@@ -8,6 +8,8 @@
 //! boot        entry, memory map, heap, page tables, then the binary's main function
 //! memory      frames, DMA pages, mapping of registers
 //! acpi        tables by RSDT or XSDT; MCFG, MADT
+//! firmware    what the boot loader hands over: start info, device tree
+//! image       where the kernel itself lies
 //! pci         configuration space, functions, BARs, capabilities, bus mastering
 //! devices     drivers of test devices
 //! machine     all of the above, discovered in order
@@ -27,7 +29,11 @@ pub mod command_line;
 pub mod console;
 pub mod devices;
 pub mod firmware;
+#[cfg(target_os = "none")]
+pub mod image;
+pub mod interrupts;
 pub mod iommu;
+pub mod lock;
 pub mod machine;
 pub mod memory;
 pub mod mmio;

@@ -1,4 +1,4 @@
-//! The machine, discovered: ACPI tables, configuration space, functions with their BARs.
+//! The machine, discovered: ACPI tables or device tree, configuration space, functions with their BARs.
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -6,33 +6,95 @@ use core::fmt;
 use crate::acpi::{AcpiError, Tables, mcfg};
 use crate::arch::mmu;
 use crate::boot::BootInfo;
+use crate::firmware::device_tree::pci::{HostBridge, host_bridges};
+use crate::firmware::device_tree::{DeviceTree, DeviceTreeError};
+use crate::memory::map::MemoryMap;
 use crate::memory::physical::MachineMemory;
 use crate::memory::{MapRegistersError, map_registers};
 use crate::mmio::Mmio;
 use crate::pci::assign::{AssignError, HostWindow};
-use crate::pci::ecam::Ecam;
+use crate::pci::ecam::{Ecam, EcamArea};
 use crate::pci::function::{Function, MemoryDecode};
 use crate::pci::{Pci, PciAddress};
+use crate::range::PhysRange;
+
+mod line;
 
 static MEMORY: MachineMemory = MachineMemory;
 
 /// What the kernel found.
 #[derive(Debug)]
 pub struct Machine {
-    /// The ACPI tables.
-    pub tables: Tables<'static>,
+    /// What firmware says.
+    pub firmware: Firmware,
     /// The PCI functions.
     pub pci: Pci<Ecam>,
     /// BARs that have no address. Their functions may work without.
     pub unassigned: Vec<AssignError>,
 }
 
+/// What firmware says about the machine.
+#[derive(Debug)]
+pub enum Firmware {
+    /// ACPI tables.
+    Acpi(Tables<'static>),
+    /// A device tree.
+    DeviceTree {
+        /// The tree.
+        tree: DeviceTree<'static>,
+        /// The PCI host bridges in it.
+        bridges: Vec<HostBridge<'static>>,
+    },
+}
+
+impl Firmware {
+    /// Reads ACPI's tables, if the boot loader gave a root pointer or no device tree, and else the device tree.
+    fn find(info: &BootInfo) -> Result<Self, DiscoverError> {
+        match info.device_tree {
+            Some(range) if info.rsdp.is_none() => {
+                let tree = DeviceTree::read(&MEMORY, range.start()).map_err(DiscoverError::DeviceTree)?;
+                let bridges = host_bridges(&tree).map_err(DiscoverError::DeviceTree)?;
+                Ok(Self::DeviceTree { tree, bridges })
+            }
+            _ => Tables::find_all(&MEMORY, info.rsdp).map(Self::Acpi).map_err(DiscoverError::Acpi),
+        }
+    }
+
+    /// Where configuration space is.
+    fn configuration_space(&self) -> Result<Vec<EcamArea>, DiscoverError> {
+        match self {
+            Self::Acpi(tables) => {
+                tables.find(mcfg::SIGNATURE).and_then(mcfg::parse).map_err(DiscoverError::Acpi)
+            }
+            Self::DeviceTree { bridges, .. } => Ok(bridges.iter().map(|bridge| bridge.area).collect()),
+        }
+    }
+
+    /// The addresses that BARs can be given.
+    fn windows(&self, map: &MemoryMap, areas: &[EcamArea]) -> Vec<HostWindow> {
+        let ecam: Vec<PhysRange> = areas.iter().map(|area| area.range).collect();
+        let highest = mmu::highest_reachable_address();
+        match self {
+            Self::Acpi(_) => alloc::vec![HostWindow::new(map, ecam, highest)],
+            Self::DeviceTree { bridges, .. } => {
+                let window = |bridge: &HostBridge<'_>| {
+                    let (segment, windows) = (bridge.area.segment, bridge.windows.iter().copied());
+                    HostWindow::of_bridge(segment, windows, map, ecam.iter().copied(), highest)
+                };
+                bridges.iter().map(window).collect()
+            }
+        }
+    }
+}
+
 /// A machine that the kernel cannot use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DiscoverError {
     /// The tables, or the one that says where configuration space is.
     Acpi(AcpiError),
+    /// The device tree, or the node that says where configuration space is.
+    DeviceTree(DeviceTreeError),
     /// Configuration space could not be mapped.
     Ecam(MapRegistersError),
 }
@@ -41,6 +103,7 @@ impl fmt::Display for DiscoverError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Acpi(error) => error.fmt(f),
+            Self::DeviceTree(error) => error.fmt(f),
             Self::Ecam(error) => write!(f, "PCI configuration space: {error}"),
         }
     }
@@ -77,7 +140,8 @@ impl fmt::Display for BarError {
 impl core::error::Error for BarError {}
 
 impl Machine {
-    /// Finds the tables and the functions, and gives addresses to BARs that have none.
+    /// Finds what firmware says and the functions, numbers buses that have no number, and gives addresses to BARs that
+    /// have none.
     ///
     /// No function's bus mastering is touched; see [`Pci::quiesce_all`].
     ///
@@ -85,15 +149,14 @@ impl Machine {
     ///
     /// [`DiscoverError`].
     pub fn discover(info: &BootInfo) -> Result<Self, DiscoverError> {
-        let tables = Tables::find_all(&MEMORY, info.rsdp).map_err(DiscoverError::Acpi)?;
-        let areas = tables.find(mcfg::SIGNATURE).and_then(mcfg::parse).map_err(DiscoverError::Acpi)?;
-        // SAFETY: MCFG is firmware's word for where configuration space is, and the page tables refuse RAM.
+        let firmware = Firmware::find(info)?;
+        let areas = firmware.configuration_space()?;
+        // SAFETY: firmware says that configuration space is there, and the page tables refuse RAM.
         let ecam = unsafe { Ecam::map(&areas) }.map_err(DiscoverError::Ecam)?;
         let mut pci = Pci::scan(ecam);
-        let ecam_ranges = areas.iter().map(|area| area.range);
-        let host = HostWindow::new(&info.memory_map, ecam_ranges, mmu::highest_reachable_address());
-        let unassigned = pci.assign_bars(&host);
-        Ok(Self { tables, pci, unassigned })
+        let windows = firmware.windows(&info.memory_map, &areas);
+        let unassigned = windows.iter().flat_map(|window| pci.assign_bars(window)).collect();
+        Ok(Self { firmware, pci, unassigned })
     }
 
     /// Maps a memory BAR of a function and turns its memory decoding on.

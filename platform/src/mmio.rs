@@ -1,9 +1,15 @@
-//! Device registers in memory: volatile accesses of a fixed width inside one mapped region.
+//! Device registers in memory: single accesses of a fixed width inside one mapped region.
+//!
+//! `safe-mmio` makes each access one plain load or store. A volatile access of the compiler's may also move the pointer on
+//! aarch64, and a hypervisor cannot emulate a device behind that.
 //!
 //! The region is made once, by whoever mapped it; the accessors check the offset against it, so that a wrong one is our
 //! own bug and panics, and never reaches another device.
 
 use core::ptr::NonNull;
+
+use safe_mmio::UniqueMmioPointer;
+use safe_mmio::fields::ReadWrite;
 
 /// A mapped region of device registers.
 #[derive(Clone, Copy, Debug)]
@@ -22,17 +28,17 @@ macro_rules! accessors {
     ($read:ident, $write:ident, $type:ty, $doc:literal) => {
         #[doc = concat!("Reads the ", $doc, " at `offset`.\n\n# Panics\n\nWhen `offset` is unaligned or outside the region.")]
         pub fn $read(&self, offset: usize) -> $type {
-            let pointer = self.pointer::<$type>(offset);
+            let pointer = self.pointer::<ReadWrite<$type>>(offset);
             // SAFETY: `pointer` checked alignment and bounds; `new`'s caller promised that the region is mapped device
-            // memory.
-            unsafe { pointer.read_volatile() }
+            // memory. It is "unique" for one access, which is single, so that those of other CPUs come before or after.
+            unsafe { UniqueMmioPointer::new(pointer) }.read()
         }
 
         #[doc = concat!("Writes the ", $doc, " at `offset`.\n\n# Panics\n\nWhen `offset` is unaligned or outside the region.")]
         pub fn $write(&self, offset: usize, value: $type) {
-            let pointer = self.pointer::<$type>(offset);
+            let pointer = self.pointer::<ReadWrite<$type>>(offset);
             // SAFETY: as for the read; what the store makes the device do is the caller's business.
-            unsafe { pointer.write_volatile(value) }
+            unsafe { UniqueMmioPointer::new(pointer) }.write(value);
         }
     };
 }
@@ -63,14 +69,15 @@ impl Mmio {
     accessors!(read32, write32, u32, "32-bit register");
     accessors!(read64, write64, u64, "64-bit register");
 
-    fn pointer<T>(&self, offset: usize) -> *mut T {
+    fn pointer<T>(&self, offset: usize) -> NonNull<T> {
         let inside = offset.checked_add(size_of::<T>()).is_some_and(|end| end <= self.len_bytes);
         assert!(
             inside && offset.is_multiple_of(align_of::<T>()),
             "register offset {offset:#x} in a region of {:#x} bytes",
             self.len_bytes
         );
-        self.base.as_ptr().wrapping_add(offset).cast()
+        // SAFETY: inside the region, by the check.
+        unsafe { self.base.add(offset) }.cast()
     }
 }
 

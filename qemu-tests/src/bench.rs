@@ -77,7 +77,7 @@ pub fn asked(values: &[Value], trace: &Path) -> Result<Vec<Asked>> {
     let sections = sections(&String::from_utf8_lossy(&bytes));
     let one = |(name, operations, number): (String, u64, u64)| {
         let section = sections.get(&number).with_context(|| format!("{name} is not in QEMU's trace"))?;
-        let counts = Counts::parse(&section.events).with_context(|| format!("in {name}"))?;
+        let counts = Counts::parse(&section.events, 1).with_context(|| format!("in {name}"))?;
         let requests = counts.pops;
         Ok(Asked { name, operations, requests, counts, accesses: section.accesses })
     };

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 
 use crate::console;
+use crate::device_tree;
 use crate::disk::Disk;
+use crate::firmware::{Listener, Speaker};
 use crate::machine::{Gdb, Iommu, Machine};
 use crate::process::{Ended, Process};
 use crate::protocol::{Reason, Verdict};
@@ -25,6 +27,8 @@ pub const DEFAULT_SCENARIO: &str = "default";
 const WRITES_DISK: [&str; 6] = [DEFAULT_SCENARIO, "devices", "bridge", "soak", "block", "block-direct"];
 /// The scenarios that have an NVMe disk, and leave there what must be.
 const WRITES_NVME: [&str; 3] = ["nvme", "devices", "soak"];
+/// The scenario that has one, and leaves it as it is.
+const STARTS_NVME: &str = "messages";
 /// What makes the seed of the NVMe disk's image from that of the machine: the letters of NVME.
 const NVME_SEED: u64 = 0x4e56_4d45;
 /// The scenario that lasts as long as it is told to, the word that tells it, and how long it lasts without.
@@ -56,7 +60,7 @@ pub enum Witness {
 /// A boot to be done.
 #[derive(Clone, Debug)]
 pub struct Boot {
-    /// The machine. Its `disk`, `nvme`, `cmdline` and, where there is none, `trace` are filled in here.
+    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree` and, where there is none, `trace` are filled in here.
     pub machine: Machine,
     /// The scenario's name.
     pub scenario: String,
@@ -83,6 +87,8 @@ pub struct Boot {
 pub struct Outcome {
     /// Each line that the guest printed.
     pub lines: Vec<String>,
+    /// Each line that its firmware printed before.
+    pub firmware: Vec<String>,
     /// What the guest claims, and whether that is complete.
     pub verdict: Verdict,
     /// How QEMU ended.
@@ -101,12 +107,13 @@ impl Boot {
     /// The scenario on the machine, with the default seed, the disks that it needs, and the default deadline.
     #[must_use]
     pub fn new(machine: Machine, scenario: &str, directory: &Path) -> Self {
+        let has_nvme = WRITES_NVME.contains(&scenario) || scenario == STARTS_NVME;
         Self {
             machine,
             scenario: scenario.to_owned(),
             seed: DEFAULT_SEED,
             disk: DiskDevice::Present,
-            nvme: if WRITES_NVME.contains(&scenario) { DiskDevice::Present } else { DiskDevice::Absent },
+            nvme: if has_nvme { DiskDevice::Present } else { DiskDevice::Absent },
             peer: Peer::Listening,
             witness: Witness::Trace,
             words: String::new(),
@@ -115,7 +122,7 @@ impl Boot {
         }
     }
 
-    /// Boots, hands each line to `observer` as it comes, and judges.
+    /// Boots, hands each line of the guest to `observer` as it comes, and judges.
     ///
     /// # Errors
     ///
@@ -142,20 +149,28 @@ impl Boot {
         let deadline = deadline.map(|deadline| deadline + self.soak_time());
         let server = Server::start(self.seed, self.peer, deadline)?;
         self.machine.cmdline = self.cmdline(&disk, &nvme, &server);
+        if !self.machine.iommu.claims().is_empty() {
+            self.machine.device_tree = Some(device_tree::describe(qemu, &self.machine, &self.directory)?);
+        }
 
         let mut command = Command::new(&qemu.path);
         command.args(self.machine.arguments());
         let mut process = Process::start(&mut command)?;
-        let mut lines = Vec::new();
-        let ended = process.follow(deadline, &mut |line| {
-            observer(line);
-            lines.push(line.to_owned());
+        let (mut lines, mut firmware) = (Vec::new(), Vec::new());
+        let mut listener = Listener::default();
+        let ended = process.follow(deadline, &mut |line| match listener.line(line) {
+            Speaker::Firmware => firmware.push(line.to_owned()),
+            Speaker::Guest => {
+                observer(line);
+                lines.push(line.to_owned());
+            }
         });
         let wall = process.elapsed();
         let stderr = process.into_stderr();
 
         let verdict = Verdict::read(lines.iter().map(String::as_str), self.machine.arch, ended);
-        let mut outcome = Outcome { lines, verdict, ended, seen: None, objections: Vec::new(), stderr, wall };
+        let (seen, objections) = (None, Vec::new());
+        let mut outcome = Outcome { lines, firmware, verdict, ended, seen, objections, stderr, wall };
         let transfers = server.stop();
         if outcome.verdict.passed() {
             self.cross_examine(&disk, &nvme, &trace, &transfers, &mut outcome);
@@ -199,8 +214,8 @@ impl Boot {
         transfers: &[Transfer],
         outcome: &mut Outcome,
     ) {
-        if self.machine.iommu == Iommu::On && self.witness == Witness::Trace {
-            match Counts::read(trace) {
+        if self.machine.iommu != Iommu::Off && self.witness == Witness::Trace {
+            match Counts::read(trace, self.machine.iommu.count()) {
                 Ok(seen) => {
                     outcome.objections = witness::differences(&outcome.verdict.values, &seen);
                     outcome.seen = Some(seen);

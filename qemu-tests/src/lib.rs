@@ -1,7 +1,7 @@
 //! Boots kernel images in QEMU and decides whether what they claim is true.
 //!
 //! ```text
-//! boot ----> machine, disk, server   what is put together before the start
+//! boot ----> machine, device_tree, disk, server   what is put together before the start
 //!   |
 //!   '------> process           the running QEMU: lines, a deadline, an end that always comes
 //!              |
@@ -22,7 +22,9 @@
 pub mod bench;
 pub mod boot;
 pub mod console;
+mod device_tree;
 pub mod disk;
+mod firmware;
 pub mod machine;
 pub mod process;
 pub mod protocol;

@@ -2,53 +2,92 @@
 //!
 //! Devices have fixed PCI slots, so that output is the same from run to run, and devices that are added by hand
 //! take later ones: 00:01.0 IOMMU, 00:02.0 disk, 00:03.0 entropy, 00:04.0 `edu`, 00:05.0 network, 00:06.0 NVMe disk,
-//! 00:07.0 console.
+//! 00:07.0 console. All but the IOMMU can be behind bridges instead ([`Place`]).
+
+mod arch;
+mod arguments;
+mod need;
+mod place;
 
 use std::ffi::OsString;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+pub use self::arch::{Arch, Image};
+pub use self::need::Need;
+pub use self::place::Place;
+
+use self::arguments::Arguments;
+use crate::device_tree::Claim;
 use crate::trace;
 
-/// The architectures that there are machines for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arch {
-    /// QEMU's `q35`.
-    X86_64,
-}
+/// The slots of the endpoints.
+const DISK: u8 = 2;
+const RNG: u8 = 3;
+const EDU: u8 = 4;
+const NET: u8 = 5;
+const NVME: u8 = 6;
+const CONSOLE: u8 = 7;
 
-impl Arch {
-    /// The name, as the kernel prints it and the command line takes it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64",
-        }
-    }
+/// The first function of the second root bus, where each has an IOMMU.
+const APART: u16 = 0x1000;
 
-    /// The Rust target that its kernel is built for.
-    #[must_use]
-    pub fn target(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64-unknown-none",
-        }
-    }
-
-    /// The name of its QEMU.
-    #[must_use]
-    pub fn qemu(self) -> &'static str {
-        match self {
-            Self::X86_64 => "qemu-system-x86_64",
-        }
-    }
-}
-
-/// Whether the machine has a virtio-iommu.
+/// The machine's virtio-iommu.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Iommu {
     /// A `virtio-iommu-pci` at 00:01.0.
-    On,
+    Pci,
+    /// A `virtio-iommu-device` in the first slot for virtio over MMIO, for all of PCI.
+    Mmio,
+    /// Two of them, in the first two slots: one for the root bus, one for a second root bus from 0x10 on, where an `edu` is.
+    TwoMmio,
     /// None; the other devices stay where they are.
     Off,
+}
+
+impl Iommu {
+    /// What the device tree has to be told of it. The one on PCI it knows by itself.
+    pub(crate) fn claims(self) -> Vec<Claim> {
+        match self {
+            Self::Pci | Self::Off => Vec::new(),
+            Self::Mmio => vec![Claim { slot: 0, functions: 0..=0xffff }],
+            Self::TwoMmio => vec![
+                Claim { slot: 0, functions: 0..=APART - 1 },
+                Claim { slot: 1, functions: APART..=0xffff },
+            ],
+        }
+    }
+
+    /// How many there are.
+    #[must_use]
+    pub fn count(self) -> usize {
+        match self {
+            Self::Off => 0,
+            Self::Pci | Self::Mmio => 1,
+            Self::TwoMmio => 2,
+        }
+    }
+
+    /// The arguments that make it. By default the slots have the layout of before virtio 1.0, and an I/O thread takes the
+    /// doorbell at its leisure.
+    fn arguments(self) -> &'static str {
+        match self {
+            Self::Pci => "-device virtio-iommu-pci,addr=1",
+            Self::Mmio => {
+                "-global virtio-mmio.force-legacy=false -global virtio-mmio.ioeventfd=false \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.0,primary-bus=pcie.0"
+            }
+            Self::TwoMmio => {
+                "-global virtio-mmio.force-legacy=false -global virtio-mmio.ioeventfd=false \
+                 -device pxb-pcie,id=apart,bus_nr=16,bus=pcie.0,addr=0x9 \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.0,primary-bus=pcie.0 \
+                 -device virtio-iommu-device,bus=virtio-mmio-bus.1,primary-bus=apart \
+                 -device pcie-root-port,id=apart-port,bus=apart,chassis=9 \
+                 -device edu,dma_mask=0xffffffffffffffff,bus=apart-port"
+            }
+            Self::Off => "",
+        }
+    }
 }
 
 /// Whether QEMU waits for a debugger.
@@ -65,8 +104,14 @@ pub enum Gdb {
 pub struct Machine {
     /// Its architecture.
     pub arch: Arch,
-    /// Whether there is an IOMMU.
+    /// Its IOMMU.
     pub iommu: Iommu,
+    /// Addresses that the IOMMU on PCI reserves.
+    pub reserved: Vec<RangeInclusive<u64>>,
+    /// Where the other devices are.
+    pub place: Place,
+    /// How many CPUs there are.
+    pub cpus: u32,
     /// The image of the disk; none leaves the device out.
     pub disk: Option<PathBuf>,
     /// The image of the NVMe disk; none leaves the device out.
@@ -75,10 +120,12 @@ pub struct Machine {
     pub console: Option<PathBuf>,
     /// Memory in MiB.
     pub memory_mib: u32,
-    /// The kernel image, an ELF file with a PVH note.
+    /// The kernel image, as [`Arch::image`] says.
     pub kernel: PathBuf,
     /// The kernel's command line.
     pub cmdline: String,
+    /// The device tree that QEMU hands over instead of its own.
+    pub device_tree: Option<PathBuf>,
     /// Where QEMU writes its trace; none switches it off.
     pub trace: Option<PathBuf>,
     /// Arguments for QEMU that come last.
@@ -88,18 +135,22 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// The default machine with this kernel: an IOMMU, no disks, 256 MiB, no trace.
+    /// The default machine with this kernel: an IOMMU on PCI, no bridges, no disks, one CPU, 256 MiB, no trace.
     #[must_use]
     pub fn new(arch: Arch, kernel: PathBuf) -> Self {
         Self {
             arch,
-            iommu: Iommu::On,
+            iommu: Iommu::Pci,
+            reserved: Vec::new(),
+            place: Place::RootBus,
+            cpus: 1,
             disk: None,
             nvme: None,
             console: None,
             memory_mib: 256,
             kernel,
             cmdline: String::new(),
+            device_tree: None,
             trace: None,
             extra: Vec::new(),
             gdb: Gdb::Off,
@@ -110,38 +161,16 @@ impl Machine {
     #[must_use]
     pub fn arguments(&self) -> Vec<OsString> {
         let mut arguments = Arguments::default();
-        match self.arch {
-            Arch::X86_64 => {
-                arguments.words("-M q35 -accel tcg");
-                arguments.words("-device isa-debug-exit,iobase=0xf4,iosize=4");
-            }
-        }
+        arguments.words(self.arch.machine());
+        arguments.words("-smp").word(self.cpus.to_string());
         arguments.words("-m").word(self.memory_mib.to_string());
         arguments.words("-nodefaults -no-reboot -display none -serial stdio");
-        match self.iommu {
-            Iommu::On => arguments.words("-device virtio-iommu-pci,addr=1"),
-            Iommu::Off => &mut arguments,
-        };
-        if let Some(disk) = &self.disk {
-            arguments.words("-drive").joined("if=none,id=disk,format=raw,file=", disk);
-            arguments.words("-device virtio-blk-pci,drive=disk,iommu_platform=on,disable-legacy=on,addr=2");
+        if self.reserved.is_empty() {
+            arguments.words(self.iommu.arguments());
+        } else {
+            arguments.words("-device").word(self.with_reserved());
         }
-        arguments.words("-object rng-builtin,id=entropy");
-        arguments.words("-device virtio-rng-pci,rng=entropy,iommu_platform=on,disable-legacy=on,addr=3");
-        arguments.words("-device edu,dma_mask=0xffffffffffffffff,addr=4");
-        if let Some(nvme) = &self.nvme {
-            arguments.words("-drive").joined("if=none,id=nvme,format=raw,file=", nvme);
-            arguments.words("-device nvme,drive=nvme,serial=0,addr=6");
-        }
-        arguments.words("-netdev user,id=net");
-        arguments
-            .words("-device virtio-net-pci,netdev=net,iommu_platform=on,disable-legacy=on,addr=5,romfile=");
-        match &self.console {
-            Some(file) => arguments.words("-chardev").joined("file,id=console,path=", file),
-            None => arguments.words("-chardev null,id=console"),
-        };
-        arguments.words("-device virtio-serial-pci,iommu_platform=on,disable-legacy=on,addr=7");
-        arguments.words("-device virtconsole,chardev=console");
+        self.devices(&mut arguments);
         if let Some(file) = &self.trace {
             arguments.words("-D").word(file);
             for event in trace::EVENTS {
@@ -152,38 +181,52 @@ impl Machine {
             Gdb::Wait => arguments.words("-s -S"),
             Gdb::Off => &mut arguments,
         };
+        if let Some(tree) = &self.device_tree {
+            arguments.words("-dtb").word(tree);
+        }
         arguments.words("-kernel").word(&self.kernel);
         arguments.words("-append").word(&self.cmdline);
-        arguments.0.extend(self.extra.iter().cloned());
-        arguments.0
-    }
-}
-
-/// A list of arguments under construction.
-#[derive(Default)]
-struct Arguments(Vec<OsString>);
-
-impl Arguments {
-    /// Adds each word of `words`.
-    fn words(&mut self, words: &str) -> &mut Self {
-        self.0.extend(words.split_whitespace().map(OsString::from));
-        self
+        arguments.all(&self.extra);
+        arguments.finish()
     }
 
-    /// Adds one argument as it is.
-    fn word(&mut self, word: impl Into<OsString>) -> &mut Self {
-        self.0.push(word.into());
-        self
+    /// The IOMMU on PCI with what it reserves. A list has no other form than this.
+    fn with_reserved(&self) -> String {
+        let region =
+            |region: &RangeInclusive<u64>| format!("\"{:#x}:{:#x}:0\"", region.start(), region.end());
+        let regions: Vec<String> = self.reserved.iter().map(region).collect();
+        let list = regions.join(",");
+        format!("{{\"driver\":\"virtio-iommu-pci\",\"addr\":\"0x1\",\"reserved-regions\":[{list}]}}")
     }
 
-    /// Adds `prefix` and `path` as one argument; QEMU takes a doubled comma for one that belongs to the path.
-    fn joined(&mut self, prefix: &str, path: &std::path::Path) -> &mut Self {
-        let mut word = OsString::from(prefix);
-        match path.to_str() {
-            Some(text) => word.push(text.replace(',', ",,")),
-            None => word.push(path),
+    /// The devices but for the IOMMU, which must be there before them.
+    fn devices(&self, arguments: &mut Arguments) {
+        let mut slots = vec![RNG, EDU, NET, CONSOLE];
+        slots.extend(self.disk.as_ref().map(|_| DISK));
+        slots.extend(self.nvme.as_ref().map(|_| NVME));
+        arguments.words(&self.place.bridges(&slots));
+        // Without the first a virtio device goes around the IOMMU, and QEMU wants the second beside it.
+        let virtio = |slot| format!("iommu_platform=on,disable-legacy=on,{}", self.place.of(slot));
+        let device = |words: &str, place: &str| format!("-device {words},{place}");
+        if let Some(disk) = &self.disk {
+            arguments.words("-drive").joined("if=none,id=disk,format=raw,file=", disk);
+            arguments.words(&device("virtio-blk-pci,drive=disk", &virtio(DISK)));
         }
-        self.word(word)
+        arguments.words("-object rng-builtin,id=entropy");
+        arguments.words(&device("virtio-rng-pci,rng=entropy", &virtio(RNG)));
+        arguments.words(&device("edu,dma_mask=0xffffffffffffffff", &self.place.of(EDU)));
+        if let Some(nvme) = &self.nvme {
+            arguments.words("-drive").joined("if=none,id=nvme,format=raw,file=", nvme);
+            arguments.words(&device("nvme,drive=nvme,serial=0", &self.place.of(NVME)));
+        }
+        arguments.words("-netdev user,id=net");
+        arguments.words(&device("virtio-net-pci,netdev=net,romfile=", &virtio(NET)));
+        match &self.console {
+            Some(file) => arguments.words("-chardev").joined("file,id=console,path=", file),
+            None => arguments.words("-chardev null,id=console"),
+        };
+        arguments.words(&device("virtio-serial-pci", &virtio(CONSOLE)));
+        arguments.words("-device virtconsole,chardev=console");
     }
 }
 
@@ -207,23 +250,42 @@ mod tests {
         let line = joined(&machine);
         for part in [
             "virtio-iommu-pci,addr=1",
-            "addr=2",
+            "addr=0x2",
             "virtio-rng-pci,rng=entropy",
-            "addr=3",
-            "edu,dma_mask=",
-            "addr=4",
+            "addr=0x3",
+            "edu,dma_mask=0xffffffffffffffff,bus=pcie.0,addr=0x4",
             "file=nvme.img",
-            "nvme,drive=nvme,serial=0,addr=6",
+            "nvme,drive=nvme,serial=0,bus=pcie.0,addr=0x6",
             "virtio-net-pci,netdev=net",
-            "addr=5",
+            "addr=0x5",
             "file,id=console,path=console.txt",
             "virtio-serial-pci",
-            "addr=7",
+            "addr=0x7",
         ] {
             assert!(line.contains(part), "{part} is missing in {line}");
         }
         assert!(machine.arguments().contains(&OsString::from("scenario=default seed=0x1")));
         assert!(!line.contains("-trace") && !line.contains("-S"));
+    }
+
+    #[test]
+    fn bridges_come_before_what_is_behind_them() {
+        let mut machine = Machine::new(Arch::X86_64, "kernel".into());
+        machine.place = Place::RootPorts;
+        let line = joined(&machine);
+        let at = |part: &str| line.find(part).unwrap_or_else(|| panic!("{part} is missing in {line}"));
+        assert!(at("virtio-iommu-pci,addr=1") < at("pcie-root-port,id=port4"));
+        assert!(at("pcie-root-port,id=port4") < at("edu,dma_mask=0xffffffffffffffff,bus=port4"));
+        assert!(!line.contains("port2") && !line.contains("port6"), "no disk, no port for it: {line}");
+    }
+
+    #[test]
+    fn reserved_regions_are_a_list() {
+        let mut machine = Machine::new(Arch::Riscv64, "kernel".into());
+        machine.reserved = vec![0x10_0000..=0x1f_ffff, 0..=0xfff];
+        let expected = "{\"driver\":\"virtio-iommu-pci\",\"addr\":\"0x1\",\
+            \"reserved-regions\":[\"0x100000:0x1fffff:0\",\"0x0:0xfff:0\"]}";
+        assert!(machine.arguments().contains(&OsString::from(expected)), "{}", joined(&machine));
     }
 
     #[test]

@@ -24,12 +24,17 @@ use crate::process::Ended;
 
 /// The version of the protocol.
 pub const VERSION: &str = "1";
-/// QEMU's status after a guest that passed: the debug-exit device makes `code << 1 | 1` of what is written to it.
-pub const STATUS_PASS: i32 = 33;
-/// QEMU's status after a guest that failed in order.
-pub const STATUS_FAIL: i32 = 35;
-/// QEMU's status after a panic or an exception of the guest.
-pub const STATUS_PANIC: i32 = 37;
+
+/// The statuses with which a guest makes QEMU end. They differ between machines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Statuses {
+    /// After a guest that passed.
+    pub pass: i32,
+    /// After a guest that failed in order.
+    pub fail: i32,
+    /// After a panic or an exception of the guest.
+    pub panic: i32,
+}
 
 /// A check that the guest made.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
@@ -31,6 +32,12 @@ impl Version {
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let (_, rest) = text.split_once("QEMU emulator version ")?;
+        Self::of_digits(rest)
+    }
+
+    /// Reads the version that `rest` begins with: two or three numbers, and then anything.
+    #[must_use]
+    pub fn of_digits(rest: &str) -> Option<Self> {
         let digits: &str = rest.split(|c: char| c != '.' && !c.is_ascii_digit()).next()?;
         let mut numbers = digits.split('.').map(|number| number.parse().ok());
         let major = numbers.next()??;
@@ -43,6 +50,44 @@ impl Version {
 impl fmt::Display for Version {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+/// A release of QEMU, such as 7.2: every version that begins with these numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Release {
+    /// First number.
+    pub major: u32,
+    /// Second number; none stands for any.
+    pub minor: Option<u32>,
+}
+
+impl Release {
+    /// Whether a version is one of it.
+    #[must_use]
+    pub fn has(self, version: Version) -> bool {
+        self.major == version.major && self.minor.is_none_or(|minor| minor == version.minor)
+    }
+}
+
+impl FromStr for Release {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let number = |digits: &str| digits.parse().map_err(|_| format!("`{text}` is not like `7.2` or `10`"));
+        match text.split_once('.') {
+            Some((major, minor)) => Ok(Self { major: number(major)?, minor: Some(number(minor)?) }),
+            None => Ok(Self { major: number(text)?, minor: None }),
+        }
+    }
+}
+
+impl fmt::Display for Release {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.minor {
+            Some(minor) => write!(f, "{}.{minor}", self.major),
+            None => write!(f, "{}", self.major),
+        }
     }
 }
 
@@ -86,18 +131,9 @@ impl Qemu {
     ///
     /// As [`Self::probe`], and when it is too old.
     pub fn probe_recent(path: &Path) -> Result<Self> {
-        Self::probe_since(path, OLDEST)
-    }
-
-    /// Asks the program for its version and refuses one older than `oldest`.
-    ///
-    /// # Errors
-    ///
-    /// As [`Self::probe`], and when it is too old.
-    pub fn probe_since(path: &Path, oldest: Version) -> Result<Self> {
         let qemu = Self::probe(path)?;
-        if qemu.version < oldest {
-            bail!("{} is QEMU {}, but {oldest} or later is needed", path.display(), qemu.version);
+        if qemu.version < OLDEST {
+            bail!("{} is QEMU {}, but {OLDEST} or later is needed", path.display(), qemu.version);
         }
         Ok(qemu)
     }
@@ -126,6 +162,21 @@ mod tests {
     fn ten_is_newer_than_seven() {
         assert!(Version { major: 10, minor: 0, micro: 0 } > OLDEST);
         assert!(Version { major: 7, minor: 1, micro: 9 } < OLDEST);
+    }
+
+    #[test]
+    fn a_release_has_every_version_that_begins_like_it() {
+        let version = |major, minor, micro| Version { major, minor, micro };
+        let stable: Release = "7.2".parse().unwrap();
+        assert!(
+            stable.has(version(7, 2, 22)) && !stable.has(version(7, 1, 22)) && !stable.has(version(8, 2, 0))
+        );
+        let any: Release = "10".parse().unwrap();
+        assert!(any.has(version(10, 0, 2)) && any.has(version(10, 1, 0)) && !any.has(version(1, 0, 0)));
+        assert_eq!((stable.to_string(), any.to_string()), ("7.2".into(), "10".into()));
+        for text in ["", ".", "7.", ".2", "7.2.1", "x", "-7"] {
+            assert!(text.parse::<Release>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //!
 //! Every device has a queue 0. The IOMMU's is the one whose `virtqueue_pop` stands directly before a `virtio_iommu_*`
 //! event; QEMU takes and serves a request without anything in between. Its event queue is another `vq`, and does not count.
+//! Where a machine has several IOMMUs, what all of them were asked counts together.
 //!
 //! Each number is of *accepted* requests, as far as the log tells:
 //!
@@ -59,14 +60,14 @@ pub struct Counts {
 }
 
 impl Counts {
-    /// Reads the trace in `path`.
+    /// Reads the trace of a machine with so many IOMMUs in `path`.
     ///
     /// # Errors
     ///
     /// When the file cannot be read, or says something that does not fit together.
-    pub fn read(path: &Path) -> Result<Self> {
+    pub fn read(path: &Path, iommus: usize) -> Result<Self> {
         let bytes = fs::read(path).with_context(|| format!("cannot read QEMU's trace {}", path.display()))?;
-        Self::parse(&String::from_utf8_lossy(&bytes))
+        Self::parse(&String::from_utf8_lossy(&bytes), iommus)
             .with_context(|| format!("in QEMU's trace {}", path.display()))
     }
 
@@ -74,9 +75,9 @@ impl Counts {
     ///
     /// # Errors
     ///
-    /// When an event of the IOMMU has no `virtqueue_pop` before it, or two queues would have to be the IOMMU's.
-    pub fn parse(text: &str) -> Result<Self> {
-        let mut reader = Reader::default();
+    /// When an event of an IOMMU has no `virtqueue_pop` before it, or more queues than `iommus` would have to be an IOMMU's.
+    pub fn parse(text: &str, iommus: usize) -> Result<Self> {
+        let mut reader = Reader { iommus, ..Reader::default() };
         for (index, line) in text.lines().enumerate() {
             let (event, arguments) = event_of(line);
             reader.event(event, arguments).with_context(|| format!("line {}", index + 1))?;
@@ -92,8 +93,10 @@ struct Reader<'a> {
     kicks: BTreeMap<&'a str, u64>,
     pops: BTreeMap<&'a str, u64>,
     last_pop: Option<&'a str>,
-    /// The IOMMU's request queue, once known.
-    queue: Option<&'a str>,
+    /// How many IOMMUs there are.
+    iommus: usize,
+    /// Their request queues, as far as they are known.
+    queues: Vec<&'a str>,
     /// The ATTACH or DETACH in the line before, of which is not known yet whether it was accepted.
     undecided: Option<Undecided>,
 }
@@ -145,20 +148,20 @@ impl<'a> Reader<'a> {
 
     /// The queue of a request of the IOMMU is the one that was taken from just before.
     fn learn_queue(&mut self, event: &str) -> Result<()> {
-        match (self.queue, self.last_pop) {
-            (_, None) => bail!("{event} without a virtqueue_pop before it"),
-            (Some(queue), Some(pop)) if queue != pop => {
-                bail!("{event} came from queue {pop}, earlier ones from {queue}")
-            }
-            (_, Some(pop)) => self.queue = Some(pop),
+        let Some(pop) = self.last_pop else { bail!("{event} without a virtqueue_pop before it") };
+        if self.queues.contains(&pop) {
+            return Ok(());
         }
+        if self.queues.len() == self.iommus {
+            bail!("{event} came from queue {pop}, earlier ones from {}", self.queues.join(" and "));
+        }
+        self.queues.push(pop);
         Ok(())
     }
 
     fn finish(self) -> Counts {
-        let of = |counts: &BTreeMap<&str, u64>| {
-            self.queue.and_then(|queue| counts.get(queue).copied()).unwrap_or(0)
-        };
+        let of =
+            |counts: &BTreeMap<&str, u64>| self.queues.iter().filter_map(|queue| counts.get(queue)).sum();
         Counts { kicks: of(&self.kicks), pops: of(&self.pops), ..self.counts }
     }
 }

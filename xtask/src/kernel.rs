@@ -1,22 +1,32 @@
 //! Builds a kernel image.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
-use qemu_tests::machine::Arch;
+use anyhow::{Context as _, Result, bail};
+use qemu_tests::machine::{Arch, Image};
 
 use crate::setup::toolchain::{self, Toolchain};
-use crate::{command, paths, progress};
+use crate::{command, image, paths, progress};
 
 /// What the kernel is built with, of the workspace's profiles.
 const PROFILE: &str = "kernel";
 
-/// Builds the kernel for `arch` with whatever compiler can, and returns the image.
+/// A kernel that was built.
+#[derive(Clone, Debug)]
+pub(crate) struct Kernel {
+    /// The ELF file, which knows its symbols.
+    pub(crate) elf: PathBuf,
+    /// What QEMU boots; on most architectures the same file.
+    pub(crate) image: PathBuf,
+}
+
+/// Builds the kernel for `arch` with whatever compiler can.
 ///
 /// # Errors
 ///
 /// When there is no compiler and none can be installed, or when the build fails.
-pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
+pub(crate) fn build(arch: Arch) -> Result<Kernel> {
     let toolchain = toolchain::ensure(arch)?;
     let directory = directory(toolchain);
     let mut build = toolchain::cargo(toolchain, arch.target());
@@ -25,11 +35,25 @@ pub(crate) fn build(arch: Arch) -> Result<PathBuf> {
     build.arg("--target-dir").arg(&directory);
     progress::note(&format!("building the kernel for {} with {toolchain}", arch.name()));
     command::run(&mut build)?;
-    let image = directory.join(arch.target()).join(PROFILE).join("kernel");
-    if !image.is_file() {
-        bail!("the build left no kernel image at {}", image.display());
+    let elf = directory.join(arch.target()).join(PROFILE).join("kernel");
+    if !elf.is_file() {
+        bail!("the build left no kernel image at {}", elf.display());
     }
-    Ok(image)
+    let image = match arch.image() {
+        Image::Elf => elf.clone(),
+        Image::Arm64 => flat(&elf)?,
+    };
+    Ok(Kernel { elf, image })
+}
+
+/// Makes the flat image beside the ELF file.
+fn flat(elf: &Path) -> Result<PathBuf> {
+    let bytes = fs::read(elf).with_context(|| format!("cannot read {}", elf.display()))?;
+    let flat = image::flatten(&bytes)
+        .with_context(|| format!("{} does not make an image for arm64's boot protocol", elf.display()))?;
+    let path = elf.with_extension("image");
+    fs::write(&path, flat).with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(path)
 }
 
 /// Each compiler has a directory of its own, so that changing between them rebuilds nothing.

@@ -7,7 +7,7 @@ use std::path::{self, Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Result;
-use qemu_tests::machine::Arch;
+use qemu_tests::machine::{Arch, Iommu};
 
 use crate::test::TestArguments;
 use crate::{command, paths, progress, setup};
@@ -31,7 +31,7 @@ pub(crate) fn lints() -> Result<()> {
 /// When no QEMU can be had, or a test fails.
 pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     progress::heading("qtest tests");
-    let qemu = setup::qemu(Arch::X86_64, arguments.setup.qemu.as_deref())?;
+    let qemu = setup::qemu(Arch::X86_64, Iommu::Pci, &arguments.setup)?;
     progress::note(&format!("QEMU {} at {}", qemu.version, qemu.path.display()));
     let mut tests = cargo("test");
     tests.env("QEMU_TESTS_QEMU_X86_64", absolute(&qemu.path)).args(arguments.filter.as_slice());

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use qemu_tests::boot::{Boot, DEFAULT_SCENARIO, DEFAULT_SEED};
-use qemu_tests::machine::{Gdb, Iommu, Machine};
+use qemu_tests::machine::{self, Gdb, Iommu, Machine};
 
 use crate::setup::SetupArguments;
 use crate::{Arch, backtrace, kernel, paths, progress, setup};
@@ -21,6 +21,15 @@ pub(crate) struct RunArguments {
     /// Whether the machine has a virtio-iommu
     #[arg(long, value_enum, default_value_t)]
     iommu: Switch,
+    /// What the IOMMU is reached by
+    #[arg(long, value_enum, default_value_t)]
+    transport: Transport,
+    /// Where the devices are
+    #[arg(long, value_enum, default_value_t)]
+    place: Place,
+    /// How many CPUs there are
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
     /// What the kernel is to do; it names its scenarios when it does not know one
     #[arg(long, value_name = "NAME", default_value = DEFAULT_SCENARIO)]
     scenario: String,
@@ -46,6 +55,47 @@ pub(crate) struct RunArguments {
     extra: Vec<OsString>,
 }
 
+/// What carries the IOMMU's registers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Transport {
+    #[default]
+    Pci,
+    /// virtio over MMIO, in front of the same PCI devices
+    Mmio,
+    /// Two of these, for a root bus each
+    TwoMmio,
+}
+
+/// Where the devices are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Place {
+    #[default]
+    RootBus,
+    /// Each behind a root port of its own
+    RootPorts,
+    /// All below one PCIe switch
+    Switch,
+    /// All behind one PCIe-to-PCI bridge: one endpoint
+    PciBridge,
+    /// Behind root ports of a second root bus
+    SecondRoot,
+    /// The same, where the bus bypasses the IOMMU
+    BypassingRoot,
+}
+
+impl From<Place> for machine::Place {
+    fn from(place: Place) -> Self {
+        match place {
+            Place::RootBus => Self::RootBus,
+            Place::RootPorts => Self::RootPorts,
+            Place::Switch => Self::Switch,
+            Place::PciBridge => Self::PciBridge,
+            Place::SecondRoot => Self::SecondRoot,
+            Place::BypassingRoot => Self::BypassingRoot,
+        }
+    }
+}
+
 /// On or off.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Switch {
@@ -57,15 +107,20 @@ enum Switch {
 /// Boots, and returns success if the guest passed and nothing speaks against it.
 pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
     let arch = arguments.arch.into();
-    let qemu = setup::qemu(arch, arguments.setup.qemu.as_deref())?;
-    let image = kernel::build(arch)?;
+    let iommu = match (arguments.iommu, arguments.transport) {
+        (Switch::On, Transport::Pci) => Iommu::Pci,
+        (Switch::On, Transport::Mmio) => Iommu::Mmio,
+        (Switch::On, Transport::TwoMmio) => Iommu::TwoMmio,
+        (Switch::Off, _) => Iommu::Off,
+    };
+    let qemu = setup::qemu(arch, iommu, &arguments.setup)?;
+    let kernel = kernel::build(arch)?;
     let directory = paths::target().join("run");
 
-    let mut machine = Machine::new(arch, image.clone());
-    machine.iommu = match arguments.iommu {
-        Switch::On => Iommu::On,
-        Switch::Off => Iommu::Off,
-    };
+    let mut machine = Machine::new(arch, kernel.image);
+    machine.iommu = iommu;
+    machine.place = arguments.place.into();
+    machine.cpus = arguments.cpus;
     machine.gdb = if arguments.gdb { Gdb::Wait } else { Gdb::Off };
     // Relative to where the user is, while QEMU's own directory may change one day.
     machine.trace = arguments.trace.as_ref().map(std::path::absolute).transpose().context("--trace")?;
@@ -78,7 +133,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
         progress::note("QEMU waits for a debugger. In another terminal:");
         progress::note(&format!(
             "  gdb {} -ex 'target remote :1234' -ex 'hbreak kernel_main' -ex continue",
-            image.display()
+            kernel.elf.display()
         ));
     }
     let outcome = boot.run(&qemu, &mut |line| {
@@ -103,7 +158,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
         progress::pass(&line);
         Ok(ExitCode::SUCCESS)
     } else {
-        for line in backtrace::explain(&outcome.lines, &image) {
+        for line in backtrace::explain(&outcome.lines, &kernel.elf) {
             println!("{line}");
         }
         progress::fail(&outcome.summary());

@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use qemu_tests::machine::Arch;
 
 use crate::setup::SetupArguments;
-use crate::{command, examples, kernel, loom, progress, qtest, setup};
+use crate::{Arch, command, examples, loom, machine, progress, qtest};
 
 /// Arguments of `cargo xtask test`.
 #[derive(Args, Default)]
@@ -16,6 +15,9 @@ pub(crate) struct TestArguments {
     /// Run only tests whose name holds this
     #[arg(long, value_name = "TEXT")]
     pub(crate) filter: Option<String>,
+    /// Run the machine tier for this architecture only
+    #[arg(long, value_enum)]
+    pub(crate) arch: Option<Arch>,
     /// Run only this tier
     #[arg(long, value_enum)]
     pub(crate) tier: Option<Tier>,
@@ -61,7 +63,7 @@ pub(crate) fn run_tier(tier: Tier, arguments: &TestArguments) -> Result<()> {
             interleavings(arguments)?;
         }
         Tier::Qtest => qtest::test(arguments)?,
-        Tier::Machine => machine(arguments)?,
+        Tier::Machine => machine::test(arguments)?,
     }
     progress::note(&format!("{tier:?} tier passed in {}", progress::seconds(started.elapsed())));
     Ok(())
@@ -110,17 +112,4 @@ fn interleavings(arguments: &TestArguments) -> Result<()> {
         Some(filter) if !filter.contains("loom") => Ok(()),
         filter => loom::test(filter),
     }
-}
-
-fn machine(arguments: &TestArguments) -> Result<()> {
-    progress::heading("machine tests");
-    let arch = Arch::X86_64;
-    let qemu = setup::qemu(arch, arguments.setup.qemu.as_deref())?;
-    let image = kernel::build(arch)?;
-    progress::note(&format!("QEMU {} at {}", qemu.version, qemu.path.display()));
-    let mut tests = command::cargo(&["test", "--package", "qemu-tests", "--test", "machine"]);
-    tests.env_remove("QEMU_TESTS_TIER");
-    tests.env("QEMU_TESTS_KERNEL_X86_64", image).env("QEMU_TESTS_QEMU_X86_64", &qemu.path);
-    tests.args(arguments.filter.as_slice());
-    command::run(&mut tests)
 }

@@ -189,3 +189,66 @@ pub trait Transport: Send + Sync {
     /// Reads and clears the interrupt cause.
     fn acknowledge_interrupt(&self) -> InterruptCause;
 }
+
+/// A transport that is chosen while the kernel runs.
+impl Transport for alloc::boxed::Box<dyn Transport> {
+    fn device_features(&self) -> u64 {
+        (**self).device_features()
+    }
+
+    fn set_driver_features(&self, features: u64) {
+        (**self).set_driver_features(features);
+    }
+
+    fn status(&self) -> DeviceStatus {
+        (**self).status()
+    }
+
+    fn set_status(&self, status: DeviceStatus) {
+        (**self).set_status(status);
+    }
+
+    fn config_generation(&self) -> u32 {
+        (**self).config_generation()
+    }
+
+    fn read_config_u8(&self, offset: usize) -> Result<u8, TransportError> {
+        (**self).read_config_u8(offset)
+    }
+
+    fn read_config_u32(&self, offset: usize) -> Result<u32, TransportError> {
+        (**self).read_config_u32(offset)
+    }
+
+    fn write_config_u8(&self, offset: usize, value: u8) -> Result<(), TransportError> {
+        (**self).write_config_u8(offset, value)
+    }
+
+    fn max_queue_size(&self, queue: u16) -> u16 {
+        (**self).max_queue_size(queue)
+    }
+
+    fn enable_queue(&self, queue: u16, size: u16, addresses: QueueAddresses) -> Result<(), TransportError> {
+        (**self).enable_queue(queue, size, addresses)
+    }
+
+    fn can_reset_queues(&self) -> bool {
+        (**self).can_reset_queues()
+    }
+
+    fn reset_queue(&self, queue: u16) -> Result<(), TransportError> {
+        (**self).reset_queue(queue)
+    }
+
+    fn queue_is_reset(&self, queue: u16) -> Result<bool, TransportError> {
+        (**self).queue_is_reset(queue)
+    }
+
+    fn notify(&self, queue: u16) {
+        (**self).notify(queue);
+    }
+
+    fn acknowledge_interrupt(&self) -> InterruptCause {
+        (**self).acknowledge_interrupt()
+    }
+}

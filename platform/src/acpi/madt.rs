@@ -13,6 +13,8 @@ pub const SIGNATURE: Signature = Signature(*b"APIC");
 const LOCAL_APIC: u8 = 0;
 const IO_APIC: u8 = 1;
 const LOCAL_X2APIC: u8 = 9;
+/// The table's flag for the 8259s.
+const PC_COMPATIBLE: u32 = 1;
 /// A CPU's flags: it runs, or it can be brought up.
 const ENABLED_OR_CAPABLE: u32 = 0b11;
 
@@ -65,6 +67,8 @@ pub struct IoApic {
 pub struct Madt {
     /// The physical address of each CPU's own interrupt controller.
     pub local_apic_phys: u64,
+    /// Whether the machine has the two 8259s of a PC too.
+    pub has_8259s: bool,
     /// The CPUs that run or can be brought up, by their interrupt controller's number.
     pub cpus: Vec<u32>,
     /// The I/O interrupt controllers.
@@ -84,7 +88,11 @@ pub fn parse(table: &[u8]) -> Result<Madt, AcpiError> {
     };
     let body = table.get(HEADER_BYTES..).ok_or(wrong)?;
     let (fixed, mut rest) = Fixed::ref_from_prefix(body).map_err(|_| wrong)?;
-    let mut madt = Madt { local_apic_phys: fixed.local_apic.get().into(), ..Madt::default() };
+    let mut madt = Madt {
+        local_apic_phys: fixed.local_apic.get().into(),
+        has_8259s: fixed.flags.get() & PC_COMPATIBLE != 0,
+        ..Madt::default()
+    };
     while let [kind, len_bytes, ..] = *rest {
         // An entry is at least its own two bytes long, so that the loop moves on.
         let Some(entry) = rest.get(2..usize::from(len_bytes)) else { break };

@@ -6,6 +6,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use super::{AcpiError, HEADER_BYTES, Signature};
+use crate::pci::ecam::{BUS_BYTES, EcamArea};
 use crate::range::PhysRange;
 
 /// The table's name.
@@ -15,8 +16,6 @@ pub const SIGNATURE: Signature = Signature(*b"MCFG");
 const RESERVED_BYTES: usize = 8;
 /// The most entries that are taken; each is a segment or a part of one.
 const MAX_ENTRIES: usize = 256;
-/// The configuration space of one bus.
-pub const BUS_BYTES: u64 = 1 << 20;
 
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
@@ -26,19 +25,6 @@ struct RawEntry {
     first_bus: u8,
     last_bus: u8,
     reserved: U32,
-}
-
-/// The configuration space of some buses of one segment.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EcamArea {
-    /// The segment.
-    pub segment: u16,
-    /// Its first bus here.
-    pub first_bus: u8,
-    /// Its last bus here.
-    pub last_bus: u8,
-    /// The memory, from the first bus to the last.
-    pub range: PhysRange,
 }
 
 /// Reads the table.

@@ -3,10 +3,9 @@
 //! | module | holds |
 //! |---|---|
 //! | `boot` | the entry from the boot loader, and the memory map and command line it hands over |
-//! | `image` | where the kernel's own code and data lie |
 //! | `mmu` | page tables: RAM, device registers, firmware tables |
 //! | `exceptions` | the exception vectors, which report and end the machine |
-//! | `interrupts` | masking |
+//! | `interrupts` | the CPU's mask; the controller: `init` by firmware's word, `line` of a device tree's specifier, `enable`, `disable`; `message` for a function's event; `wait_until` an interrupt comes or a time; calls [`dispatch`](crate::interrupts::dispatch) |
 //! | `console` | bytes out of the serial port |
 //! | `clock` | the monotonic clock |
 //! | `diagnostic` | a port that does nothing, whose writes a trace of the machine shows |
@@ -24,3 +23,13 @@ pub use host::*;
 mod x86_64;
 #[cfg(all(target_os = "none", target_arch = "x86_64"))]
 pub use x86_64::*;
+
+#[cfg(all(target_os = "none", target_arch = "aarch64"))]
+mod aarch64;
+#[cfg(all(target_os = "none", target_arch = "aarch64"))]
+pub use aarch64::*;
+
+#[cfg(all(target_os = "none", target_arch = "riscv64"))]
+mod riscv64;
+#[cfg(all(target_os = "none", target_arch = "riscv64"))]
+pub use riscv64::*;

@@ -135,6 +135,7 @@ pub fn read(memory: &impl PhysicalMemory, phys: u64) -> Result<BootInfo, StartIn
     Ok(BootInfo {
         command_line: read_command_line(memory, info.command_line.get()),
         rsdp: Some(info.rsdp.get()).filter(|rsdp| *rsdp != 0),
+        device_tree: None,
         modules: read_modules(memory, info),
         memory_map: map,
     })

@@ -1,13 +1,31 @@
-//! A virtio function's registers: from capabilities over BARs to the driver's transport.
+//! An IOMMU's registers as the driver's transport: a virtio function's, from capabilities over BARs, or those of
+//! virtio-mmio.
 
+use alloc::boxed::Box;
+
+use virtio_drivers::transport::DeviceType;
+use virtio_drivers::transport::Transport as _;
+use virtio_drivers::transport::mmio::{MmioTransport, MmioVersion};
+use virtio_iommu::transport::Transport;
 use virtio_iommu::transport::pci::{
     CapabilityError, PciTransport, Region, Regions, Structure, VirtioCapabilities,
 };
+use virtio_iommu::transport::virtio_drivers::Adapter;
 
 use super::BringUpError;
+use super::topology::Place;
+use crate::lock::InterruptsOff;
 use crate::machine::Machine;
+use crate::memory::map_registers;
+use crate::pci::PciAddress;
 use crate::pci::config::ConfigSpace;
 use crate::pci::function::Function;
+
+/// The length of virtio-mmio's registers, with room for the configuration.
+const MMIO_BYTES: u64 = 0x200;
+
+/// The transport over virtio-mmio, for use in handlers of interrupts too.
+pub(super) type MmioAdapter = Adapter<InterruptsOff, MmioTransport<'static>>;
 
 /// Maps the structures of a modern virtio function and turns its memory decoding on.
 ///
@@ -37,4 +55,35 @@ pub fn transport(machine: &Machine, function: &Function) -> Result<PciTransport,
     };
     // SAFETY: mapped for good with decoding on, and the caller has the device for itself.
     unsafe { PciTransport::new(regions) }.map_err(BringUpError::Region)
+}
+
+/// The transport of an IOMMU on PCI.
+pub(super) fn pci(machine: &Machine, address: PciAddress) -> Result<PciTransport, BringUpError> {
+    let function = machine.pci.at(address).ok_or(BringUpError::NotThere { place: Place::Pci(address) })?;
+    transport(machine, function)
+}
+
+/// The transport of an IOMMU with virtio-mmio's registers at `base`.
+pub(super) fn mmio(base: u64) -> Result<MmioAdapter, BringUpError> {
+    let place = Place::Mmio(base);
+    // SAFETY: firmware, or the command line, says that a device's registers are there; no reference is made of them.
+    let registers = unsafe { map_registers(base, MMIO_BYTES) }.map_err(BringUpError::Registers)?;
+    // SAFETY: mapped for good, aligned, and as long as said.
+    let transport = unsafe { MmioTransport::new(registers.base().cast(), registers.len_bytes()) };
+    let transport = transport.map_err(|error| BringUpError::Mmio { base, error })?;
+    if transport.device_type() != DeviceType::IOMMU {
+        return Err(BringUpError::NotThere { place });
+    }
+    if transport.version() != MmioVersion::Modern {
+        return Err(BringUpError::Legacy { base });
+    }
+    Ok(Adapter::new(transport))
+}
+
+/// Either of them.
+pub(super) fn any(machine: &Machine, place: Place) -> Result<Box<dyn Transport>, BringUpError> {
+    match place {
+        Place::Pci(address) => Ok(Box::new(pci(machine, address)?)),
+        Place::Mmio(base) => Ok(Box::new(mmio(base)?)),
+    }
 }

@@ -1,53 +1,100 @@
-//! Where the virtio-iommu is, and what is behind it, by ACPI's VIOT.
+//! Which IOMMUs there are, where, and what is behind each.
+//!
+//! From the first of these that says something:
+//!
+//! ```text
+//! the command line   iommu=pci:00:01.0 or iommu=mmio:0x10001000, where firmware says nothing
+//! ACPI               VIOT
+//! the device tree    iommu-map of each PCI host bridge
+//! ```
 
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::fmt;
 
 use virtio_iommu::EndpointId;
-use virtio_iommu::topology::viot::{IommuPlace, PciFunction, Viot};
-use virtio_iommu::transport::pci::{DEVICE_ID, VENDOR_ID};
 
 use super::BringUpError;
-use crate::machine::Machine;
+use crate::command_line::CommandLine;
+use crate::machine::{Firmware, Machine};
 use crate::pci::PciAddress;
-use crate::pci::function::Function;
 
-/// The first IOMMU that VIOT names. Others would have to be brought up each by itself.
-pub(super) struct Topology<'m> {
-    /// Its function.
-    pub(super) iommu: &'m Function,
-    /// Its own endpoint number, if the table gives it one.
-    pub(super) own: Option<EndpointId>,
-    /// The other functions that are behind it, with the numbers that it knows them by.
-    pub(super) behind: Vec<(PciAddress, EndpointId)>,
+mod device_tree;
+mod table;
+mod viot;
+
+/// Where an IOMMU's registers are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In the BARs of a PCI function.
+    Pci(PciAddress),
+    /// At a physical address, in the layout of virtio-mmio.
+    Mmio(u64),
 }
 
-/// Reads the table.
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pci(address) => address.fmt(f),
+            Self::Mmio(base) => write!(f, "{base:#x}"),
+        }
+    }
+}
+
+/// Who says what is behind an IOMMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// ACPI's table.
+    Viot,
+    /// The device tree.
+    DeviceTree,
+    /// The kernel's command line.
+    CommandLine,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Viot => "VIOT",
+            Self::DeviceTree => "the device tree",
+            Self::CommandLine => "the command line",
+        })
+    }
+}
+
+/// An IOMMU, and what is behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Topology {
+    /// Who says so.
+    pub source: Source,
+    /// Where it is.
+    pub place: Place,
+    /// Its own endpoint number, if it is given one.
+    pub own: Option<EndpointId>,
+    /// The functions that are behind it, without itself, with the numbers that it knows them by.
+    pub behind: Vec<(PciAddress, EndpointId)>,
+}
+
+/// Finds every IOMMU that has something to say where it is; never none.
+///
+/// `viot` is ACPI's table, or why there is none.
 ///
 /// # Errors
 ///
-/// [`BringUpError::NoDevice`], [`BringUpError::NoTopology`], [`BringUpError::Viot`] or [`BringUpError::WrongPlace`].
-pub(super) fn read<'m>(
-    machine: &'m Machine,
+/// [`BringUpError`] of discovery.
+pub fn find(
+    machine: &Machine,
+    command_line: &CommandLine,
     viot: Result<&[u8], String>,
-) -> Result<Topology<'m>, BringUpError> {
-    let functions = || machine.pci.with_id(VENDOR_ID, DEVICE_ID);
-    let device = functions().next().ok_or(BringUpError::NoDevice)?.address;
-    let viot = viot.map_err(|reason| BringUpError::NoTopology { device, reason })?;
-    let viot = Viot::parse(viot).map_err(BringUpError::Viot)?;
-    let none = || BringUpError::NoTopology { device, reason: String::from("it names no IOMMU") };
-    let named = viot.iommus().next().ok_or_else(none)?;
-    let wrong = BringUpError::WrongPlace { place: named.place };
-    let IommuPlace::Pci(at) = named.place else { return Err(wrong) };
-    let iommu = functions().find(|function| place(function) == at).ok_or(wrong)?;
-    let others = machine.pci.functions().iter().filter(|function| function.address != iommu.address);
-    let behind = others.filter_map(|function| {
-        let (id, of) = viot.pci_endpoint(place(function))?;
-        (of.node == named.node).then_some((function.address, id))
-    });
-    Ok(Topology { iommu, own: viot.pci_endpoint(at).map(|(id, _)| id), behind: behind.collect() })
+) -> Result<Vec<Topology>, BringUpError> {
+    if let Some(word) = command_line.get("iommu") {
+        return Ok(alloc::vec![table::read(&machine.pci, word)?]);
+    }
+    match &machine.firmware {
+        Firmware::Acpi(_) => viot::read(&machine.pci, viot),
+        Firmware::DeviceTree { tree, bridges } => device_tree::read(&machine.pci, tree, bridges),
+    }
 }
 
-fn place(function: &Function) -> PciFunction {
-    PciFunction { segment: function.address.segment(), bdf: function.bdf() }
-}
+#[cfg(test)]
+mod tests;

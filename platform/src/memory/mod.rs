@@ -4,7 +4,7 @@
 //! are the only places that say so.
 //!
 //! ```text
-//! memory map of the firmware  -  kernel image, boot data, modules, ACPI tables, first MiB  =  usable
+//! memory map of the firmware  -  kernel image, boot data, modules, tables or tree, firmware's memory  =  usable
 //! usable  =  heap (a quarter)  +  frames (page tables, DMA memory)
 //! ```
 

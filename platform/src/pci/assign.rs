@@ -4,14 +4,14 @@
 //! RAM, of configuration space and of BARs before it. All others get an address:
 //!
 //! ```text
-//! on a root bus     below 4 GiB, above RAM: below configuration space if there is room, else anywhere, highest first;
-//!                   for a 64-bit BAR that finds no room there, above 4 GiB and RAM, lowest first
-//! behind a bridge   inside its window; the prefetchable one for prefetchable BARs if there is room
+//! on a root bus     below 4 GiB, highest first; for a 64-bit BAR that finds no room there, above, lowest first
+//! behind a bridge   inside its window; for 64-bit prefetchable BARs the prefetchable one, if there is room
 //! ```
 //!
-//! Which addresses a host passes on to its bus only its AML says, which the kernel does not run. Just below configuration
-//! space is inside of the window on QEMU's machines, with and without firmware, and on cloud-hypervisor and crosvm.
-//! Bridges' own windows are as firmware left them.
+//! Which addresses a host passes on to its bus the device tree says. Of an ACPI machine only its AML does, which the
+//! kernel does not run: there it is what is above RAM and below configuration space, if there is room, else anywhere.
+//! Just below configuration space is inside of the window on QEMU's machines, with and without firmware, and on
+//! cloud-hypervisor and crosvm. Windows of bridges that firmware left open stay as they are; `window` opens the others.
 
 use alloc::vec::Vec;
 use core::cmp::Reverse;
@@ -33,6 +33,8 @@ const FIXED_DEVICES: u64 = 0xfec0_0000;
 /// The addresses that a host's own bus can be given, and those that no BAR may be at.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostWindow {
+    /// The segment whose bus it is; none for all.
+    segment: Option<u16>,
     free: RangeSet,
     forbidden: RangeSet,
     /// Where to look first.
@@ -41,7 +43,28 @@ pub struct HostWindow {
 }
 
 impl HostWindow {
-    /// The window of a machine with this memory map, with configuration space at `ecam`, whose CPU reaches `highest`.
+    /// The window of a bridge that passes `windows` on, in a machine with this memory map, with configuration space of
+    /// all segments at `ecam`, whose CPU reaches `highest`.
+    pub fn of_bridge(
+        segment: u16,
+        windows: impl IntoIterator<Item = PhysRange>,
+        map: &MemoryMap,
+        ecam: impl IntoIterator<Item = PhysRange>,
+        highest: u64,
+    ) -> Self {
+        let mut forbidden = map.ram();
+        ecam.into_iter().for_each(|range| forbidden.insert(range));
+        let mut free: RangeSet = windows.into_iter().collect();
+        forbidden.iter().for_each(|range| free.remove(range));
+        map.regions().iter().for_each(|region| free.remove(region.range));
+        // A BAR at address 0 is one that has none.
+        PhysRange::from_len(0, FRAME_BYTES).into_iter().for_each(|range| free.remove(range));
+        PhysRange::new(highest.saturating_add(1), u64::MAX).into_iter().for_each(|range| free.remove(range));
+        Self { segment: Some(segment), free, forbidden, below_ecam: None, highest }
+    }
+
+    /// A guess at the windows of a machine that does not say them: one with this memory map, with configuration space
+    /// at `ecam`, whose CPU reaches `highest`.
     pub fn new(map: &MemoryMap, ecam: impl IntoIterator<Item = PhysRange>, highest: u64) -> Self {
         let ecam: RangeSet = ecam.into_iter().collect();
         let mut forbidden = map.ram();
@@ -67,7 +90,30 @@ impl HostWindow {
         taken.into_iter().flatten().for_each(|range| free.remove(range));
         forbidden.iter().for_each(|range| free.remove(range));
         map.regions().iter().for_each(|region| free.remove(region.range));
-        Self { free, forbidden, below_ecam, highest }
+        Self { segment: None, free, forbidden, below_ecam, highest }
+    }
+
+    /// Whether it is the window of a function's bus, or of a bus above.
+    pub(super) fn serves(&self, function: &Function) -> bool {
+        self.segment.is_none_or(|segment| segment == function.address.segment())
+    }
+
+    /// The addresses that are left of it, where `used` are taken.
+    pub(super) fn left(&self, used: &RangeSet) -> RangeSet {
+        let mut left = self.free.clone();
+        used.iter().for_each(|range| left.remove(range));
+        left
+    }
+
+    /// The parts of it in the order in which they are looked at for something below 4 GiB.
+    pub(super) fn low_parts(&self) -> impl Iterator<Item = PhysRange> {
+        let low = PhysRange::new(0, self.highest.min(HIGHEST_32));
+        [self.below_ecam, low].into_iter().flatten()
+    }
+
+    /// The part of it above 4 GiB.
+    pub(super) fn high_part(&self) -> Option<PhysRange> {
+        PhysRange::new(HIGHEST_32 + 1, self.highest)
     }
 }
 
@@ -122,7 +168,7 @@ pub(super) fn assign(
 ) -> Vec<AssignError> {
     let mut used = RangeSet::new();
     let mut waiting = Vec::new();
-    for at in 0..functions.len() {
+    for at in (0..functions.len()).filter(|at| host.serves(&functions[*at])).collect::<Vec<_>>() {
         for index in 0..functions[at].bars.len() {
             let bar = functions[at].bars[index];
             match bar.range() {
@@ -136,10 +182,7 @@ pub(super) fn assign(
             }
         }
     }
-    waiting.sort_by_key(|(at, index)| {
-        let bar = functions[*at].bars[*index];
-        (bar.kind == BarKind::Memory64, Reverse(bar.len_bytes))
-    });
+    waiting.sort_by_key(|(at, index)| order(&functions[*at].bars[*index]));
 
     let mut errors = Vec::new();
     for (at, index) in waiting {
@@ -163,6 +206,21 @@ pub(super) fn assign(
         }
     }
     errors
+}
+
+/// The order in which BARs get their addresses.
+pub(super) fn order(bar: &Bar) -> impl Ord + use<> {
+    (bar.kind == BarKind::Memory64, Reverse(bar.len_bytes))
+}
+
+/// What a BAR's address is a multiple of. No two functions share a page.
+pub(super) fn alignment(bar: &Bar) -> u64 {
+    bar.len_bytes.max(FRAME_BYTES)
+}
+
+/// Whether a BAR belongs into a bridge's prefetchable window.
+pub(super) fn prefers_prefetchable(bar: &Bar) -> bool {
+    bar.kind == BarKind::Memory64 && bar.prefetch == Prefetch::Allowed
 }
 
 /// Whether a BAR's address is one that it can work at.
@@ -197,8 +255,7 @@ fn find_room(
     host: &HostWindow,
     used: &RangeSet,
 ) -> Option<PhysRange> {
-    let align = bar.len_bytes.max(FRAME_BYTES);
-    let low = PhysRange::new(0, HIGHEST_32)?;
+    let align = alignment(bar);
     let bounds = PhysRange::new(0, highest_for(bar, host))?;
     let above = bridge_above(functions, function.address);
     let available = |window: &mut RangeSet| {
@@ -206,8 +263,12 @@ fn find_room(
         windows_of_others(functions, function).for_each(|range| window.remove(range));
     };
     if let Some(bridge) = above.and_then(|above| above.bridge) {
-        let prefetchable = bridge.prefetchable.filter(|_| bar.prefetch == Prefetch::Allowed);
-        return [prefetchable, bridge.memory].into_iter().flatten().find_map(|window| {
+        let windows = match bar.prefetch {
+            _ if prefers_prefetchable(bar) => [bridge.prefetchable, bridge.memory],
+            Prefetch::Allowed => [bridge.memory, bridge.prefetchable],
+            Prefetch::NotAllowed => [bridge.memory, None],
+        };
+        return windows.into_iter().flatten().find_map(|window| {
             let mut window: RangeSet = [window].into_iter().collect();
             available(&mut window);
             window.find(bar.len_bytes, align, bounds)
@@ -215,13 +276,9 @@ fn find_room(
     }
     let mut window = host.free.clone();
     available(&mut window);
-    let high = match bar.kind {
-        BarKind::Memory64 => PhysRange::new(HIGHEST_32 + 1, bounds.last()),
-        BarKind::Memory32 | BarKind::Io => None,
-    };
-    let lows = [host.below_ecam, Some(low)].into_iter().flatten();
+    let high = host.high_part().filter(|_| bar.kind == BarKind::Memory64);
     let find_low = |bounds| window.find_last(bar.len_bytes, align, bounds);
-    lows.into_iter().find_map(find_low).or_else(|| window.find(bar.len_bytes, align, high?))
+    host.low_parts().find_map(find_low).or_else(|| window.find(bar.len_bytes, align, high?))
 }
 
 /// The windows of all bridges but those that lead to the function.

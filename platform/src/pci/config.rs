@@ -23,6 +23,8 @@ pub mod offset {
     pub const HEADER_TYPE: u16 = 0x0e;
     /// The first BAR.
     pub const BAR0: u16 = 0x10;
+    /// A bridge's primary bus, 8 bits.
+    pub const PRIMARY_BUS: u16 = 0x18;
     /// A bridge's secondary bus, 8 bits.
     pub const SECONDARY_BUS: u16 = 0x19;
     /// A bridge's last bus, 8 bits.
@@ -39,6 +41,10 @@ pub mod offset {
     pub const SUBSYSTEM: u16 = 0x2c;
     /// Where the list of capabilities begins, 8 bits.
     pub const CAPABILITIES: u16 = 0x34;
+    /// The interrupt line that firmware gave, 8 bits.
+    pub const INTERRUPT_LINE: u16 = 0x3c;
+    /// The pin that pulls it, 8 bits: 1 to 4, or 0 for none.
+    pub const INTERRUPT_PIN: u16 = 0x3d;
     /// Where the list of extended capabilities begins.
     pub const EXTENDED_CAPABILITIES: u16 = 0x100;
 }

@@ -1,15 +1,31 @@
-//! Configuration space in memory: 4 KiB for each function, 1 MiB for each bus, as MCFG says.
+//! Configuration space in memory: 4 KiB for each function, 1 MiB for each bus, where ACPI's MCFG or the device tree says.
 
 use alloc::vec::Vec;
 
 use pci_types::PciAddress;
 
 use super::config::{BusRange, CONFIG_BYTES, ConfigSpace, Width};
-use crate::acpi::mcfg::{BUS_BYTES, EcamArea};
 use crate::memory::{MapRegistersError, map_registers};
 use crate::mmio::Mmio;
+use crate::range::PhysRange;
+
+/// The configuration space of one bus.
+pub const BUS_BYTES: u64 = 1 << 20;
 
 const DEVICE_BYTES: usize = 8 * CONFIG_BYTES as usize;
+
+/// The configuration space of some buses of one segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EcamArea {
+    /// The segment.
+    pub segment: u16,
+    /// Its first bus here.
+    pub first_bus: u8,
+    /// Its last bus here.
+    pub last_bus: u8,
+    /// The memory, from the first bus to the last.
+    pub range: PhysRange,
+}
 
 #[derive(Clone, Copy, Debug)]
 struct MappedArea {
@@ -24,7 +40,7 @@ pub struct Ecam {
 }
 
 impl Ecam {
-    /// Maps all areas of an MCFG.
+    /// Maps all areas.
     ///
     /// # Errors
     ///

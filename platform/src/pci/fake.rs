@@ -9,19 +9,19 @@ use pci_types::PciAddress;
 
 use super::config::{BusRange, CONFIG_BYTES, ConfigSpace, Width, offset};
 
-pub(super) const MEMORY_ENABLE: u16 = 2;
-pub(super) const BUS_MASTER: u16 = 4;
+pub(crate) const MEMORY_ENABLE: u16 = 2;
+pub(crate) const BUS_MASTER: u16 = 4;
 
 /// One function's registers.
 #[derive(Clone)]
-pub(super) struct FakeFunction {
+pub(crate) struct FakeFunction {
     bytes: Vec<u8>,
     writable: Vec<u8>,
 }
 
 impl FakeFunction {
     /// An endpoint whose command register can be written, and nothing else.
-    pub(super) fn endpoint(vendor: u16, device: u16) -> Self {
+    pub(crate) fn endpoint(vendor: u16, device: u16) -> Self {
         let zeros = || vec![0; usize::from(CONFIG_BYTES)];
         let mut function = Self { bytes: zeros(), writable: zeros() };
         function.set(offset::VENDOR, &vendor.to_le_bytes());
@@ -31,7 +31,7 @@ impl FakeFunction {
     }
 
     /// A bridge with bus numbers and a memory window in units of 1 MiB, as the registers hold it.
-    pub(super) fn bridge(secondary: u8, subordinate: u8, memory_base: u16, memory_limit: u16) -> Self {
+    pub(crate) fn bridge(secondary: u8, subordinate: u8, memory_base: u16, memory_limit: u16) -> Self {
         let mut function = Self::endpoint(0x1b36, 0x000c);
         function.set(offset::REVISION + 2, &[4, 6]);
         function.set(offset::HEADER_TYPE, &[1]);
@@ -44,27 +44,27 @@ impl FakeFunction {
     }
 
     /// Sets bytes, writable or not.
-    pub(super) fn set(&mut self, at: u16, bytes: &[u8]) {
+    pub(crate) fn set(&mut self, at: u16, bytes: &[u8]) {
         self.bytes[usize::from(at)..][..bytes.len()].copy_from_slice(bytes);
     }
 
-    pub(super) fn with(mut self, at: u16, bytes: &[u8]) -> Self {
+    pub(crate) fn with(mut self, at: u16, bytes: &[u8]) -> Self {
         self.set(at, bytes);
         self
     }
 
     /// A register of 32 bits with a value and writable bits.
-    pub(super) fn with_register(mut self, at: u16, value: u32, writable: u32) -> Self {
+    pub(crate) fn with_register(mut self, at: u16, value: u32, writable: u32) -> Self {
         self.set(at, &value.to_le_bytes());
         self.writable[usize::from(at)..][..4].copy_from_slice(&writable.to_le_bytes());
         self
     }
 
-    pub(super) fn with_bar32(self, index: u16, address: u32, len_bytes: u32) -> Self {
+    pub(crate) fn with_bar32(self, index: u16, address: u32, len_bytes: u32) -> Self {
         self.with_register(offset::BAR0 + 4 * index, address, !(len_bytes - 1))
     }
 
-    pub(super) fn with_bar64(self, index: u16, address: u64, len_bytes: u64) -> Self {
+    pub(crate) fn with_bar64(self, index: u16, address: u64, len_bytes: u64) -> Self {
         let (at, mask) = (offset::BAR0 + 4 * index, !(len_bytes - 1));
         self.with_register(at, address as u32 | 0xc, mask as u32).with_register(
             at + 4,
@@ -73,7 +73,7 @@ impl FakeFunction {
         )
     }
 
-    pub(super) fn with_command(self, command: u16) -> Self {
+    pub(crate) fn with_command(self, command: u16) -> Self {
         self.with(offset::COMMAND, &command.to_le_bytes())
     }
 
@@ -84,20 +84,20 @@ impl FakeFunction {
 }
 
 /// Some buses with functions.
-pub(super) struct FakeSpace {
+pub(crate) struct FakeSpace {
     functions: RefCell<BTreeMap<PciAddress, FakeFunction>>,
     buses: Vec<BusRange>,
     /// Writes to BARs of functions that were decoding meanwhile.
-    pub(super) careless_writes: Cell<u32>,
+    pub(crate) careless_writes: Cell<u32>,
 }
 
 impl FakeSpace {
     /// Segment 0 with all its buses.
-    pub(super) fn new(functions: impl IntoIterator<Item = (PciAddress, FakeFunction)>) -> Self {
+    pub(crate) fn new(functions: impl IntoIterator<Item = (PciAddress, FakeFunction)>) -> Self {
         Self::with_buses(functions, &[BusRange { segment: 0, first: 0, last: 255 }])
     }
 
-    pub(super) fn with_buses(
+    pub(crate) fn with_buses(
         functions: impl IntoIterator<Item = (PciAddress, FakeFunction)>,
         buses: &[BusRange],
     ) -> Self {

@@ -4,14 +4,17 @@
 //! [`ConfigSpace`]: the machine's is [`Ecam`](ecam::Ecam), a test's is an array.
 //!
 //! ```text
-//! scan          every bus of every segment, multifunction bit honoured; BARs sized with decoding off
-//! assign_bars   BARs without a usable address get one from the host's or the bridge's window
+//! scan          buses numbered where nobody did; every bus of every segment, multifunction bit honoured; BARs sized with
+//!               decoding off
+//! assign_bars   closed bridges get windows for what is behind them; BARs without a usable address get one from the
+//!               host's or the bridge's window
 //! quiesce_all   bus mastering off everywhere but on bridges
 //! set_memory_decode, set_bus_master   per function, with the bridges above it
+//! pin_at_root   where a function's interrupt comes out
 //! ```
 //!
 //! Promises that no loop depends on what a device says: buses, devices, functions, capabilities have their bounds.
-//! Leaves out: bus numbering, expansion ROMs, I/O ports, hot-plug, interrupts.
+//! Leaves out: expansion ROMs, I/O ports, hot-plug.
 
 use alloc::vec::Vec;
 
@@ -21,35 +24,52 @@ pub mod capability;
 pub mod config;
 pub mod ecam;
 pub mod function;
+pub mod message;
+pub mod number;
+mod requester;
 pub mod scan;
 pub mod virtio_drivers;
+mod window;
 
 pub use pci_types::PciAddress;
 
 use assign::{AssignError, HostWindow};
 use capability::{Capability, ExtendedCapability};
 use config::ConfigSpace;
-use function::{BusMaster, Function, MemoryDecode};
+use function::{BusMaster, Function, LineInterrupt, MemoryDecode};
+use number::Numbering;
+
+/// The interrupt pins of a bus.
+const PINS: u8 = 4;
 
 /// The functions of a machine, and the way to them.
 #[derive(Debug)]
 pub struct Pci<C: ConfigSpace> {
     config: C,
     functions: Vec<Function>,
+    numbering: Numbering,
 }
 
 impl<C: ConfigSpace> Pci<C> {
-    /// Finds every function. Their decoding is off while their BARs are sized, and then as it was.
+    /// Numbers the buses, where nobody did, and finds every function. Their decoding is off while their BARs are sized, and
+    /// then as it was.
     pub fn scan(config: C) -> Self {
+        let numbering = number::number(&config);
         let functions = scan::scan(&config);
-        Self { config, functions }
+        Self { config, functions, numbering }
     }
 
-    /// Gives an address to each memory BAR that has none or that has one it cannot keep: outside of its window, or in
+    /// What became of the bus numbers.
+    pub fn numbering(&self) -> &Numbering {
+        &self.numbering
+    }
+
+    /// Opens closed bridges for what is behind them, and gives an address to each memory BAR that has none or that has one it cannot keep: outside of its window, or in
     /// use by an earlier BAR.
     ///
     /// Gives what could not be assigned; those BARs have no address afterwards.
     pub fn assign_bars(&mut self, host: &HostWindow) -> Vec<AssignError> {
+        window::open(&self.config, &mut self.functions, host);
         assign::assign(&self.config, &mut self.functions, host)
     }
 
@@ -78,6 +98,12 @@ impl<C: ConfigSpace> Pci<C> {
         function::bridge_above(&self.functions, address)
     }
 
+    /// The number that a function's DMA carries where an IOMMU sees it: bus, device and function in 16 bits. Functions
+    /// behind a bridge to conventional PCI share one.
+    pub fn requester(&self, address: PciAddress) -> u16 {
+        requester::requester(&self.config, &self.functions, address)
+    }
+
     /// Turns a function's memory decoding on or off. On turns it on for the bridges above too.
     pub fn set_memory_decode(&self, address: PciAddress, state: MemoryDecode) {
         function::set_memory_decode(&self.config, address, state);
@@ -94,6 +120,26 @@ impl<C: ConfigSpace> Pci<C> {
         if state == BusMaster::On {
             self.for_bridges_above(address, |bridge| function::set_bus_master(&self.config, bridge, state));
         }
+    }
+
+    /// Lets a function pull its interrupt line, or not.
+    pub fn set_line_interrupt(&self, address: PciAddress, state: LineInterrupt) {
+        function::set_line_interrupt(&self.config, address, state);
+    }
+
+    /// The pin of a root bus that a function's interrupt comes out at: each bridge on the way takes its devices' pins in
+    /// turn (PCI-to-PCI Bridge Specification 1.2, 9.1). `None` for a function that has no pin.
+    pub fn pin_at_root(&self, address: PciAddress) -> Option<(PciAddress, u8)> {
+        let mut pin = self.config.read8(address, config::offset::INTERRUPT_PIN);
+        if !(1..=PINS).contains(&pin) {
+            return None;
+        }
+        let mut at = address;
+        self.for_bridges_above(address, |bridge| {
+            pin = (pin - 1 + at.device()) % PINS + 1;
+            at = bridge;
+        });
+        Some((at, pin))
     }
 
     /// Whether a function may read and write memory.
@@ -121,7 +167,7 @@ impl<C: ConfigSpace> Pci<C> {
         capability::list_extended(&self.config, address)
     }
 
-    fn for_bridges_above(&self, mut address: PciAddress, act: impl Fn(PciAddress)) {
+    fn for_bridges_above(&self, mut address: PciAddress, mut act: impl FnMut(PciAddress)) {
         // A path crosses each bus once at most, whatever bus numbers the bridges claim.
         for _ in 0..=u8::MAX {
             let Some(bridge) = self.bridge_above(address) else { return };
@@ -132,6 +178,6 @@ impl<C: ConfigSpace> Pci<C> {
 }
 
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 #[cfg(test)]
 mod tests;

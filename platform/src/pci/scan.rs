@@ -12,9 +12,11 @@ use super::config::{ConfigSpace, offset};
 use super::function::{Bridge, Class, Function};
 use crate::range::PhysRange;
 
-const DEVICES: u8 = 32;
+/// The devices of a bus.
+pub(super) const DEVICES: u8 = 32;
 const FUNCTIONS: u8 = 8;
 const MULTIFUNCTION: u8 = 0x80;
+const BRIDGE_HEADER: u8 = 1;
 const NO_FUNCTION: u16 = 0xffff;
 /// Vendor numbers that stand for no function. A bus that is being reset may read as zeros.
 const ABSENT: [u16; 2] = [NO_FUNCTION, 0];
@@ -45,17 +47,30 @@ fn scan_device(
     bus: u8,
     device: u8,
 ) -> impl Iterator<Item = Function> {
+    present(config, segment, bus, device).map(|address| read_function(config, address))
+}
+
+/// The functions of a device that are there.
+pub(super) fn present(
+    config: &impl ConfigSpace,
+    segment: u16,
+    bus: u8,
+    device: u8,
+) -> impl Iterator<Item = PciAddress> {
     let address = move |function| PciAddress::new(segment, bus, device, function);
     let several =
         is_present(config, address(0)) && config.read8(address(0), offset::HEADER_TYPE) & MULTIFUNCTION != 0;
     let count = if several { FUNCTIONS } else { 1 };
-    (0..count)
-        .map(address)
-        .filter(|address| is_present(config, *address))
-        .map(|address| read_function(config, address))
+    (0..count).map(address).filter(|address| is_present(config, *address))
 }
 
-fn is_present(config: &impl ConfigSpace, address: PciAddress) -> bool {
+/// Whether a function that is there is a bridge to another bus.
+pub(super) fn is_bridge(config: &impl ConfigSpace, address: PciAddress) -> bool {
+    config.read8(address, offset::HEADER_TYPE) & !MULTIFUNCTION == BRIDGE_HEADER
+}
+
+/// Whether a function is there.
+pub(super) fn is_present(config: &impl ConfigSpace, address: PciAddress) -> bool {
     !ABSENT.contains(&config.read16(address, offset::VENDOR))
 }
 
@@ -63,7 +78,7 @@ fn read_function(config: &impl ConfigSpace, address: PciAddress) -> Function {
     let [revision, interface, sub, base] = config.read32(address, offset::REVISION).to_le_bytes();
     let header = match config.read8(address, offset::HEADER_TYPE) & !MULTIFUNCTION {
         0 => HeaderType::Endpoint,
-        1 => HeaderType::PciPciBridge,
+        BRIDGE_HEADER => HeaderType::PciPciBridge,
         2 => HeaderType::CardBusBridge,
         other => HeaderType::Unknown(other),
     };
@@ -87,7 +102,8 @@ fn read_function(config: &impl ConfigSpace, address: PciAddress) -> Function {
     }
 }
 
-fn read_bridge(config: &impl ConfigSpace, address: PciAddress) -> Bridge {
+/// Reads what a bridge passes on.
+pub(super) fn read_bridge(config: &impl ConfigSpace, address: PciAddress) -> Bridge {
     let upper = |offset| u64::from(config.read32(address, offset)) << 32;
     // The lowest digit of the prefetchable base says whether the upper halves are there.
     let wide = config.read16(address, offset::PREFETCH_BASE) & 0xf == 1;

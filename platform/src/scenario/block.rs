@@ -32,12 +32,12 @@ fn parts() -> Vec<Part> {
 pub(super) fn run(info: &BootInfo) -> ! {
     let parts = parts();
     let mut report = Report::start(CHECKS + storage::checks(parts.len()));
-    let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
+    let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
         Err(error) => give_up(report, "iommu", error),
     };
     show::iommu(&machine, &iommu);
-    report.check("iommu", true, format_args!("live at {}", iommu.address));
+    report.check("iommu", true, format_args!("live at {}", iommu.place));
     let worker = match through(&machine, &iommu, info, &parts, &mut report) {
         Ok(worker) => worker,
         Err(error) => give_up(report, "block", error),

@@ -29,7 +29,7 @@ const CHECKS: usize = 2;
 
 pub(super) fn run(info: &BootInfo) -> ! {
     let mut report = Report::start(CHECKS + DEVICES.len());
-    let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
+    let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
         Err(error) => give_up(report, "iommu", error),
     };

@@ -36,7 +36,7 @@ pub(super) const ENTROPY_BOUNCE_BYTES: usize = 16 * 1024;
 
 pub(super) fn run(info: &BootInfo) -> ! {
     let mut report = Report::start(CHECKS + attack::CHECKS);
-    let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
+    let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
         Err(error) => give_up(report, "iommu", error),
     };

@@ -23,7 +23,7 @@ const PAGE: u64 = 4096;
 /// Frees memory that is mapped, without unmapping it.
 pub(super) fn leak(info: &BootInfo) -> ! {
     let report = Report::start(1);
-    let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
+    let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
         Err(error) => give_up(report, "leak.iommu", error),
     };
@@ -35,8 +35,8 @@ pub(super) fn early(info: &BootInfo) -> ! {
     let report = Report::start(1);
     let options = Options { timeout_ns: 50_000_000, ..Options::default() };
     let arm = Arm::default();
-    let wrap = |transport| Tampered::new(transport, Tamper::HoldDoorbell, arm.clone());
-    let (machine, iommu) = match setup::bring_up(info, options, wrap) {
+    let wrap = |transport| Tampered::boxed(transport, Tamper::HoldDoorbell, &arm);
+    let (machine, iommu) = match setup::bring_up_wrapped(info, options, &wrap) {
         Ok(up) => up,
         Err(error) => give_up(report, "early.iommu", error),
     };
@@ -53,8 +53,8 @@ pub(super) fn early(info: &BootInfo) -> ! {
 pub(super) fn lie(info: &BootInfo) -> ! {
     let mut report = Report::start(1);
     let arm = Arm::default();
-    let wrap = |transport| Tampered::new(transport, Tamper::Lie, arm.clone());
-    let (machine, iommu) = match setup::bring_up(info, Options::default(), wrap) {
+    let wrap = |transport| Tampered::boxed(transport, Tamper::Lie, &arm);
+    let (machine, iommu) = match setup::bring_up_wrapped(info, Options::default(), &wrap) {
         Ok(up) => up,
         Err(error) => give_up(report, "lie.iommu", error),
     };

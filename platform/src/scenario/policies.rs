@@ -71,7 +71,7 @@ const STAGES: [Stage; 6] = [
 
 pub(super) fn run(info: &BootInfo) -> ! {
     let mut report = Report::start(CHECKS + STAGES.len());
-    let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
+    let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
         Err(error) => give_up(report, "iommu", error),
     };

@@ -5,8 +5,6 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
 
-use virtio_iommu::transport::Transport;
-use virtio_iommu::transport::pci::PciTransport;
 use virtio_iommu::{
     DeferredBounds, Domain, DomainOptions, Endpoint, EndpointId, EndpointOptions, OpenError, Options,
     UnmapPolicy,
@@ -14,8 +12,9 @@ use virtio_iommu::{
 
 use crate::acpi::Signature;
 use crate::boot::BootInfo;
-use crate::iommu::{self, BringUpError, Iommu, KernelPlatform};
-use crate::machine::{DiscoverError, Machine};
+use crate::iommu::topology::{self, Topology};
+use crate::iommu::{self, BringUpError, Iommu, KernelPlatform, Wrap};
+use crate::machine::{DiscoverError, Firmware, Machine};
 use crate::pci::function::Function;
 
 /// The name of the table.
@@ -37,16 +36,47 @@ impl fmt::Display for SetupError {
     }
 }
 
-/// Discovers the machine and brings its IOMMU up. `wrap` can put something before the transport.
-pub(super) fn bring_up<T: Transport + 'static>(
+/// Discovers the machine and brings the first of its IOMMUs up.
+pub(super) fn bring_up(info: &BootInfo, options: Options) -> Result<(Machine, Iommu), SetupError> {
+    bring_up_first(info, options, None)
+}
+
+/// The same with something before the transport.
+pub(super) fn bring_up_wrapped(
     info: &BootInfo,
     options: Options,
-    wrap: impl FnOnce(PciTransport) -> T,
+    wrap: Wrap<'_>,
 ) -> Result<(Machine, Iommu), SetupError> {
+    bring_up_first(info, options, Some(wrap))
+}
+
+/// Discovers the machine and brings all of its IOMMUs up, by the order of what is behind them.
+pub(super) fn bring_up_all(info: &BootInfo, options: Options) -> Result<(Machine, Vec<Iommu>), SetupError> {
+    let (machine, found) = discover(info)?;
+    machine.pci.quiesce_all();
+    let up = |found| iommu::bring_up(&machine, found, options, None).map_err(SetupError::Iommu);
+    let iommus = found.iter().map(up).collect::<Result<_, _>>()?;
+    Ok((machine, iommus))
+}
+
+/// Discovers the machine and its IOMMUs.
+fn discover(info: &BootInfo) -> Result<(Machine, Vec<Topology>), SetupError> {
     let machine = Machine::discover(info).map_err(SetupError::Machine)?;
     let viot = firmware_viot(info, &machine);
     let viot = viot.as_deref().map_err(Clone::clone);
-    let iommu = iommu::bring_up(&machine, viot, options, wrap).map_err(SetupError::Iommu)?;
+    let found = topology::find(&machine, &info.command_line, viot).map_err(SetupError::Iommu)?;
+    Ok((machine, found))
+}
+
+fn bring_up_first(
+    info: &BootInfo,
+    options: Options,
+    wrap: Option<Wrap<'_>>,
+) -> Result<(Machine, Iommu), SetupError> {
+    let (machine, found) = discover(info)?;
+    let first = found.first().ok_or(SetupError::Iommu(BringUpError::NoDevice))?;
+    machine.pci.quiesce_all();
+    let iommu = iommu::bring_up(&machine, first, options, wrap).map_err(SetupError::Iommu)?;
     Ok((machine, iommu))
 }
 
@@ -56,7 +86,8 @@ fn firmware_viot(info: &BootInfo, machine: &Machine) -> Result<Vec<u8>, String> 
     if info.command_line.get("hide") == Some("VIOT") {
         return Err("hidden by the command line".into());
     }
-    let mut table = machine.tables.find(VIOT).map_err(|error| error.to_string())?.to_vec();
+    let Firmware::Acpi(tables) = &machine.firmware else { return Err("there are no ACPI tables".into()) };
+    let mut table = tables.find(VIOT).map_err(|error| error.to_string())?.to_vec();
     match info.command_line.get("viot") {
         Some("cut") => table.truncate(table.len().saturating_sub(6)),
         // Offset 16 of the second node, which QEMU puts behind a header of 48 bytes and a node of 16.

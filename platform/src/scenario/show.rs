@@ -3,8 +3,9 @@
 use alloc::format;
 use alloc::string::String;
 use core::fmt::Write;
+use core::slice;
 
-use virtio_iommu::{Domain, EndpointId, ReservedKind, Unattached};
+use virtio_iommu::{Domain, EndpointId, ReservedKind, Stats, Unattached};
 
 use super::work::Row;
 use crate::iommu::{Iommu, KernelPlatform};
@@ -18,7 +19,7 @@ use crate::report::Report;
 pub(super) fn iommu(machine: &Machine, iommu: &Iommu) {
     let viommu = &iommu.viommu;
     println!();
-    println!("virtio-iommu at {}, found by VIOT", iommu.address);
+    println!("virtio-iommu at {}, found by {}", iommu.place, iommu.source);
     println!("  features       {}", viommu.features());
     println!("  granule        {:#x} bytes", viommu.granule());
     println!("  input range    {}", viommu.input_range());
@@ -89,7 +90,7 @@ pub(super) fn live(iommu: &Iommu, report: &mut Report) {
     report.check(
         "iommu",
         true,
-        format_args!("live at {}, {} functions behind it", iommu.address, iommu.members.len()),
+        format_args!("live at {}, {} functions behind it", iommu.place, iommu.members.len()),
     );
 }
 
@@ -152,14 +153,19 @@ pub(super) fn figures(rows: &[(&str, Row)], report: &mut Report) {
 
 /// What the IOMMU was asked in all, which the host compares with what QEMU saw.
 pub(super) fn totals(iommu: &Iommu, report: &mut Report) {
-    let stats = iommu.viommu.stats();
-    report.value("attach", stats.attaches, "requests");
-    report.value("detach", stats.detaches, "requests");
-    report.value("map", stats.maps, "requests");
-    report.value("unmap", stats.unmaps, "requests");
-    report.value("requests", stats.requests, "requests");
-    report.value("kicks", stats.kicks, "kicks");
-    report.value("faults", stats.faults.delivered, "records");
+    totals_of(slice::from_ref(iommu), report);
+}
+
+/// The same of several, taken together.
+pub(super) fn totals_of(iommus: &[Iommu], report: &mut Report) {
+    let sum = |of: fn(&Stats) -> u64| iommus.iter().map(|iommu| of(&iommu.viommu.stats())).sum::<u64>();
+    report.value("attach", sum(|stats| stats.attaches), "requests");
+    report.value("detach", sum(|stats| stats.detaches), "requests");
+    report.value("map", sum(|stats| stats.maps), "requests");
+    report.value("unmap", sum(|stats| stats.unmaps), "requests");
+    report.value("requests", sum(|stats| stats.requests), "requests");
+    report.value("kicks", sum(|stats| stats.kicks), "kicks");
+    report.value("faults", sum(|stats| stats.faults.delivered), "records");
 }
 
 /// Checks that no request was lost, and that every fault is this endpoint's. Of records, which come in floods, some are

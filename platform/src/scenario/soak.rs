@@ -31,7 +31,7 @@ type Named<'b> = (&'static str, Box<dyn Work + 'b>);
 
 pub(super) fn run(info: &BootInfo) -> ! {
     let mut report = Report::start(CHECKS + DEVICES.len() + 1);
-    let (machine, iommu) = match setup::bring_up(info, Options::default(), |transport| transport) {
+    let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
         Err(error) => give_up(report, "iommu", error),
     };

@@ -1,8 +1,6 @@
 //! Reads the protocol line by line and remembers all that is wrong with it.
 
-use super::{
-    Check, CheckResult, End, Reason, STATUS_FAIL, STATUS_PANIC, STATUS_PASS, VERSION, Value, Verdict,
-};
+use super::{Check, CheckResult, End, Reason, VERSION, Value, Verdict};
 use crate::machine::Arch;
 use crate::process::Ended;
 
@@ -32,8 +30,9 @@ impl Reader {
     pub(super) fn line(&mut self, line: &str) {
         self.any |= !line.trim().is_empty();
         let Some(rest) = line.strip_prefix("@@") else {
-            let tells_a_place =
-                ["panic at ", "panic: ", "exception "].iter().any(|word| line.starts_with(word));
+            let tells_a_place = ["panic at ", "panic: ", "exception ", "exception: "]
+                .iter()
+                .any(|word| line.starts_with(word));
             if tells_a_place && self.place.is_none() {
                 self.place = Some(line.trim().to_owned());
             }
@@ -131,19 +130,20 @@ impl Reader {
     /// Says what is missing now that nothing more will come.
     pub(super) fn finish(mut self, ended: Ended) -> Verdict {
         let end = self.verdict.end;
+        let statuses = self.arch.statuses();
         match ended {
-            Ended::Exit(STATUS_PANIC) => {
+            Ended::Exit(status) if status == statuses.panic => {
                 let place = self.place.take().unwrap_or_default();
                 self.verdict.reasons.insert(0, Reason::Panicked(place));
             }
             Ended::Deadline(_) | Ended::Flood => self.reason(Reason::Killed(ended)),
             Ended::Exit(_) | Ended::Signal(_) => {
-                let fits = matches!(
-                    (end, ended),
-                    (Some(End::Pass), Ended::Exit(STATUS_PASS)) | (Some(End::Fail), Ended::Exit(STATUS_FAIL))
-                );
-                if !fits {
-                    self.reason(Reason::WrongStatus { ended, end });
+                let expected = end.map(|end| match end {
+                    End::Pass => (end, statuses.pass),
+                    End::Fail => (end, statuses.fail),
+                });
+                if expected.is_none_or(|(_, status)| ended != Ended::Exit(status)) {
+                    self.reason(Reason::WrongStatus { ended, expected });
                 }
             }
         }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{End, STATUS_FAIL, STATUS_PASS};
+use super::End;
 use crate::process::Ended;
 
 /// Why a guest did not pass.
@@ -58,8 +58,8 @@ pub enum Reason {
     WrongStatus {
         /// How it ended.
         ended: Ended,
-        /// What the guest said.
-        end: Option<End>,
+        /// What the guest said, and the status that fits it.
+        expected: Option<(End, i32)>,
     },
     /// QEMU was killed because time, or patience with its output, had run out.
     Killed(Ended),
@@ -89,11 +89,11 @@ impl fmt::Display for Reason {
                 write!(f, "the guest panicked and did not say where")
             }
             Self::Panicked(place) => f.write_str(place),
-            Self::WrongStatus { ended, end } => {
+            Self::WrongStatus { ended, expected } => {
                 write!(f, "QEMU {ended}")?;
-                match (end, ended) {
-                    (Some(End::Pass), _) => write!(f, " instead of {STATUS_PASS} after PASS"),
-                    (Some(End::Fail), _) => write!(f, " instead of {STATUS_FAIL} after FAIL"),
+                match (expected, ended) {
+                    (Some((End::Pass, status)), _) => write!(f, " instead of {status} after PASS"),
+                    (Some((End::Fail, status)), _) => write!(f, " instead of {status} after FAIL"),
                     (None, Ended::Exit(0)) => write!(f, ", as after a triple fault or a power-off"),
                     (None, _) => write!(f, " before the guest had ended"),
                 }

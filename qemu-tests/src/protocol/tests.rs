@@ -137,7 +137,7 @@ fn no_end_fails() {
     for status in [0, 33, 35] {
         let reasons = reasons(&text, status);
         assert!(reasons.contains(&Reason::NoEnd));
-        assert!(reasons.contains(&Reason::WrongStatus { ended: Ended::Exit(status), end: None }));
+        assert!(reasons.contains(&Reason::WrongStatus { ended: Ended::Exit(status), expected: None }));
     }
 }
 
@@ -174,14 +174,14 @@ fn fail_without_a_failed_check_fails() {
 #[test]
 fn a_status_that_does_not_fit_fails() {
     for status in [0, 1, 35, 139] {
-        let wrong = Reason::WrongStatus { ended: Ended::Exit(status), end: Some(End::Pass) };
+        let wrong = Reason::WrongStatus { ended: Ended::Exit(status), expected: Some((End::Pass, 33)) };
         assert_eq!(reasons(GOOD, status), [wrong]);
     }
-    let wrong = Reason::WrongStatus { ended: Ended::Exit(33), end: Some(End::Fail) };
+    let wrong = Reason::WrongStatus { ended: Ended::Exit(33), expected: Some((End::Fail, 35)) };
     assert_eq!(reasons(&GOOD.replace("PASS", "FAIL"), 33), [wrong, Reason::EndFail]);
     let signal = Ended::Signal(11);
     let verdict = Verdict::read(GOOD.lines(), Arch::X86_64, signal);
-    assert_eq!(verdict.reasons, [Reason::WrongStatus { ended: signal, end: Some(End::Pass) }]);
+    assert_eq!(verdict.reasons, [Reason::WrongStatus { ended: signal, expected: Some((End::Pass, 33)) }]);
 }
 
 #[test]

@@ -14,8 +14,8 @@ const RECORDED: Counts = Counts { attach: 4, detach: 1, map: 3, unmap: 3, kicks:
 
 #[test]
 fn recorded_traces_count_accepted_requests() {
-    assert_eq!(Counts::parse(QEMU_10).unwrap(), RECORDED);
-    assert_eq!(Counts::parse(QEMU_7).unwrap(), RECORDED);
+    assert_eq!(Counts::parse(QEMU_10, 1).unwrap(), RECORDED);
+    assert_eq!(Counts::parse(QEMU_7, 1).unwrap(), RECORDED);
 }
 
 #[test]
@@ -26,7 +26,7 @@ fn other_devices_and_the_event_queue_do_not_count() {
     let event = "virtqueue_pop vq 0xee elem 0x1 in_num 1 out_num 0\n";
     let notify = "virtio_queue_notify";
     let mixed = QEMU_10.replace(notify, &format!("{disk}{event}{notify}"));
-    assert_eq!(Counts::parse(&format!("{mixed}{disk}")).unwrap(), RECORDED);
+    assert_eq!(Counts::parse(&format!("{mixed}{disk}"), 1).unwrap(), RECORDED);
 }
 
 #[test]
@@ -38,7 +38,7 @@ virtio_iommu_attach domain=1 endpoint=24
 virtio_iommu_switch_address_space Device 00:00.0 switching address space (iommu enabled=1)
 virtio_iommu_switch_address_space Device 00:03.0 switching address space (iommu enabled=1)
 ";
-    assert_eq!(Counts::parse(text).unwrap(), Counts { pops: 1, ..Counts::default() });
+    assert_eq!(Counts::parse(text, 1).unwrap(), Counts { pops: 1, ..Counts::default() });
 }
 
 #[test]
@@ -51,34 +51,44 @@ fn functions_are_endpoints() {
 #[test]
 fn stamps_before_the_events_change_nothing() {
     let stamped: String = QEMU_10.lines().map(|line| format!("4711@1790000000.123456:{line}\n")).collect();
-    assert_eq!(Counts::parse(&stamped).unwrap(), RECORDED);
+    assert_eq!(Counts::parse(&stamped, 1).unwrap(), RECORDED);
 }
 
 #[test]
 fn other_lines_and_an_empty_log_are_nothing() {
-    assert_eq!(Counts::parse("").unwrap(), Counts::default());
-    assert_eq!(Counts::parse("qemu: warning\n\nvirtio_iommu_mapping x\n").unwrap(), Counts::default());
+    assert_eq!(Counts::parse("", 1).unwrap(), Counts::default());
+    assert_eq!(Counts::parse("qemu: warning\n\nvirtio_iommu_mapping x\n", 1).unwrap(), Counts::default());
 }
 
 #[test]
 fn an_event_from_nowhere_or_from_two_queues_is_an_error() {
-    let nowhere = Counts::parse("virtio_iommu_attach domain=1 endpoint=16").unwrap_err();
+    let nowhere = Counts::parse("virtio_iommu_attach domain=1 endpoint=16", 1).unwrap_err();
     assert!(format!("{nowhere:#}").contains("line 1: virtio_iommu_attach without"), "{nowhere:#}");
     let more = "virtqueue_pop vq 0x9 elem 0x1 in_num 1 out_num 1\nvirtio_iommu_unmap domain=1\n";
-    let two = Counts::parse(&format!("{QEMU_10}{more}")).unwrap_err();
+    let two = Counts::parse(&format!("{QEMU_10}{more}"), 1).unwrap_err();
     assert!(format!("{two:#}").contains("queue 0x9"), "{two:#}");
+}
+
+#[test]
+fn several_iommus_count_together() {
+    let second = QEMU_10.replace(" vq 0x", " vq 0x7");
+    let both = Counts::parse(&format!("{QEMU_10}{second}"), 2).unwrap();
+    assert_eq!((both.map, both.kicks, both.pops), (2 * RECORDED.map, 2 * RECORDED.kicks, 2 * RECORDED.pops));
+    assert_eq!(Counts::parse(QEMU_10, 2).unwrap(), RECORDED, "one may be idle");
+    let third = QEMU_10.replace(" vq 0x", " vq 0x8");
+    assert!(Counts::parse(&format!("{QEMU_10}{second}{third}"), 2).is_err());
 }
 
 #[test]
 fn lines_cut_short_are_errors() {
     for cut in ["virtqueue_pop", "virtqueue_pop vq", "virtio_queue_notify vdev 0x1 n 0"] {
-        assert!(Counts::parse(cut).is_err(), "{cut}");
+        assert!(Counts::parse(cut, 1).is_err(), "{cut}");
     }
-    assert!(Counts::parse("virtqueue_pop vq 0xa\nvirtio_iommu_attach domain=1").is_err());
+    assert!(Counts::parse("virtqueue_pop vq 0xa\nvirtio_iommu_attach domain=1", 1).is_err());
 }
 
 #[test]
 fn a_missing_file_is_named() {
-    let error = Counts::read(Path::new("/nonexistent/trace.log")).unwrap_err();
+    let error = Counts::read(Path::new("/nonexistent/trace.log"), 1).unwrap_err();
     assert!(error.to_string().contains("/nonexistent/trace.log"));
 }

@@ -1,25 +1,63 @@
-//! The cases: a scenario, the machine it runs on, and how it must end.
+//! The cases: a scenario, the machines it runs on, and how it must end.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use qemu_tests::bench;
 use qemu_tests::boot::{DEADLINE, DEFAULT_SCENARIO, DiskDevice};
-use qemu_tests::machine::Iommu;
+use qemu_tests::machine::{Arch, Iommu, Place};
 use qemu_tests::protocol::Reason;
+use qemu_tests::qemu::{OLDEST, Version};
 use qemu_tests::server::Peer;
 
+use crate::column::Column;
 use crate::counts;
 use crate::expect::Expect;
 
 /// How long to wait for a guest that will never say anything.
 const SILENCE: Duration = Duration::from_secs(5);
 
+/// The columns that a case is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum On {
+    /// All of them.
+    Every,
+    /// One for each architecture: IOMMU on PCI, newest QEMU.
+    Home,
+    /// Those of some architectures.
+    HomeOf(&'static [Arch]),
+    /// The same with the IOMMU on virtio over MMIO.
+    MmioOf(&'static [Arch]),
+}
+
+impl On {
+    pub(crate) fn includes(self, column: &Column) -> bool {
+        match self {
+            Self::Every => true,
+            Self::Home => column.newest && column.iommu == Iommu::Pci,
+            Self::HomeOf(archs) => Self::Home.includes(column) && archs.contains(&column.arch),
+            Self::MmioOf(archs) => {
+                column.newest && column.iommu == Iommu::Mmio && archs.contains(&column.arch)
+            }
+        }
+    }
+}
+
+/// Where ACPI's tables say what is behind the IOMMU.
+const ACPI: On = On::HomeOf(&[Arch::X86_64]);
+
 /// One case.
 pub(crate) struct Case {
-    /// `ARCHITECTURE/NAME`.
     pub(crate) name: &'static str,
+    /// The columns that it is in.
+    pub(crate) on: On,
     pub(crate) scenario: &'static str,
-    pub(crate) iommu: Iommu,
+    /// Instead of the column's.
+    pub(crate) iommu: Option<Iommu>,
+    pub(crate) place: Place,
+    pub(crate) reserved: &'static [RangeInclusive<u64>],
+    /// Where older QEMUs lack an option.
+    pub(crate) since: Version,
     /// Of every kind.
     pub(crate) disk: DiskDevice,
     pub(crate) peer: Peer,
@@ -32,9 +70,28 @@ pub(crate) struct Case {
 }
 
 impl Case {
+    /// A scenario on one machine of each architecture.
     fn new(name: &'static str, scenario: &'static str, expect: Expect) -> Self {
-        let (iommu, disk, peer) = (Iommu::On, DiskDevice::Present, Peer::Listening);
-        Self { name, scenario, iommu, disk, peer, words: "", extra: "", deadline: DEADLINE, expect }
+        Self {
+            name,
+            on: On::Home,
+            scenario,
+            iommu: None,
+            place: Place::RootBus,
+            reserved: &[],
+            since: OLDEST,
+            disk: DiskDevice::Present,
+            peer: Peer::Listening,
+            words: "",
+            extra: "",
+            deadline: DEADLINE,
+            expect,
+        }
+    }
+
+    /// A scenario that passes on every machine.
+    fn every(name: &'static str, scenario: &'static str) -> Self {
+        Self { on: On::Every, ..Self::new(name, scenario, Expect::Pass) }
     }
 
     /// The default scenario.
@@ -47,6 +104,8 @@ impl Case {
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = whole_path();
     cases.extend(disks());
+    cases.extend(places());
+    cases.extend(options());
     cases.push(counted());
     cases.extend(caught());
     cases.extend(bad_input());
@@ -59,17 +118,14 @@ pub(crate) fn all() -> Vec<Case> {
 fn whole_path() -> Vec<Case> {
     let deferred = "policy=deferred";
     vec![
-        Case::default("x86_64/default", Expect::Pass),
-        Case { extra: "-device pci-testdev", ..Case::default("x86_64/default-with-testdev", Expect::Pass) },
-        Case::new("x86_64/devices", "devices", Expect::Pass),
-        Case::new("x86_64/bridge", "bridge", Expect::Pass),
-        Case { words: deferred, ..Case::new("x86_64/devices-deferred", "devices", Expect::Pass) },
-        Case::new("x86_64/policies", "policies", Expect::Pass),
-        Case { words: "soak.seconds=5", ..Case::new("x86_64/soak", "soak", Expect::Pass) },
-        Case {
-            words: "soak.seconds=5 policy=deferred",
-            ..Case::new("x86_64/soak-deferred", "soak", Expect::Pass)
-        },
+        Case::every("default", DEFAULT_SCENARIO),
+        Case::every("devices", "devices"),
+        Case::every("bridge", "bridge"),
+        Case::every("policies", "policies"),
+        Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
+        Case { extra: "-device pci-testdev", ..Case::default("default-with-testdev", Expect::Pass) },
+        Case { words: deferred, ..Case::new("devices-deferred", "devices", Expect::Pass) },
+        Case { words: "soak.seconds=5 policy=deferred", ..Case::new("soak-deferred", "soak", Expect::Pass) },
     ]
 }
 
@@ -78,28 +134,90 @@ fn disks() -> Vec<Case> {
     // No indirect descriptors: short chains, and fewer of them. Transfers of four pages at most.
     let (chains, short) = ("-global virtio-blk-pci.indirect_desc=off", "-global nvme.mdts=2");
     vec![
-        Case::new("x86_64/nvme", "nvme", Expect::Pass),
-        Case { extra: short, ..Case::new("x86_64/nvme-short-transfers", "nvme", Expect::Pass) },
-        Case::new("x86_64/block", "block", Expect::Pass),
-        Case { extra: chains, ..Case::new("x86_64/block-without-indirect", "block", Expect::Pass) },
-        Case { iommu: Iommu::Off, ..Case::new("x86_64/block-direct", "block-direct", Expect::Pass) },
+        Case::every("nvme", "nvme"),
+        Case { extra: short, ..Case::new("nvme-short-transfers", "nvme", Expect::Pass) },
+        Case::every("block", "block"),
+        Case { extra: chains, ..Case::new("block-without-indirect", "block", Expect::Pass) },
+        Case { iommu: Some(Iommu::Off), ..Case::new("block-direct", "block-direct", Expect::Pass) },
     ]
 }
 
-/// What the operations ask of the device. Instructions are no matter for a test.
+/// Devices behind bridges. What is behind a bypassing root bus no IOMMU knows, and the kernel says so.
+fn places() -> Vec<Case> {
+    let two_roots = On::HomeOf(&[Arch::X86_64, Arch::Aarch64]);
+    let behind = |name, place| Case { place, ..Case::default(name, Expect::Pass) };
+    vec![
+        behind("root-ports", Place::RootPorts),
+        behind("switch", Place::Switch),
+        Case { on: two_roots, ..behind("second-root", Place::SecondRoot) },
+        Case {
+            on: On::HomeOf(&[Arch::X86_64]),
+            place: Place::BypassingRoot,
+            ..Case::default("bypassing-root", Expect::FailNaming(&["the IOMMU does not know the function"]))
+        },
+    ]
+}
+
+/// What the IOMMU can be told to be.
+fn options() -> Vec<Case> {
+    let newer = Version { major: 10, minor: 0, micro: 0 };
+    let option = |name, extra| Case { extra, ..Case::default(name, Expect::Pass) };
+    let width =
+        |name, extra, words| Case { extra, since: newer, ..Case::default(name, Expect::PassNaming(words)) };
+    let mmio = On::MmioOf(&[Arch::Aarch64, Arch::Riscv64]);
+    vec![
+        // Where nothing bypasses at first, SeaBIOS waits for its own SATA disks for ever.
+        Case {
+            on: On::HomeOf(&[Arch::X86_64]),
+            ..option("boot-bypass-off", "-global virtio-iommu-pci.boot-bypass=off -machine sata=off")
+        },
+        Case {
+            on: On::HomeOf(&[Arch::Aarch64, Arch::Riscv64]),
+            ..option("boot-bypass-off", "-global virtio-iommu-pci.boot-bypass=off")
+        },
+        width("aw-bits-32", "-global virtio-iommu-pci.aw-bits=32", &["input range", "0x0..=0xffffffff"]),
+        width("aw-bits-48", "-global virtio-iommu-pci.aw-bits=48", &["input range", "0x0..=0xffffffffffff"]),
+        // All but the last granule, whose last byte no request can name.
+        width("aw-bits-64", "-global virtio-iommu-pci.aw-bits=64", &["input range", "..=0xffffffffffffefff"]),
+        // The driver has no packed ring, and declines.
+        option("packed-offered", "-global virtio-iommu-pci.packed=on"),
+        option("no-queue-reset", "-global virtio-iommu-pci.queue_reset=off"),
+        // Over PCI QEMU lets the IOMMU reach its own rings through itself, which it does not survive.
+        Case {
+            on: mmio,
+            extra: "-global virtio-iommu-device.iommu_platform=on",
+            ..Case::default("access-platform", Expect::PassNaming(&["features", "ACCESS_PLATFORM"]))
+        },
+        // Elsewhere the machine reserves what it needs, and takes no more.
+        Case {
+            on: On::HomeOf(&[Arch::Riscv64]),
+            since: newer,
+            reserved: &[0x10_0000..=0x1f_ffff],
+            ..Case::default("reserved", Expect::PassNaming(&["0x10", "0x100000..=0x1fffff"]))
+        },
+        Case {
+            on: On::MmioOf(&[Arch::Aarch64]),
+            iommu: Some(Iommu::TwoMmio),
+            ..Case::new("two-iommus", "two-iommus", Expect::Pass)
+        },
+    ]
+}
+
+/// What the operations ask of the device, which does not differ between architectures. Instructions are no matter for a test.
 fn counted() -> Case {
     // The clock is as in `bench::ICOUNT`.
     let extra = "-icount shift=0,sleep=off -trace memory_region_ops_read -trace memory_region_ops_write";
-    let counted = Case::new("x86_64/bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
-    Case { words: bench::COUNT, extra, ..counted }
+    let counted = Case::new("bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
+    let on = On::HomeOf(&[Arch::X86_64]);
+    Case { on, words: bench::COUNT, extra, ..counted }
 }
 
 /// Wrong uses of the driver, each of which one check must notice.
 fn caught() -> Vec<Case> {
     vec![
-        Case::new("x86_64/leak", "leak", Expect::OnlyFailedCheck("leak.freed-memory-untouched")),
-        Case::new("x86_64/early", "early", Expect::OnlyFailedCheck("early.freed-memory-untouched")),
-        Case::new("x86_64/lie", "lie", Expect::OnlyFailedCheck("lie.refused-attach-is-reported")),
+        Case::new("leak", "leak", Expect::OnlyFailedCheck("leak.freed-memory-untouched")),
+        Case::new("early", "early", Expect::OnlyFailedCheck("early.freed-memory-untouched")),
+        Case::new("lie", "lie", Expect::OnlyFailedCheck("lie.refused-attach-is-reported")),
     ]
 }
 
@@ -108,25 +226,19 @@ fn bad_input() -> Vec<Case> {
     let naming = Expect::FailNaming;
     let one_queue = "-global nvme.max_ioqpairs=1";
     vec![
-        Case { iommu: Iommu::Off, ..Case::default("x86_64/iommu-off", naming(&["no virtio-iommu"])) },
-        Case { disk: DiskDevice::Absent, ..Case::default("x86_64/no-disk", naming(&["disk"])) },
-        Case { disk: DiskDevice::Absent, ..Case::new("x86_64/no-nvme", "nvme", naming(&["NVMe", "010802"])) },
+        Case { iommu: Some(Iommu::Off), ..Case::default("iommu-off", naming(&["no virtio-iommu"])) },
+        Case { disk: DiskDevice::Absent, ..Case::default("no-disk", naming(&["disk"])) },
+        Case { disk: DiskDevice::Absent, ..Case::new("no-nvme", "nvme", naming(&["NVMe", "010802"])) },
         Case {
             extra: one_queue,
-            ..Case::new("x86_64/nvme-one-queue", "nvme", Expect::OnlyFailedCheck("nvme.attached"))
+            ..Case::new("nvme-one-queue", "nvme", Expect::OnlyFailedCheck("nvme.attached"))
         },
-        Case { words: "hide=VIOT", ..Case::default("x86_64/no-viot", naming(&["VIOT"])) },
-        Case { words: "viot=cut", ..Case::default("x86_64/viot-cut", naming(&["VIOT"])) },
-        Case { words: "viot=stray", ..Case::default("x86_64/viot-stray", naming(&["VIOT"])) },
-        Case {
-            words: "policy=lazy",
-            ..Case::new("x86_64/unknown-policy", "devices", naming(&["policy=lazy"]))
-        },
-        Case {
-            words: "soak.seconds=0",
-            ..Case::new("x86_64/soak-of-nothing", "soak", naming(&["soak.seconds=0"]))
-        },
-        Case::new("x86_64/unknown-scenario", "no-such-scenario", naming(&["no-such-scenario"])),
+        Case { words: "hide=VIOT", on: ACPI, ..Case::default("no-viot", naming(&["VIOT"])) },
+        Case { words: "viot=cut", on: ACPI, ..Case::default("viot-cut", naming(&["VIOT"])) },
+        Case { words: "viot=stray", on: ACPI, ..Case::default("viot-stray", naming(&["VIOT"])) },
+        Case { words: "policy=lazy", ..Case::new("unknown-policy", "devices", naming(&["policy=lazy"])) },
+        Case { words: "soak.seconds=0", ..Case::new("soak-of-nothing", "soak", naming(&["soak.seconds=0"])) },
+        Case::new("unknown-scenario", "no-such-scenario", naming(&["no-such-scenario"])),
     ]
 }
 
@@ -137,10 +249,10 @@ fn bad_network() -> Vec<Case> {
         (&["FAIL", "net", "connecting", "refused"], &["FAIL", "net", "fetching", "nothing moved"]);
     let digest = &["FAIL", "net", "fetching", "SHA-256", "instead of 00"];
     vec![
-        Case { peer: Peer::Refusing, ..case("x86_64/server-refuses", refused) },
-        Case { peer: Peer::Silent, ..case("x86_64/server-is-silent", silence) },
-        Case { words: "net.sha256=00", ..case("x86_64/server-sends-another-file", digest) },
-        Case { words: "net.port=65536", ..case("x86_64/server-has-no-port", &["FAIL", "net.port"]) },
+        Case { peer: Peer::Refusing, ..case("server-refuses", refused) },
+        Case { peer: Peer::Silent, ..case("server-is-silent", silence) },
+        Case { words: "net.sha256=00", ..case("server-sends-another-file", digest) },
+        Case { words: "net.port=65536", ..case("server-has-no-port", &["FAIL", "net.port"]) },
     ]
 }
 
@@ -149,12 +261,18 @@ fn broken_guests() -> Vec<Case> {
     let silent =
         Expect::Because(|reason| matches!(reason, Reason::NothingPrinted), "the guest printed nothing");
     let half = Expect::Because(|reason| matches!(reason, Reason::NoEnd), "the guest stopped without an end");
+    let fault = |archs, words| Case {
+        on: On::HomeOf(archs),
+        ..Case::new("fault", "page-fault", Expect::Panic(words))
+    };
     let babble = Expect::Because(|reason| matches!(reason, Reason::UnknownLine(_)), "an unknown line");
     vec![
-        Case::new("x86_64/panic", "panic", Expect::Panic(&["panic at ", ".rs:"])),
-        Case::new("x86_64/fault", "page-fault", Expect::Panic(&["exception 14", " at 0x", "rax ", "rsp "])),
-        Case { deadline: SILENCE, ..Case::new("x86_64/silent", "silent", silent) },
-        Case { deadline: SILENCE, ..Case::new("x86_64/stops-half-way", "half", half) },
-        Case::new("x86_64/unknown-line", "babble", babble),
+        Case::new("panic", "panic", Expect::Panic(&["panic at ", ".rs:"])),
+        fault(&[Arch::X86_64], &["exception 14", " at 0x", "rax ", "rsp "]),
+        fault(&[Arch::Aarch64], &["exception 0: ", "data abort", "read at 0x", "x30 ", "spsr "]),
+        fault(&[Arch::Riscv64], &["exception 0xd: load page fault, at 0x", "address 0x", "ra  ", "sstatus "]),
+        Case { deadline: SILENCE, ..Case::new("silent", "silent", silent) },
+        Case { deadline: SILENCE, ..Case::new("stops-half-way", "half", half) },
+        Case::new("unknown-line", "babble", babble),
     ]
 }

@@ -10,6 +10,8 @@ use qemu_tests::protocol::{End, Reason};
 pub(crate) enum Expect {
     /// PASS, and neither QEMU's trace nor the disk speaks against it.
     Pass,
+    /// PASS as above, and one line of the guest that holds each of these.
+    PassNaming(&'static [&'static str]),
     /// PASS as above, of a guest that measured, with nothing to say against what it asked of the device.
     Counts(fn(&[Asked]) -> Result<(), String>),
     /// An orderly FAIL with exactly this failed check, all planned checks being there.
@@ -29,6 +31,12 @@ impl Expect {
         match self {
             Self::Pass if outcome.passed() => Ok(()),
             Self::Pass => Err("it must pass".to_owned()),
+            Self::PassNaming(words) if outcome.passed() => {
+                let names = |line: &String| words.iter().all(|word| line.contains(word));
+                let named = outcome.lines.iter().any(names);
+                named.then_some(()).ok_or_else(|| format!("it must print a line that names {words:?}"))
+            }
+            Self::PassNaming(_) => Err("it must pass".to_owned()),
             Self::Counts(_) if !outcome.passed() => Err("it must pass".to_owned()),
             Self::Counts(judge) => {
                 let asked = asked(&outcome.verdict.values, trace).map_err(|error| format!("{error:#}"))?;

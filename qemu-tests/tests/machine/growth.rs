@@ -4,15 +4,13 @@
 //! what these requests took.
 
 use std::fs;
-use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 use libtest_mimic::Failed;
 use qemu_tests::boot::Boot;
-use qemu_tests::machine::{Arch, Machine};
 use qemu_tests::trace::Counts;
 
-use crate::Setting;
+use crate::column::{Column, Host};
 
 /// Requests in the first boot, and in the second.
 const FEW: u64 = 64;
@@ -20,7 +18,6 @@ const MANY: u64 = 192;
 
 /// A kind of requests and what each of them takes.
 pub(crate) struct Growth {
-    /// `ARCHITECTURE/NAME`.
     pub(crate) name: &'static str,
     scenario: &'static str,
     /// QEMU's event for a read of the disk, which proves that there were more of them.
@@ -51,21 +48,21 @@ pub(crate) fn all() -> Vec<Growth> {
     // A page that is mapped for its request: one MAP by one doorbell, one UNMAP by another.
     let (mapped, pooled) = ([1, 1, 2], [0, 0, 0]);
     vec![
-        nvme("x86_64/nvme-each-mapped", "mapped", mapped),
-        nvme("x86_64/nvme-each-pooled", "pooled", pooled),
-        block("x86_64/block-each-mapped", "mapped", mapped),
-        block("x86_64/block-each-pooled", "pooled", pooled),
+        nvme("nvme-each-mapped", "mapped", mapped),
+        nvme("nvme-each-pooled", "pooled", pooled),
+        block("block-each-mapped", "mapped", mapped),
+        block("block-each-pooled", "pooled", pooled),
     ]
 }
 
 impl Growth {
-    pub(crate) fn run(&self, setting: &Setting) -> Result<(), Failed> {
-        self.compare(setting).map_err(|error| format!("{error:#}").into())
+    pub(crate) fn run(&self, column: &Column, host: &Host) -> Result<(), Failed> {
+        self.compare(column, host).map_err(|error| format!("{error:#}").into())
     }
 
-    fn compare(&self, setting: &Setting) -> Result<()> {
-        let (few, few_reads) = self.boot(setting, FEW)?;
-        let (many, many_reads) = self.boot(setting, MANY)?;
+    fn compare(&self, column: &Column, host: &Host) -> Result<()> {
+        let (few, few_reads) = self.boot(column, host, FEW)?;
+        let (many, many_reads) = self.boot(column, host, MANY)?;
         // The disk is opened twice, and each time as many are made.
         let more = 2 * (MANY - FEW);
         let grown = [
@@ -85,15 +82,15 @@ impl Growth {
     }
 
     /// What QEMU saw of the IOMMU, and how many reads of the disk.
-    fn boot(&self, setting: &Setting, requests: u64) -> Result<(Counts, u64)> {
-        let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(self.name).join(requests.to_string());
-        let mut machine = Machine::new(Arch::X86_64, setting.kernel.clone());
+    fn boot(&self, column: &Column, host: &Host, requests: u64) -> Result<(Counts, u64)> {
+        let directory = column.directory(self.name).join(requests.to_string());
+        let mut machine = column.machine(host);
         machine.extra = vec!["-trace".into(), self.event.into()];
         let trace = directory.join("trace.log");
         machine.trace = Some(trace.clone());
         let mut boot = Boot::new(machine, self.scenario, &directory);
         boot.words = format!("{}={requests}", self.word);
-        let outcome = boot.run(&setting.qemu, &mut |_| {})?;
+        let outcome = boot.run(&host.qemu, &mut |_| {})?;
         ensure!(outcome.passed(), "with {requests} requests: {}", outcome.summary());
         let log = fs::read(&trace).with_context(|| format!("cannot read {}", trace.display()))?;
         let log = String::from_utf8_lossy(&log);

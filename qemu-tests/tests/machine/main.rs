@@ -1,100 +1,131 @@
-//! Boots the kernel's scenarios and asserts how each ends.
+//! Boots the kernel's scenarios on each machine and asserts how each ends.
 //!
-//! `cargo xtask test` builds the kernel, finds a QEMU, and names both in the environment. Without them every case is
+//! `cargo xtask test` builds the kernels, finds QEMUs, and names both in the environment. Without them every case is
 //! reported as ignored, with the reason; with `QEMU_TESTS_TIER=host` there is nothing here to run.
+//!
+//! A case is a row of a matrix, and a machine on a QEMU a column of it; each cell is a test,
+//! `ARCHITECTURE/TRANSPORT/RELEASE/CASE`.
 
 mod cases;
+mod column;
 mod counts;
 mod expect;
 mod growth;
+mod table;
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use qemu_tests::boot::{Boot, DiskDevice};
-use qemu_tests::machine::{Arch, Machine};
 use qemu_tests::process;
-use qemu_tests::qemu::Qemu;
 
-use crate::cases::Case;
+use crate::cases::{Case, On};
+use crate::column::{Column, Host};
+use crate::growth::Growth;
+use crate::table::{Mark, Table};
 
-/// The kernel image for x86_64.
-const KERNEL: &str = "QEMU_TESTS_KERNEL_X86_64";
-/// The QEMU for x86_64.
-const QEMU: &str = "QEMU_TESTS_QEMU_X86_64";
 /// `host` leaves all of these cases out.
 const TIER: &str = "QEMU_TESTS_TIER";
-
-/// What the cases need from outside.
-#[derive(Clone)]
-struct Setting {
-    kernel: PathBuf,
-    qemu: Qemu,
-}
 
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     if env::var_os(TIER).is_some_and(|tier| tier == "host") {
-        println!("machine tests are left out of the host tier; `cargo xtask test --tier machine` runs them");
         return ExitCode::SUCCESS;
     }
-    // Each machine is a busy process; more of them than processors only makes deadlines pass.
+    // By default there would be twice as many threads as processors.
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
     arguments.test_threads = arguments.test_threads.or(Some(processors));
     if let Err(error) = process::end_children_on_interrupt() {
         eprintln!("{error:#}");
         return ExitCode::FAILURE;
     }
-    let setting = setting();
-    if let Err(reason) = &setting
-        && !arguments.list
-    {
-        eprintln!("\nNOT RUN: {reason}\n");
+    let columns = column::all();
+    let rows: Vec<Row> = rows();
+    // What differs between architectures has a row there in each, by the same name.
+    let mut names: Vec<&str> = rows.iter().map(|row| row.name).collect();
+    names.dedup();
+    let table = Arc::new(Table::default());
+    if !arguments.list {
+        for column in &columns {
+            if let Err(reason) = &column.host {
+                eprintln!("NOT RUN: {column}: {reason}");
+            }
+        }
     }
-    let cases = cases::all().into_iter().map(|case| {
-        let name = case.name;
-        trial(name, setting.clone(), move |setting| run(&case, setting))
-    });
-    let growths = growth::all().into_iter().map(|growth| {
-        let name = growth.name;
-        trial(name, setting.clone(), move |setting| growth.run(setting))
-    });
-    libtest_mimic::run(&arguments, cases.chain(growths).collect()).exit_code()
+    let mut trials = Vec::new();
+    for row in &rows {
+        let row_at = names.iter().position(|name| *name == row.name).unwrap_or(0);
+        for (column_at, column) in columns.iter().enumerate() {
+            if row.on.includes(column) {
+                let table = Arc::clone(&table);
+                let note = move |mark| table.note(row_at, column_at, mark);
+                trials.push(trial(row, column, note));
+            }
+        }
+    }
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    print!("{}", table.draw(&names, &columns));
+    conclusion.exit_code()
 }
 
-fn trial(
-    name: &str,
-    setting: Result<Setting, String>,
-    run: impl FnOnce(&Setting) -> Result<(), Failed> + Send + 'static,
-) -> Trial {
-    Trial::ignorable_test(name, move || match &setting {
-        Ok(setting) => run(setting).map(|()| Completion::Completed),
-        Err(reason) => Ok(Completion::ignored_with(reason)),
+/// A row of the matrix.
+#[derive(Clone)]
+struct Row {
+    name: &'static str,
+    on: On,
+    kind: Kind,
+}
+
+/// What is done in its cells.
+#[derive(Clone)]
+enum Kind {
+    Case(Arc<Case>),
+    Growth(Arc<Growth>),
+}
+
+fn rows() -> Vec<Row> {
+    let case = |case: Case| Row { name: case.name, on: case.on, kind: Kind::Case(Arc::new(case)) };
+    let growth =
+        |growth: Growth| Row { name: growth.name, on: On::Home, kind: Kind::Growth(Arc::new(growth)) };
+    cases::all().into_iter().map(case).chain(growth::all().into_iter().map(growth)).collect()
+}
+
+fn trial(row: &Row, column: &Column, note: impl Fn(Mark) + Send + 'static) -> Trial {
+    let (kind, column) = (row.kind.clone(), column.clone());
+    Trial::ignorable_test(format!("{column}/{}", row.name), move || {
+        let host = match &column.host {
+            Ok(host) => host,
+            Err(reason) => {
+                note(Mark::Skipped);
+                return Ok(Completion::ignored_with(reason));
+            }
+        };
+        if let Kind::Case(case) = &kind
+            && host.qemu.version < case.since
+        {
+            note(Mark::Skipped);
+            return Ok(Completion::ignored_with(format!("QEMU before {} lacks the option", case.since)));
+        }
+        // Until it is known to have passed, even if it panics.
+        note(Mark::Failed);
+        match kind {
+            Kind::Case(case) => run(&case, &column, host)?,
+            Kind::Growth(growth) => growth.run(&column, host)?,
+        }
+        note(Mark::Passed);
+        Ok(Completion::Completed)
     })
 }
 
-/// What the environment names, or why nothing can run.
-fn setting() -> Result<Setting, String> {
-    let variable = |name| {
-        env::var_os(name).map(PathBuf::from).ok_or_else(|| {
-            format!("{name} is not set; `cargo xtask test --tier machine` sets it and runs these tests")
-        })
-    };
-    let kernel = variable(KERNEL)?;
-    if !kernel.is_file() {
-        return Err(format!("{KERNEL} names {}, which is not there", kernel.display()));
-    }
-    let qemu = Qemu::probe_recent(&variable(QEMU)?).map_err(|error| format!("{QEMU}: {error:#}"))?;
-    Ok(Setting { kernel, qemu })
-}
-
-fn run(case: &Case, setting: &Setting) -> Result<(), Failed> {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(case.name);
-    let mut machine = Machine::new(Arch::X86_64, setting.kernel.clone());
-    machine.iommu = case.iommu;
+fn run(case: &Case, column: &Column, host: &Host) -> Result<(), Failed> {
+    let directory = column.directory(case.name);
+    let mut machine = column.machine(host);
+    machine.iommu = case.iommu.unwrap_or(machine.iommu);
+    machine.place = case.place;
+    machine.reserved = case.reserved.to_vec();
     machine.extra = case.extra.split_whitespace().map(Into::into).collect();
     let mut boot = Boot::new(machine, case.scenario, &directory);
     boot.words = case.words.to_owned();
@@ -104,7 +135,7 @@ fn run(case: &Case, setting: &Setting) -> Result<(), Failed> {
     }
     boot.peer = case.peer;
     boot.deadline = Some(case.deadline);
-    let outcome = boot.run(&setting.qemu, &mut |_| {}).map_err(|error| format!("{error:#}"))?;
+    let outcome = boot.run(&host.qemu, &mut |_| {}).map_err(|error| format!("{error:#}"))?;
     let log = directory.join("serial.log");
     // The verdict stands without the log.
     let _ = fs::write(&log, outcome.lines.join("\n") + "\n");

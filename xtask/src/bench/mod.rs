@@ -28,7 +28,9 @@ use qemu_tests::machine::{Arch, Iommu, Machine};
 use qemu_tests::qemu::Qemu;
 
 use self::figures::Runs;
+use crate::kernel::Kernel;
 use crate::setup::SetupArguments;
+
 use crate::{backtrace, kernel, paths, progress, setup};
 
 /// Arguments of `cargo xtask bench`.
@@ -54,16 +56,16 @@ const LIMIT: Duration = Duration::from_secs(1800);
 /// What the runs share.
 struct Setting {
     qemu: Qemu,
-    image: PathBuf,
+    kernel: Kernel,
     directory: PathBuf,
 }
 
 /// Measures, or shows one row's profile.
 pub(crate) fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
     let arch = Arch::X86_64;
-    let qemu = setup::qemu_for_bench(arch, arguments.setup.qemu.as_deref())?;
-    let image = kernel::build(arch)?;
-    let setting = Setting { qemu, image, directory: paths::target().join("bench") };
+    let qemu = setup::qemu_for_bench(arch, &arguments.setup)?;
+    let kernel = kernel::build(arch)?;
+    let setting = Setting { qemu, kernel, directory: paths::target().join("bench") };
     if let Some(row) = &arguments.profile {
         return profile(&setting, row);
     }
@@ -94,7 +96,7 @@ pub(crate) fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
 
 impl Setting {
     fn boot(&self, scenario: &str, words: &str) -> Boot {
-        let mut machine = Machine::new(Arch::X86_64, self.image.clone());
+        let mut machine = Machine::new(Arch::X86_64, self.kernel.image.clone());
         machine.memory_mib = MEMORY_MIB;
         machine.extra = ICOUNT.split(' ').map(Into::into).collect();
         let mut boot = Boot::new(machine, scenario, &self.directory);
@@ -145,7 +147,7 @@ impl Setting {
         if outcome.passed() {
             return Ok(outcome);
         }
-        for line in backtrace::explain(&outcome.lines, &self.image) {
+        for line in backtrace::explain(&outcome.lines, &self.kernel.elf) {
             println!("{line}");
         }
         bail!("the kernel did not finish: {}", outcome.summary())
@@ -153,7 +155,7 @@ impl Setting {
 }
 
 fn profile(setting: &Setting, row: &str) -> Result<ExitCode> {
-    let symbols = symbols::Symbols::read(&setting.image)?;
+    let symbols = symbols::Symbols::read(&setting.kernel.elf)?;
     // In a temporary directory: the path of a socket is short.
     let socket = std::env::temp_dir().join(format!("xtask-bench-{}.sock", std::process::id()));
     let socket = Socket(socket);

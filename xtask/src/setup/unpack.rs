@@ -1,27 +1,30 @@
 //! Unpacks Debian's QEMU packages beside the system.
 //!
-//! apt gets a state of its own, in which nothing is installed, and so downloads QEMU with every library down to libc.
-//! The packages are unpacked into one directory, and a script starts QEMU there by its own dynamic loader. No root is
-//! needed, nothing of the system changes, and a later run needs no network.
+//! A private apt downloads QEMU with every library down to libc, and its firmware. The packages are unpacked into one
+//! directory, and a script for each architecture starts QEMU there by its own dynamic loader. No root is needed, nothing
+//! of the system changes, and a later run needs no network.
 //!
 //! ```text
 //! target/qemu/VERSION/root/...                       the packages' files
-//! target/qemu/VERSION/bin/qemu-system-ARCH           the script
-//! target/qemu/unpacking/                             an attempt; it becomes VERSION by a rename once QEMU ran
+//! target/qemu/VERSION/bin/qemu-system-ARCH           the scripts
+//! target/qemu/unpacking/                             an attempt; it becomes VERSION by a rename once each QEMU ran
 //! ```
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::slice;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, anyhow, bail};
 use qemu_tests::machine::Arch;
-use qemu_tests::qemu::Qemu;
+use qemu_tests::qemu::{Qemu, Version};
 
-use super::apt::{self, Source};
-use super::debian::{APT_LIMIT, Debian};
+use super::apt;
+use super::debian::Debian;
+use super::private_apt::{Apt, Candidate};
+use super::qemu::Wanted;
 use crate::{command, paths, progress};
 
 /// How long one package may take to unpack.
@@ -39,19 +42,31 @@ pub(crate) fn script(directory: &Path, arch: Arch) -> PathBuf {
     directory.join("bin").join(arch.qemu())
 }
 
-/// The packages that hold the QEMUs that are unpacked together.
-fn packages(arch: Arch) -> &'static [&'static str] {
+/// The packages that hold a QEMU: the first that a suite has is the one.
+pub(crate) fn packages(arch: Arch) -> &'static [&'static str] {
     match arch {
         Arch::X86_64 => &["qemu-system-x86"],
+        Arch::Aarch64 => &["qemu-system-arm"],
+        // It was one of the miscellaneous ones once.
+        Arch::Riscv64 => &["qemu-system-riscv", "qemu-system-misc"],
     }
 }
 
-/// Downloads and unpacks the newest QEMU that the machine's own mirror has for this release.
+/// The packages of its firmware that are only recommended.
+fn firmware(arch: Arch) -> &'static [&'static str] {
+    match arch {
+        Arch::X86_64 | Arch::Aarch64 => &[],
+        Arch::Riscv64 => &["opensbi"],
+    }
+}
+
+/// Downloads and unpacks the newest QEMU that is wanted and that the machine's own mirror has for this release, for all of
+/// `archs`. Where the same version was unpacked before, for others, they stay.
 ///
 /// # Errors
 ///
-/// When the mirror cannot be found or reached, or what it has does not run.
-pub(crate) fn unpack(arch: Arch, debian: &Debian) -> Result<Qemu> {
+/// When the mirror cannot be found or reached, or has none that is wanted, or what it has does not run.
+pub(crate) fn unpack(archs: &[Arch], wanted: Wanted, debian: &Debian) -> Result<()> {
     let sources = apt::sources(Path::new("/etc/apt"), &debian.codename);
     if sources.is_empty() {
         bail!("the apt sources of this machine name no mirror for {}", debian.codename);
@@ -61,20 +76,27 @@ pub(crate) fn unpack(arch: Arch, debian: &Debian) -> Result<Qemu> {
     if attempt.exists() {
         fs::remove_dir_all(&attempt).with_context(|| format!("cannot remove {}", attempt.display()))?;
     }
-    let backports = format!("{}-backports", debian.codename);
     let apt = Apt::new(&attempt.join("apt"))?;
-    let archives = match apt.download(&sources, debian, Some(&backports), packages(arch)) {
-        Ok(archives) => archives,
-        Err(error) => {
-            progress::note(&format!("{backports} cannot be used ({error:#}); trying {}", debian.codename));
-            apt.download(&sources, debian, None, packages(arch))?
-        }
-    };
+    let backports = format!("{}-backports", debian.codename);
+    if let Err(error) = apt.update(&sources, &[debian.codename.clone(), backports.clone()]) {
+        progress::note(&format!("{backports} cannot be used ({error:#}); trying {}", debian.codename));
+        apt.update(&sources, slice::from_ref(&debian.codename))?;
+    }
+    let choice = Choice::make(&apt, archs, wanted)?;
+    let archs = choice.with_those_of_before(archs);
+    let mut names = choice.packages(&apt, &archs)?;
+    names.extend(archs.iter().flat_map(|arch| firmware(*arch)).map(|name| (*name).to_owned()));
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let archives = apt.download(&choice.suite, &names)?;
     let root = attempt.join("root");
     progress::during(&format!("unpacking {} packages", archives.len()), || extract(&archives, &root))?;
-    write_script(&attempt, arch)?;
-    let version =
-        Qemu::probe_recent(&script(&attempt, arch)).context("the unpacked QEMU does not run")?.version;
+    let mut version = None;
+    for arch in archs {
+        write_script(&attempt, arch)?;
+        let qemu = Qemu::probe_recent(&script(&attempt, arch)).context("the unpacked QEMU does not run")?;
+        version = Some(qemu.version);
+    }
+    let version = version.context("no QEMU was asked for")?;
     fs::remove_dir_all(attempt.join("apt")).context("cannot remove the downloaded packages")?;
     let directory = home().join(version.to_string());
     if directory.exists() {
@@ -82,83 +104,60 @@ pub(crate) fn unpack(arch: Arch, debian: &Debian) -> Result<Qemu> {
     }
     fs::rename(&attempt, &directory).with_context(|| format!("cannot make {}", directory.display()))?;
     progress::note(&format!("QEMU {version} is in {}", directory.display()));
-    Qemu::probe_recent(&script(&directory, arch))
+    Ok(())
 }
 
-/// An apt with a configuration and a state of its own.
-struct Apt {
-    directory: PathBuf,
+/// The version that is unpacked, and the suite that has it.
+struct Choice {
+    suite: String,
+    version: Version,
 }
 
-impl Apt {
-    fn new(directory: &Path) -> Result<Self> {
-        let text = directory.to_str().filter(|text| !text.contains(['"', '\\', '\n']));
-        let text = text.with_context(|| format!("apt cannot be told the path {}", directory.display()))?;
-        for part in ["state/lists/partial", "cache/archives/partial", "sources", "parts"] {
-            fs::create_dir_all(directory.join(part)).with_context(|| format!("cannot make {text}/{part}"))?;
+impl Choice {
+    /// The newest that is wanted and that there is for every one of `archs`.
+    fn make(apt: &Apt, archs: &[Arch], wanted: Wanted) -> Result<Self> {
+        let first = archs.first().context("no QEMU was asked for")?;
+        let mut offered = apt.candidates(packages(*first))?;
+        let versions: Vec<String> = offered.iter().map(|offer| offer.version.to_string()).collect();
+        for arch in &archs[1..] {
+            let others = apt.candidates(packages(*arch))?;
+            offered.retain(|offer| others.iter().any(|other| other.suite == offer.suite));
         }
-        fs::write(directory.join("status"), "").context("cannot write apt's state")?;
-        // The system's settings for reaching the mirror stay; its hooks, which clean up and refresh other things, do not.
-        let dump = command::output(Command::new("apt-config").arg("dump"), Duration::from_secs(30))?;
-        let reach: Vec<&str> = dump.lines().filter(|line| line.starts_with("Acquire::")).collect();
-        let own = [
-            format!("Dir::State \"{text}/state\";"),
-            format!("Dir::State::status \"{text}/status\";"),
-            format!("Dir::Cache \"{text}/cache\";"),
-            "Dir::Etc::main \"/dev/null\";".to_owned(),
-            format!("Dir::Etc::parts \"{text}/parts\";"),
-            "Dir::Etc::sourcelist \"/dev/null\";".to_owned(),
-            format!("Dir::Etc::sourceparts \"{text}/sources\";"),
-            "Dir::Etc::preferences \"/dev/null\";".to_owned(),
-            format!("Dir::Etc::preferencesparts \"{text}/parts\";"),
-            format!("Dir::Log \"{text}\";"),
-            "APT::Sandbox::User \"root\";".to_owned(),
-            "APT::Install-Recommends \"false\";".to_owned(),
-            "Acquire::Retries \"3\";".to_owned(),
-        ];
-        let configuration = format!("{}\n{}\n", reach.join("\n"), own.join("\n"));
-        fs::write(directory.join("apt.conf"), configuration).context("cannot write apt's configuration")?;
-        Ok(Self { directory: directory.to_owned() })
-    }
-
-    /// Downloads `packages` and all that they need; returns the files.
-    fn download(
-        &self,
-        sources: &[Source],
-        debian: &Debian,
-        backports: Option<&str>,
-        packages: &[&str],
-    ) -> Result<Vec<PathBuf>> {
-        let suites: Vec<String> =
-            [debian.codename.as_str()].into_iter().chain(backports).map(str::to_owned).collect();
-        let entries: Vec<String> = sources.iter().map(|source| source.entry(&suites)).collect();
-        fs::write(self.directory.join("sources/qemu.sources"), entries.join("\n"))
-            .context("cannot write apt's sources")?;
-        let what = format!("reading the package lists of {}", suites.join(" and "));
-        progress::during(&what, || self.get(&["update", "--error-on=any"]))?;
-        let mut install = vec!["install", "--download-only", "-y"];
-        if let Some(backports) = backports {
-            install.extend(["-t", backports]);
-        }
-        install.extend(packages);
-        progress::during(&format!("downloading {} and its libraries", packages.join(" ")), || {
-            self.get(&install)
+        let fitting = offered.into_iter().filter(|offer| wanted.fits(offer.version));
+        let newest = fitting.max_by_key(|offer| offer.version);
+        let Candidate { suite, version, .. } = newest.ok_or_else(|| {
+            anyhow!("the mirror has QEMU {}, but {wanted} is needed", versions.join(" and "))
         })?;
-        let files =
-            fs::read_dir(self.directory.join("cache/archives")).context("cannot list what was downloaded")?;
-        let mut archives: Vec<PathBuf> = files.flatten().map(|entry| entry.path()).collect();
-        archives.retain(|path| path.extension().is_some_and(|extension| extension == "deb"));
-        archives.sort();
-        if archives.is_empty() {
-            bail!("apt downloaded nothing");
-        }
-        Ok(archives)
+        Ok(Self { suite, version })
     }
 
-    fn get(&self, arguments: &[&str]) -> Result<String> {
-        let mut apt = Command::new("apt-get");
-        apt.env("APT_CONFIG", self.directory.join("apt.conf")).env("LC_ALL", "C").arg("-q").args(arguments);
-        command::output(&mut apt, APT_LIMIT)
+    /// `archs`, and those that were unpacked before of what is about to be replaced.
+    fn with_those_of_before(&self, archs: &[Arch]) -> Vec<Arch> {
+        let is_there = |arch: &Arch| {
+            let directories = home().read_dir().into_iter().flatten().flatten();
+            let mut scripts = directories.map(|entry| script(&entry.path(), *arch));
+            scripts.any(|script| Qemu::probe(&script).is_ok_and(|qemu| self.is_about(qemu.version)))
+        };
+        Arch::ALL.into_iter().filter(|arch| archs.contains(arch) || is_there(arch)).collect()
+    }
+
+    /// Whether a QEMU calls itself by the version that the package has. Debian leaves out the last number of some.
+    fn is_about(&self, version: Version) -> bool {
+        (version.major, version.minor) == (self.version.major, self.version.minor)
+    }
+
+    /// The packages with the QEMUs for `archs`.
+    fn packages(&self, apt: &Apt, archs: &[Arch]) -> Result<Vec<String>> {
+        let package = |arch: &Arch| {
+            let candidates = apt.candidates(packages(*arch))?;
+            let here: Vec<Candidate> =
+                candidates.into_iter().filter(|candidate| candidate.suite == self.suite).collect();
+            let mut names = packages(*arch).iter();
+            let name = names.find(|name| here.iter().any(|candidate| candidate.package == **name));
+            let name = name.with_context(|| format!("{} has no {}", self.suite, arch.qemu()))?;
+            Ok((*name).to_owned())
+        };
+        archs.iter().map(package).collect()
     }
 }
 

@@ -55,6 +55,10 @@ pub mod diagnostic {
 
 /// Interrupts, which a process does not have.
 pub mod interrupts {
+    use crate::interrupts::{InterruptError, Line, Trigger};
+    use crate::machine::Firmware;
+    use crate::pci::message::Message;
+
     /// Nothing.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Saved;
@@ -66,6 +70,49 @@ pub mod interrupts {
 
     /// Does nothing.
     pub fn restore(_: Saved) {}
+
+    /// Finds none.
+    ///
+    /// # Errors
+    ///
+    /// Always [`InterruptError::NoController`].
+    pub fn init(_: &Firmware) -> Result<(), InterruptError> {
+        Err(InterruptError::NoController { reason: "a host process takes no interrupts".into() })
+    }
+
+    /// One cell: the number of a line that comes by its level.
+    pub fn line(specifier: &[u32]) -> Option<Line> {
+        match *specifier {
+            [number] => Some(Line { number, trigger: Trigger::Level }),
+            _ => None,
+        }
+    }
+
+    /// Does nothing.
+    ///
+    /// # Errors
+    ///
+    /// None.
+    pub fn enable(_: Line) -> Result<(), InterruptError> {
+        Ok(())
+    }
+
+    /// Does nothing.
+    pub fn disable(_: u32) {}
+
+    /// None: this machine's controller takes no messages.
+    ///
+    /// # Errors
+    ///
+    /// Always [`InterruptError::NoController`].
+    pub fn message(_segment: u16, _requester: u16, _event: u16) -> Result<(u32, Message), InterruptError> {
+        Err(InterruptError::NoController { reason: "a host process takes no interrupts".into() })
+    }
+
+    /// Lets other threads run.
+    pub fn wait_until(_: u64) {
+        std::thread::yield_now();
+    }
 }
 
 pub mod mmu;

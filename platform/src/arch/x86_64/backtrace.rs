@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 
-use super::image;
+use crate::image;
 
 /// The most callers that are looked up.
 const MAX_DEPTH: usize = 32;

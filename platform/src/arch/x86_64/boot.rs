@@ -26,6 +26,11 @@ pvh::xen_elfnote_phys32_entry!(pvh_start);
 /// What the boot page tables map.
 const BOOT_MAPPED_BYTES: u64 = 4 << 30;
 
+/// What belongs to firmware and boot loader, whatever the memory map says: the first MiB.
+pub fn firmware_memory() -> Option<PhysRange> {
+    PhysRange::from_len(0, 1 << 20)
+}
+
 fn boot_mapped() -> PhysRange {
     PhysRange::from_len(0, BOOT_MAPPED_BYTES).unwrap_or_else(|| unreachable!("4 GiB are not empty"))
 }

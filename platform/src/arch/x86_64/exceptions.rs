@@ -1,4 +1,5 @@
-//! CPU exceptions: each prints what happened, the registers and the callers, and ends the machine.
+//! CPU exceptions: each prints what happened, the registers and the callers, and ends the machine. Interrupts go on to
+//! [`interrupts`](super::interrupts).
 //!
 //! The kernel has no exception that it recovers from. The stubs are assembly since the `x86-interrupt` calling
 //! convention is not in stable Rust.
@@ -13,13 +14,17 @@ use x86_64::registers::control::Cr2;
 use x86_64::structures::DescriptorTablePointer;
 use x86_64::structures::idt::{Entry, HandlerFunc};
 
-use super::{backtrace, image, segments};
+use super::{backtrace, segments};
 use crate::console::print_now;
+use crate::image;
 use crate::power::{self, ExitCode};
 
 global_asm!(include_str!("exceptions.s"));
 
 const VECTORS: usize = 32;
+/// After the exceptions, the lines of the 8259s.
+const LINES: usize = 16;
+const _: () = assert!(super::interrupts::FIRST_VECTOR as usize == VECTORS);
 const STUB_BYTES: u64 = 16;
 const DOUBLE_FAULT: usize = 8;
 const PAGE_FAULT: u64 = 14;
@@ -59,7 +64,7 @@ const NAMES: [&str; VECTORS] = [
     "reserved",
 ];
 
-static TABLE: Once<[Entry<HandlerFunc>; VECTORS]> = Once::new();
+static TABLE: Once<[Entry<HandlerFunc>; VECTORS + LINES]> = Once::new();
 
 unsafe extern "C" {
     static exception_stubs: u8;
@@ -69,7 +74,7 @@ unsafe extern "C" {
 pub fn init() {
     segments::init();
     let table = TABLE.call_once(|| {
-        let mut table = [Entry::missing(); VECTORS];
+        let mut table = [Entry::missing(); VECTORS + LINES];
         let mut stub = (&raw const exception_stubs).addr() as u64;
         for (vector, entry) in table.iter_mut().enumerate() {
             // SAFETY: a stub of exceptions.s, made for this vector.

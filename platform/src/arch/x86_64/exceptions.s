@@ -17,6 +17,45 @@ exception_stubs:
     .set vector, vector + 1
 .endr
 
+# Directly behind them 16 more for the lines of the 8259s. Each hands its line to `interrupt_entry` and returns. The kernel's
+# code uses no registers but the general ones, and no memory below the stack pointer.
+.set line, 0
+.rept 16
+    .balign 16
+    .byte 0x6a, line            # push line
+    jmp interrupt_common
+    .set line, line + 1
+.endr
+
+.balign 16
+interrupt_common:
+    push rax
+    push rcx
+    push rdx
+    push rsi
+    push rdi
+    push r8
+    push r9
+    push r10
+    push r11
+    cld
+    mov edi, [rsp + 72]
+    # The CPU aligned the stack before it pushed five words, and the stub pushed ten.
+    sub rsp, 8
+    call interrupt_entry
+    add rsp, 8
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rax
+    add rsp, 8
+    iretq
+
 exception_common:
     push rax
     push rbx

@@ -1,16 +1,51 @@
-//! Interrupts: all sources masked, the CPU's flag saved and restored. The kernel polls.
+//! Interrupts: the CPU's flag, and the two 8259s, which take the lines of a PC's devices.
+//!
+//! ```text
+//! lines 0 to 7     the first one; line 0 is the timer, line 2 the second one
+//! lines 8 to 15    the second one
+//! ```
+//! Which of them a PCI function's line comes out at firmware wrote into the function's own register. To sleep with a
+//! deadline, the interval timer's channel 0 interrupts once; longer sleeps are made of several.
+
+use core::sync::atomic::{AtomicBool, Ordering};
 
 use x86_64::instructions::interrupts;
 use x86_64::instructions::port::Port;
 
-const PIC_MASK_PORTS: [u16; 2] = [0x21, 0xa1];
+use crate::acpi::madt;
+use crate::interrupts::{InterruptError, Line, Next, dispatch};
+use crate::machine::Firmware;
+use crate::pci::message::Message;
+use crate::time;
+
+const COMMAND_PORTS: [u16; 2] = [0x20, 0xa0];
+const DATA_PORTS: [u16; 2] = [0x21, 0xa1];
+/// The lines of the 8259s come as these vectors, above those of CPU exceptions.
+pub(super) const FIRST_VECTOR: u8 = 32;
+const LINES: u32 = 16;
+const TIMER_LINE: u32 = 0;
+/// Where the second 8259 is connected to the first.
+const CASCADE_LINE: u32 = 2;
+
+/// Initialisation in four words: edges as the chipset has it, and a fourth word; the first vector; the cascade; 8086 mode.
+const INIT: u8 = 0x11;
+const MODE_8086: u8 = 1;
+const END_OF_INTERRUPT: u8 = 0x20;
+/// The next read of the command port gives the lines that are being handled.
+const READ_IN_SERVICE: u8 = 0x0b;
+
+/// The timer: its input frequency, the longest time that it can count, and a count once from a value of two bytes.
+const PIT_HZ: u64 = 1_193_182;
+const LONGEST_COUNT: u64 = 0xffff;
+const PIT_ONCE: u8 = 0b0011_0000;
+
+/// Set once the 8259s send vectors that are none of an exception.
+static READY: AtomicBool = AtomicBool::new(false);
 
 /// Masks every line of both 8259s, whose reset vectors would look like CPU exceptions.
 pub fn mask_all() {
-    for port in PIC_MASK_PORTS {
-        // SAFETY: the interrupt mask registers of the two 8259s; masking has no effect on memory. A machine without
-        // them ignores the write.
-        unsafe { Port::<u8>::new(port).write(0xff) };
+    for port in DATA_PORTS {
+        write(port, 0xff);
     }
 }
 
@@ -32,4 +67,137 @@ pub fn restore(saved: Saved) {
     if saved.enabled {
         interrupts::enable();
     }
+}
+
+/// Sets the 8259s up, with every line off, and lets this CPU take interrupts.
+///
+/// # Errors
+///
+/// [`InterruptError::NoController`] on a machine without them.
+pub fn init(firmware: &Firmware) -> Result<(), InterruptError> {
+    if let Firmware::Acpi(tables) = firmware {
+        let madt = tables.find(madt::SIGNATURE).and_then(madt::parse);
+        let absent = madt.is_ok_and(|madt| !madt.has_8259s);
+        if absent {
+            return Err(InterruptError::NoController {
+                reason: "the MADT says that there are no 8259s".into(),
+            });
+        }
+    }
+    let vectors = [FIRST_VECTOR, FIRST_VECTOR + 8];
+    // What each is told of the cascade: which of its lines, and which number it is.
+    let cascade = [1 << CASCADE_LINE, CASCADE_LINE as u8];
+    for chip in 0..2 {
+        write(COMMAND_PORTS[chip], INIT);
+        write(DATA_PORTS[chip], vectors[chip]);
+        write(DATA_PORTS[chip], cascade[chip]);
+        write(DATA_PORTS[chip], MODE_8086);
+    }
+    mask_all();
+    // What is not there reads as all ones whatever it was told.
+    write(DATA_PORTS[0], !(1 << CASCADE_LINE));
+    if read(DATA_PORTS[0]) != !(1 << CASCADE_LINE) {
+        return Err(InterruptError::NoController { reason: "no 8259 is at port 0x20".into() });
+    }
+    READY.store(true, Ordering::Release);
+    interrupts::enable();
+    Ok(())
+}
+
+/// Device trees describe no machine of this kind.
+pub fn line(_specifier: &[u32]) -> Option<Line> {
+    None
+}
+
+/// Lets a line come.
+///
+/// # Errors
+///
+/// [`InterruptError`] for one that the 8259s do not have for devices, and before [`init`].
+pub fn enable(line: Line) -> Result<(), InterruptError> {
+    if !READY.load(Ordering::Acquire) {
+        return Err(InterruptError::NoController { reason: "it is not set up".into() });
+    }
+    if line.number >= LINES || matches!(line.number, TIMER_LINE | CASCADE_LINE) {
+        return Err(InterruptError::NoLine { number: line.number });
+    }
+    set_masked(line.number, false);
+    Ok(())
+}
+
+/// Stops a line.
+pub fn disable(number: u32) {
+    if number < LINES {
+        set_masked(number, true);
+    }
+}
+
+/// None: this machine's controller takes no messages.
+///
+/// # Errors
+///
+/// Always [`InterruptError::NoController`].
+pub fn message(_segment: u16, _requester: u16, _event: u16) -> Result<(u32, Message), InterruptError> {
+    Err(InterruptError::NoController { reason: "the 8259s take no messages".into() })
+}
+
+/// Sleeps until an interrupt came, `deadline_ns` has passed, or at some time before. To be called with interrupts off, and
+/// returns so; what came since they were turned off ends the sleep at once.
+pub fn wait_until(deadline_ns: u64) {
+    let left_ns = deadline_ns.saturating_sub(time::now_ns().unwrap_or(deadline_ns));
+    let count = (u128::from(left_ns) * u128::from(PIT_HZ) / 1_000_000_000).clamp(1, LONGEST_COUNT.into());
+    if READY.load(Ordering::Acquire) {
+        write(0x43, PIT_ONCE);
+        let [low, high] = (count as u16).to_le_bytes();
+        write(0x40, low);
+        write(0x40, high);
+        set_masked(TIMER_LINE, false);
+        // No interrupt comes between the two instructions.
+        interrupts::enable_and_hlt();
+        interrupts::disable();
+        set_masked(TIMER_LINE, true);
+    }
+}
+
+/// Called by the stubs with the line.
+#[unsafe(no_mangle)]
+extern "C" fn interrupt_entry(number: u32) {
+    let chip = usize::from(number >= 8);
+    // A line that went away meanwhile comes as the last one of its chip, and is not being handled.
+    let spurious = number % 8 == 7 && {
+        write(COMMAND_PORTS[chip], READ_IN_SERVICE);
+        read(COMMAND_PORTS[chip]) & 0x80 == 0
+    };
+    if !spurious && number != TIMER_LINE && dispatch(number) == Next::TurnOff {
+        set_masked(number, true);
+    }
+    if chip == 1 {
+        if !spurious {
+            write(COMMAND_PORTS[1], END_OF_INTERRUPT);
+        }
+        write(COMMAND_PORTS[0], END_OF_INTERRUPT);
+    } else if !spurious {
+        write(COMMAND_PORTS[0], END_OF_INTERRUPT);
+    }
+}
+
+/// Sets one bit of the masks, with interrupts off.
+fn set_masked(number: u32, masked: bool) {
+    let saved = save_and_disable();
+    let port = DATA_PORTS[usize::from(number >= 8)];
+    let bit = 1 << (number % 8);
+    let mask = read(port);
+    write(port, if masked { mask | bit } else { mask & !bit });
+    restore(saved);
+}
+
+fn read(port: u16) -> u8 {
+    // SAFETY: a register of the 8259s, whose reads have no side effects.
+    unsafe { Port::new(port).read() }
+}
+
+fn write(port: u16, value: u8) {
+    // SAFETY: a register of the 8259s, or of the timer's channel 0, which only this module uses. None has an effect on
+    // memory, and a machine without them ignores the write.
+    unsafe { Port::new(port).write(value) };
 }

@@ -24,7 +24,8 @@ use x86_64::structures::paging::{
 };
 use x86_64::{PhysAddr, VirtAddr};
 
-use super::{cpuid, image};
+use super::cpuid;
+use crate::image;
 use crate::memory::frames::{self, FRAME_BYTES};
 use crate::memory::map::MemoryMap;
 use crate::range::PhysRange;

@@ -10,7 +10,6 @@ pub mod console;
 mod cpuid;
 pub mod diagnostic;
 pub mod exceptions;
-pub mod image;
 pub mod interrupts;
 pub mod mmu;
 pub mod power;

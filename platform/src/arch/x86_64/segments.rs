@@ -7,7 +7,7 @@ use x86_64::instructions::tables::load_tss;
 use x86_64::structures::gdt::{Descriptor, GlobalDescriptorTable, SegmentSelector};
 use x86_64::structures::tss::TaskStateSegment;
 
-use super::image;
+use crate::image;
 
 /// The entry of the task state's stack table that double faults use.
 pub const FAULT_STACK_INDEX: u16 = 0;

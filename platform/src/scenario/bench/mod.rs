@@ -92,7 +92,7 @@ fn measure<R>(
 /// The IOMMU with one endpoint at work, `edu`, and one that is in no domain, the entropy source. Neither does any DMA.
 fn rig(info: &BootInfo) -> Result<Rig, String> {
     let live = info.command_line.number("live").map_err(text)?.unwrap_or(1_000_000);
-    let (machine, iommu) = setup::bring_up(info, Options::default(), |transport| transport).map_err(text)?;
+    let (machine, iommu) = setup::bring_up(info, Options::default()).map_err(text)?;
     let find = |vendor, device, name: &str| {
         let function = machine.pci.with_id(vendor, device).next();
         function.ok_or_else(|| alloc::format!("the machine has no {name}"))

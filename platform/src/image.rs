@@ -1,4 +1,4 @@
-//! Where the kernel's own code and data lie, by the linker script's symbols.
+//! Where the kernel's own code and data lie, by the symbols that each architecture's linker script defines.
 
 use crate::range::PhysRange;
 
@@ -57,13 +57,13 @@ pub fn writable() -> [PhysRange; 3] {
     ]
 }
 
-/// The two stacks, the one for double faults first.
+/// The two stacks, the one for faults first.
 pub fn stacks() -> [PhysRange; 2] {
     let [_, fault, normal] = writable();
     [fault, normal]
 }
 
-/// One past the last byte of the stack for double faults.
+/// One past the last byte of the stack for faults.
 pub fn fault_stack_top() -> u64 {
     (&raw const __fault_stack_top).addr() as u64
 }
@@ -71,7 +71,7 @@ pub fn fault_stack_top() -> u64 {
 /// What lies at `address` when that is a guard page.
 pub fn guard_page_name(address: u64) -> Option<&'static str> {
     let guards = [
-        ((&raw const __fault_stack_guard).addr() as u64, "the guard page below the double fault stack"),
+        ((&raw const __fault_stack_guard).addr() as u64, "the guard page below the stack for faults"),
         ((&raw const __stack_guard).addr() as u64, "the guard page below the stack: it overflowed"),
     ];
     guards

@@ -1,0 +1,146 @@
+//! The columns of the matrix: a machine on a QEMU.
+//!
+//! The environment names a kernel and some QEMUs for each architecture. Each of the architecture's machines is tried on each
+//! QEMU; where that cannot be, the column says why, and so does every case in it.
+
+use std::env;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use qemu_tests::machine::{Arch, Iommu, Machine, Need};
+use qemu_tests::qemu::Qemu;
+
+/// Begins the name of the variable with the kernel image; that of the architecture follows.
+const KERNEL: &str = "QEMU_TESTS_KERNEL_";
+/// The same for the QEMUs, as the search path has its directories.
+const QEMU: &str = "QEMU_TESTS_QEMU_";
+/// The same for QEMUs that should be there and are not: a line for each, `RELEASE: WHY`.
+const MISSING: &str = "QEMU_TESTS_MISSING_";
+/// What is said where the environment names nothing.
+const NOT_SET: &str = "`cargo xtask test --tier machine` names kernels and QEMUs, and runs these tests";
+
+/// A machine on a QEMU.
+#[derive(Clone, Debug)]
+pub(crate) struct Column {
+    pub(crate) arch: Arch,
+    pub(crate) iommu: Iommu,
+    /// The release of QEMU: `7.2`, or a word in place of it.
+    release: String,
+    /// Whether this is the newest QEMU on which there is the machine.
+    pub(crate) newest: bool,
+    /// What it takes to run, or why that is not to be had.
+    pub(crate) host: Result<Host, String>,
+}
+
+/// What it takes to run a case.
+#[derive(Clone, Debug)]
+pub(crate) struct Host {
+    kernel: PathBuf,
+    pub(crate) qemu: Qemu,
+}
+
+impl fmt::Display for Column {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{}", self.arch.name(), self.transport(), self.release)
+    }
+}
+
+impl Column {
+    /// The three words of its name.
+    pub(crate) fn words(&self) -> [&str; 3] {
+        [self.arch.name(), self.transport(), &self.release]
+    }
+
+    /// The machine without anything that a case adds.
+    pub(crate) fn machine(&self, host: &Host) -> Machine {
+        Machine { iommu: self.iommu, ..Machine::new(self.arch, host.kernel.clone()) }
+    }
+
+    /// Where a case leaves its files.
+    pub(crate) fn directory(&self, case: &str) -> PathBuf {
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(self.to_string()).join(case)
+    }
+
+    fn transport(&self) -> &'static str {
+        match self.iommu {
+            Iommu::Pci => "pci",
+            Iommu::Mmio | Iommu::TwoMmio => "mmio",
+            Iommu::Off => "none",
+        }
+    }
+}
+
+/// Every column that the environment asks for; where it asks for none, one for each architecture that says so.
+pub(crate) fn all() -> Vec<Column> {
+    let columns: Vec<Column> = Arch::ALL.into_iter().flat_map(of_arch).collect();
+    if !columns.is_empty() {
+        return columns;
+    }
+    let nothing = |arch| Column {
+        arch,
+        iommu: Iommu::Pci,
+        release: "none".to_owned(),
+        newest: true,
+        host: Err(NOT_SET.to_owned()),
+    };
+    Arch::ALL.into_iter().map(nothing).collect()
+}
+
+/// The columns of one architecture.
+fn of_arch(arch: Arch) -> Vec<Column> {
+    let name = arch.name().to_uppercase();
+    let variable = |prefix: &str| env::var_os(format!("{prefix}{name}"));
+    let kernel = variable(KERNEL).map(PathBuf::from);
+    let qemus = variable(QEMU).unwrap_or_default();
+    let missing = variable(MISSING).unwrap_or_default().to_string_lossy().into_owned();
+    let there: Vec<Result<Qemu, String>> = env::split_paths(&qemus)
+        .filter(|path| !path.as_os_str().is_empty())
+        .map(|path| Qemu::probe_recent(&path).map_err(|error| format!("{error:#}")))
+        .collect();
+    let absent: Vec<(&str, &str)> = missing.lines().filter_map(|line| line.split_once(": ")).collect();
+    if there.is_empty() && absent.is_empty() {
+        return Vec::new();
+    }
+    let mut columns = Vec::new();
+    for iommu in [Iommu::Pci, Iommu::Mmio] {
+        if let Err(why) = Need::of(arch, iommu) {
+            let (release, host) = ("any".to_owned(), Err(why.to_owned()));
+            columns.push(Column { arch, iommu, release, newest: false, host });
+            continue;
+        }
+        columns.extend(there.iter().map(|qemu| column(arch, iommu, kernel.as_deref(), qemu.clone())));
+        columns.extend(absent.iter().map(|(release, why)| {
+            let (release, host) = ((*release).to_owned(), Err((*why).to_owned()));
+            Column { arch, iommu, release, newest: false, host }
+        }));
+    }
+    let version = |column: &Column| column.host.as_ref().ok().map(|host| host.qemu.version);
+    for iommu in [Iommu::Pci, Iommu::Mmio] {
+        let able = columns.iter_mut().filter(|column| column.iommu == iommu && column.host.is_ok());
+        if let Some(newest) = able.max_by_key(|column| version(column)) {
+            newest.newest = true;
+        }
+    }
+    columns
+}
+
+fn column(arch: Arch, iommu: Iommu, kernel: Option<&Path>, qemu: Result<Qemu, String>) -> Column {
+    let release = match &qemu {
+        Ok(qemu) => format!("{}.{}", qemu.version.major, qemu.version.minor),
+        Err(_) => "unknown".to_owned(),
+    };
+    Column { arch, iommu, release, newest: false, host: host(arch, iommu, kernel, qemu) }
+}
+
+fn host(arch: Arch, iommu: Iommu, kernel: Option<&Path>, qemu: Result<Qemu, String>) -> Result<Host, String> {
+    let need = Need::of(arch, iommu)?;
+    let qemu = qemu?;
+    if qemu.version < need.oldest {
+        return Err(need.why.to_owned());
+    }
+    match kernel {
+        Some(kernel) if kernel.is_file() => Ok(Host { kernel: kernel.to_owned(), qemu }),
+        Some(kernel) => Err(format!("there is no kernel at {}", kernel.display())),
+        None => Err(format!("no kernel for {} was named", arch.name())),
+    }
+}

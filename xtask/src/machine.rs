@@ -1,0 +1,83 @@
+//! The machine tier: kernels for each architecture, on each QEMU.
+//!
+//! The test binary of `qemu-tests` makes a matrix of what is named to it here, and says of each cell how it ended.
+
+use std::env;
+use std::ffi::OsString;
+
+use anyhow::{Context as _, Result, bail};
+use qemu_tests::machine::Arch;
+
+use crate::setup::matrix::{self, Found};
+use crate::test::TestArguments;
+use crate::{command, kernel, progress};
+
+/// Builds the kernels, finds the QEMUs, and runs the cases.
+///
+/// # Errors
+///
+/// When there is no compiler or no QEMU at all, or a case fails.
+pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
+    progress::heading("machine tests");
+    let archs = archs(arguments);
+    let found = matrix::find(&archs, &arguments.setup);
+    if found.iter().all(|found| found.qemus.is_empty()) {
+        let why = found.iter().flat_map(|found| &found.missing).map(|missing| missing.why.as_str()).next();
+        bail!("no QEMU to run anything on: {}", why.unwrap_or("none was looked for"));
+    }
+    let mut tests = command::cargo(&["test", "--package", "qemu-tests", "--test", "machine"]);
+    tests.env_remove("QEMU_TESTS_TIER");
+    for arch in Arch::ALL {
+        for variable in ["KERNEL", "QEMU", "MISSING"] {
+            tests.env_remove(name(variable, arch));
+        }
+    }
+    for Found { arch, qemus, missing } in &found {
+        let lines: Vec<String> =
+            missing.iter().map(|missing| format!("{}: {}", missing.release, missing.why)).collect();
+        tests.env(name("MISSING", *arch), lines.join("\n"));
+        if qemus.is_empty() {
+            continue;
+        }
+        for qemu in qemus {
+            progress::note(&format!("{} on QEMU {} at {}", arch.name(), qemu.version, qemu.path.display()));
+        }
+        let paths = env::join_paths(qemus.iter().map(|qemu| &qemu.path)).context("the path of a QEMU")?;
+        tests.env(name("QEMU", *arch), paths);
+        tests.env(name("KERNEL", *arch), kernel::build(*arch)?.image);
+    }
+    tests.args(arguments.filter.as_slice());
+    command::run(&mut tests)
+}
+
+/// The architectures that are asked for: by name, or by a filter that names one. A QEMU that was chosen is for one only.
+fn archs(arguments: &TestArguments) -> Vec<Arch> {
+    if let Some(arch) = arguments.arch {
+        return vec![arch.into()];
+    }
+    let filter = arguments.filter.as_deref().unwrap_or("");
+    if let Some(arch) = Arch::ALL.into_iter().find(|arch| filter.contains(arch.name())) {
+        return vec![arch];
+    }
+    if matrix::is_chosen(&arguments.setup) { vec![Arch::X86_64] } else { Arch::ALL.to_vec() }
+}
+
+/// The name of a variable that `qemu-tests` reads.
+fn name(variable: &str, arch: Arch) -> OsString {
+    format!("QEMU_TESTS_{variable}_{}", arch.name().to_uppercase()).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_filter_may_name_the_architecture() {
+        let asked = |filter: &str| {
+            archs(&TestArguments { filter: Some(filter.to_owned()), ..TestArguments::default() })
+        };
+        assert_eq!(asked("riscv64/mmio/"), [Arch::Riscv64]);
+        assert_eq!(asked("soak"), Arch::ALL);
+        assert_eq!(name("KERNEL", Arch::X86_64), "QEMU_TESTS_KERNEL_X86_64");
+    }
+}
