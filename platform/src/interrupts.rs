@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! firmware          device tree or a PCI register: where a device's line goes         `Machine::line_of`
-//! this module       the handlers of each line                                         `connect`
+//! this module       the handlers of each line, and of each message                    `connect`, `connect_message`
 //! arch::interrupts  the controller: lines on and off, sleeping, calling `dispatch`
 //! ```
 //!
@@ -20,6 +20,7 @@ use spin::Once;
 
 use crate::arch::interrupts as controller;
 use crate::memory::MapRegistersError;
+use crate::pci::message::Message;
 
 /// How many handlers there can be.
 const MAX_HANDLERS: usize = 32;
@@ -120,10 +121,39 @@ static STRAY: AtomicU32 = AtomicU32::new(0);
 ///
 /// [`InterruptError::TooManyHandlers`] or [`InterruptError::NoLine`].
 pub fn connect(line: Line, handle: impl Fn() -> Claim + Send + Sync + 'static) -> Result<(), InterruptError> {
+    add_handler(line.number, Box::new(handle))?;
+    controller::enable(line)
+}
+
+/// Has `handle` called when a function says by a message that one of its events happened, and gives the message: what
+/// the function is to write, at a physical address. No other function or event shares it.
+///
+/// `requester` is the function's number on its bus, by [`Pci::requester`](crate::pci::Pci::requester).
+///
+/// # Errors
+///
+/// [`InterruptError::TooManyHandlers`], [`InterruptError::NotConnected`], or [`InterruptError::NoController`] where none
+/// takes messages.
+pub fn connect_message(
+    segment: u16,
+    requester: u16,
+    event: u16,
+    handle: impl Fn() + Send + Sync + 'static,
+) -> Result<Message, InterruptError> {
+    let (number, message) = controller::message(segment, requester, event)?;
+    let claimed = move || {
+        handle();
+        Claim::Mine
+    };
+    add_handler(number, Box::new(claimed))?;
+    Ok(message)
+}
+
+fn add_handler(number: u32, handle: Box<dyn Fn() -> Claim + Send + Sync>) -> Result<(), InterruptError> {
     let place = CONNECTED.fetch_add(1, Ordering::Relaxed);
     let place = HANDLERS.get(place).ok_or(InterruptError::TooManyHandlers)?;
-    place.call_once(|| Handler { number: line.number, handle: Box::new(handle) });
-    controller::enable(line)
+    place.call_once(|| Handler { number, handle });
+    Ok(())
 }
 
 /// What the controller is to do with a line that came.
@@ -139,8 +169,8 @@ pub enum Next {
 pub fn dispatch(number: u32) -> Next {
     let handlers = HANDLERS.iter().filter_map(Once::get).filter(|handler| handler.number == number);
     // All of them: two devices may pull a line at once.
-    let claimed = handlers.fold(false, |claimed, handler| (handler.handle)() == Claim::Mine || claimed);
-    if claimed {
+    let claimed = handlers.filter(|handler| (handler.handle)() == Claim::Mine).count();
+    if claimed != 0 {
         STRAY.store(0, Ordering::Relaxed);
         return Next::KeepOn;
     }

@@ -21,6 +21,7 @@ use crate::pci::function::{BusMaster, Function};
 use crate::time;
 
 mod error;
+pub mod interrupt;
 mod registers;
 pub mod topology;
 
@@ -28,7 +29,7 @@ pub use error::BringUpError;
 pub use registers::transport;
 use topology::{Place, Source, Topology};
 
-/// This kernel, as the driver sees it: frames, a spin lock (no interrupts, so it cannot be interrupted), a clock.
+/// This kernel, as the driver sees it: frames, a spin lock (handlers of interrupts do not map, unmap or poll), a clock.
 #[derive(Clone, Copy, Debug)]
 pub struct KernelPlatform;
 

@@ -18,6 +18,8 @@ use crate::pci::function::{Function, MemoryDecode};
 use crate::pci::{Pci, PciAddress};
 use crate::range::PhysRange;
 
+mod line;
+
 static MEMORY: MachineMemory = MachineMemory;
 
 /// What the kernel found.

@@ -28,6 +28,8 @@ pub const DEFAULT_SCENARIO: &str = "default";
 const WRITES_DISK: [&str; 6] = [DEFAULT_SCENARIO, "devices", "bridge", "soak", "block", "block-direct"];
 /// The scenarios that have an NVMe disk, and leave there what must be.
 const WRITES_NVME: [&str; 3] = ["nvme", "devices", "soak"];
+/// The scenario that has one, and leaves it as it is.
+const STARTS_NVME: &str = "messages";
 /// What makes the seed of the NVMe disk's image from that of the machine: the letters of NVME.
 const NVME_SEED: u64 = 0x4e56_4d45;
 /// The scenario that lasts as long as it is told to, the word that tells it, and how long it lasts without.
@@ -106,12 +108,13 @@ impl Boot {
     /// The scenario on the machine, with the default seed, the disks that it needs, and the default deadline.
     #[must_use]
     pub fn new(machine: Machine, scenario: &str, directory: &Path) -> Self {
+        let has_nvme = WRITES_NVME.contains(&scenario) || scenario == STARTS_NVME;
         Self {
             machine,
             scenario: scenario.to_owned(),
             seed: DEFAULT_SEED,
             disk: DiskDevice::Present,
-            nvme: if WRITES_NVME.contains(&scenario) { DiskDevice::Present } else { DiskDevice::Absent },
+            nvme: if has_nvme { DiskDevice::Present } else { DiskDevice::Absent },
             peer: Peer::Listening,
             witness: Witness::Trace,
             words: String::new(),

@@ -5,7 +5,7 @@
 //! | `boot` | the entry from the boot loader, and the memory map and command line it hands over |
 //! | `mmu` | page tables: RAM, device registers, firmware tables |
 //! | `exceptions` | the exception vectors, which report and end the machine |
-//! | `interrupts` | the CPU's mask; the controller: `init` by firmware's word, `line` of a device tree's specifier, `enable`, `disable`; `wait_until` an interrupt comes or a time; calls [`dispatch`](crate::interrupts::dispatch) |
+//! | `interrupts` | the CPU's mask; the controller: `init` by firmware's word, `line` of a device tree's specifier, `enable`, `disable`; `message` for a function's event; `wait_until` an interrupt comes or a time; calls [`dispatch`](crate::interrupts::dispatch) |
 //! | `console` | bytes out of the serial port |
 //! | `clock` | the monotonic clock |
 //! | `diagnostic` | a port that does nothing, whose writes a trace of the machine shows |

@@ -6,7 +6,8 @@
 //! 0x00  identification, 0x010000ed         0x80  source        (64 bits)
 //! 0x04  liveness: reads as the inverse     0x88  destination   (64 bits)
 //!       of what was written                0x90  length        (64 bits)
-//!                                          0x98  command: bit 0 start, set until done; bit 1 direction
+//! 0x24  causes of interrupts               0x98  command: bit 0 start, set until done; bit 1 direction
+//! 0x60  adds causes    0x64  takes causes away
 //! buffer: 4096 bytes at device address 0x40000
 //! ```
 //!
@@ -36,6 +37,9 @@ const BUFFER_ADDRESS: u64 = 0x4_0000;
 
 const REG_IDENTIFICATION: usize = 0x00;
 const REG_LIVENESS: usize = 0x04;
+const REG_INTERRUPT_STATUS: usize = 0x24;
+const REG_INTERRUPT_RAISE: usize = 0x60;
+const REG_INTERRUPT_ACKNOWLEDGE: usize = 0x64;
 const REG_SOURCE: usize = 0x80;
 const REG_DESTINATION: usize = 0x88;
 const REG_LENGTH: usize = 0x90;
@@ -110,6 +114,18 @@ impl fmt::Display for EduError {
 }
 
 impl core::error::Error for EduError {}
+
+/// Has the device interrupt, for made-up causes.
+pub fn interrupt(registers: &impl Registers, causes: u32) {
+    registers.write32(REG_INTERRUPT_RAISE, causes);
+}
+
+/// Takes away what the device interrupts for, as its interrupt handler has to, and gives it; 0 when it did not.
+pub fn acknowledge(registers: &impl Registers) -> u32 {
+    let causes = registers.read32(REG_INTERRUPT_STATUS);
+    registers.write32(REG_INTERRUPT_ACKNOWLEDGE, causes);
+    causes
+}
 
 /// The device.
 pub struct Edu {

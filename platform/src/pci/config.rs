@@ -41,6 +41,10 @@ pub mod offset {
     pub const SUBSYSTEM: u16 = 0x2c;
     /// Where the list of capabilities begins, 8 bits.
     pub const CAPABILITIES: u16 = 0x34;
+    /// The interrupt line that firmware gave, 8 bits.
+    pub const INTERRUPT_LINE: u16 = 0x3c;
+    /// The pin that pulls it, 8 bits: 1 to 4, or 0 for none.
+    pub const INTERRUPT_PIN: u16 = 0x3d;
     /// Where the list of extended capabilities begins.
     pub const EXTENDED_CAPABILITIES: u16 = 0x100;
 }

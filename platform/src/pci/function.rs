@@ -110,6 +110,15 @@ pub enum BusMaster {
     Off,
 }
 
+/// Whether a function pulls its interrupt line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LineInterrupt {
+    /// It may.
+    On,
+    /// It may not.
+    Off,
+}
+
 /// The innermost bridge that leads to a function's bus.
 pub(super) fn bridge_above(functions: &[Function], address: PciAddress) -> Option<&Function> {
     let leading = functions.iter().filter(|function| {
@@ -130,6 +139,13 @@ pub(super) fn set_memory_decode(config: &impl ConfigSpace, address: PciAddress, 
 pub(super) fn set_bus_master(config: &impl ConfigSpace, address: PciAddress, state: BusMaster) {
     update_command(config, address, |command| {
         command.set(CommandRegister::BUS_MASTER_ENABLE, state == BusMaster::On)
+    });
+}
+
+/// Lets one function pull its interrupt line, or not.
+pub(super) fn set_line_interrupt(config: &impl ConfigSpace, address: PciAddress, state: LineInterrupt) {
+    update_command(config, address, |command| {
+        command.set(CommandRegister::INTERRUPT_DISABLE, state == LineInterrupt::Off)
     });
 }
 

@@ -10,10 +10,11 @@
 //!               host's or the bridge's window
 //! quiesce_all   bus mastering off everywhere but on bridges
 //! set_memory_decode, set_bus_master   per function, with the bridges above it
+//! pin_at_root   where a function's interrupt comes out
 //! ```
 //!
 //! Promises that no loop depends on what a device says: buses, devices, functions, capabilities have their bounds.
-//! Leaves out: expansion ROMs, I/O ports, hot-plug, interrupts.
+//! Leaves out: expansion ROMs, I/O ports, hot-plug.
 
 use alloc::vec::Vec;
 
@@ -35,8 +36,11 @@ pub use pci_types::PciAddress;
 use assign::{AssignError, HostWindow};
 use capability::{Capability, ExtendedCapability};
 use config::ConfigSpace;
-use function::{BusMaster, Function, MemoryDecode};
+use function::{BusMaster, Function, LineInterrupt, MemoryDecode};
 use number::Numbering;
+
+/// The interrupt pins of a bus.
+const PINS: u8 = 4;
 
 /// The functions of a machine, and the way to them.
 #[derive(Debug)]
@@ -118,6 +122,26 @@ impl<C: ConfigSpace> Pci<C> {
         }
     }
 
+    /// Lets a function pull its interrupt line, or not.
+    pub fn set_line_interrupt(&self, address: PciAddress, state: LineInterrupt) {
+        function::set_line_interrupt(&self.config, address, state);
+    }
+
+    /// The pin of a root bus that a function's interrupt comes out at: each bridge on the way takes its devices' pins in
+    /// turn (PCI-to-PCI Bridge Specification 1.2, 9.1). `None` for a function that has no pin.
+    pub fn pin_at_root(&self, address: PciAddress) -> Option<(PciAddress, u8)> {
+        let mut pin = self.config.read8(address, config::offset::INTERRUPT_PIN);
+        if !(1..=PINS).contains(&pin) {
+            return None;
+        }
+        let mut at = address;
+        self.for_bridges_above(address, |bridge| {
+            pin = (pin - 1 + at.device()) % PINS + 1;
+            at = bridge;
+        });
+        Some((at, pin))
+    }
+
     /// Whether a function may read and write memory.
     pub fn bus_master(&self, address: PciAddress) -> BusMaster {
         function::bus_master(&self.config, address)
@@ -143,7 +167,7 @@ impl<C: ConfigSpace> Pci<C> {
         capability::list_extended(&self.config, address)
     }
 
-    fn for_bridges_above(&self, mut address: PciAddress, act: impl Fn(PciAddress)) {
+    fn for_bridges_above(&self, mut address: PciAddress, mut act: impl FnMut(PciAddress)) {
         // A path crosses each bus once at most, whatever bus numbers the bridges claim.
         for _ in 0..=u8::MAX {
             let Some(bridge) = self.bridge_above(address) else { return };

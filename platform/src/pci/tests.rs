@@ -213,6 +213,26 @@ fn behind_a_bridge_addresses_come_from_its_window() {
 }
 
 #[test]
+fn pins_turn_at_each_bridge() {
+    let with_pin = |pin| FakeFunction::endpoint(1, 1).with(offset::INTERRUPT_PIN, &[pin]);
+    let pci = Pci::scan(FakeSpace::new([
+        (at(0, 1, 0), FakeFunction::bridge(1, 2, 0, 0)),
+        (at(1, 3, 0), FakeFunction::bridge(2, 2, 0, 0)),
+        (at(2, 2, 0), with_pin(1)),
+        (at(1, 1, 0), with_pin(4)),
+        (at(0, 2, 0), with_pin(2)),
+        (at(0, 3, 0), with_pin(0)),
+        (at(0, 4, 0), with_pin(5)),
+    ]));
+    // A at device 2 is C behind the inner bridge, and that at device 3 is B behind the outer one.
+    assert_eq!(pci.pin_at_root(at(2, 2, 0)), Some((at(0, 1, 0), 2)));
+    assert_eq!(pci.pin_at_root(at(1, 1, 0)), Some((at(0, 1, 0), 1)));
+    assert_eq!(pci.pin_at_root(at(0, 2, 0)), Some((at(0, 2, 0), 2)));
+    assert_eq!(pci.pin_at_root(at(0, 3, 0)), None);
+    assert_eq!(pci.pin_at_root(at(0, 4, 0)), None);
+}
+
+#[test]
 fn bridges_that_claim_each_other_end_no_loop() {
     let pci = Pci::scan(FakeSpace::new([
         (at(0, 1, 0), FakeFunction::bridge(1, 255, 0, 0)),

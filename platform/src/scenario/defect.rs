@@ -35,7 +35,7 @@ pub(super) fn early(info: &BootInfo) -> ! {
     let report = Report::start(1);
     let options = Options { timeout_ns: 50_000_000, ..Options::default() };
     let arm = Arm::default();
-    let wrap = |transport| Tampered::boxed(transport, Tamper::HoldDoorbell, arm.clone());
+    let wrap = |transport| Tampered::boxed(transport, Tamper::HoldDoorbell, &arm);
     let (machine, iommu) = match setup::bring_up_wrapped(info, options, &wrap) {
         Ok(up) => up,
         Err(error) => give_up(report, "early.iommu", error),
@@ -53,7 +53,7 @@ pub(super) fn early(info: &BootInfo) -> ! {
 pub(super) fn lie(info: &BootInfo) -> ! {
     let mut report = Report::start(1);
     let arm = Arm::default();
-    let wrap = |transport| Tampered::boxed(transport, Tamper::Lie, arm.clone());
+    let wrap = |transport| Tampered::boxed(transport, Tamper::Lie, &arm);
     let (machine, iommu) = match setup::bring_up_wrapped(info, Options::default(), &wrap) {
         Ok(up) => up,
         Err(error) => give_up(report, "lie.iommu", error),

@@ -10,6 +10,8 @@
 //!               pool; what they took; attacks                                  |
 //! block         the same with a virtio disk, by the kernel's own driver        |
 //! block-direct  that driver on a machine without an IOMMU                      |
+//! interrupts    faults and answers wake a CPU that sleeps                      |
+//! messages      endpoints interrupt by MSI and MSI-X, translated and blocked   |
 //! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
@@ -27,6 +29,8 @@ mod bridge;
 mod default;
 mod defect;
 mod devices;
+mod interrupts;
+mod messages;
 mod misbehave;
 mod nvme;
 mod policies;
@@ -90,7 +94,9 @@ pub fn run(info: &BootInfo) -> ! {
         "nvme" => nvme::run(info),
         "block" => block::run(info),
         "block-direct" => block::direct(info),
+        "messages" => messages::run(info),
         "two-iommus" => two_iommus::run(info),
+        "interrupts" => interrupts::run(info),
         "leak" => defect::leak(info),
         "early" => defect::early(info),
         "lie" => defect::lie(info),
@@ -104,7 +110,8 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             two-iommus bench bench-direct leak early lie panic page-fault overflow write-code silent half babble"
+             interrupts messages two-iommus bench bench-direct leak early lie panic page-fault overflow write-code \
+             silent half babble"
         )),
     }
 }

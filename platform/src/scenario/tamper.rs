@@ -4,6 +4,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 
+use spin::Once;
 use virtio_iommu::transport::{DeviceStatus, InterruptCause, QueueAddresses, Transport, TransportError};
 
 use crate::memory::phys_to_virt;
@@ -18,12 +19,23 @@ pub(super) enum Tamper {
 }
 
 /// The switch, for whoever holds the other end.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Arm(Arc<AtomicBool>);
+#[derive(Default)]
+pub(super) struct Arm {
+    armed: Arc<AtomicBool>,
+    transport: Once<Arc<Tampered>>,
+}
 
 impl Arm {
     pub(super) fn arm(&self) {
-        self.0.store(true, Ordering::SeqCst);
+        self.armed.store(true, Ordering::SeqCst);
+    }
+
+    /// Goes back to what a transport does, and rings the doorbell that was held.
+    pub(super) fn release(&self) {
+        self.armed.store(false, Ordering::SeqCst);
+        if let Some(transport) = self.transport.get() {
+            transport.inner.notify(REQUEST_QUEUE);
+        }
     }
 }
 
@@ -33,7 +45,7 @@ const REQUEST_QUEUE: u16 = 0;
 pub(super) struct Tampered {
     inner: Box<dyn Transport>,
     tamper: Tamper,
-    armed: Arm,
+    armed: Arc<AtomicBool>,
     descriptors: AtomicU64,
     used: AtomicU64,
     size: AtomicU16,
@@ -42,10 +54,14 @@ pub(super) struct Tampered {
 }
 
 impl Tampered {
-    pub(super) fn boxed(inner: Box<dyn Transport>, tamper: Tamper, armed: Arm) -> Box<dyn Transport> {
+    /// Goes before a transport, one for each switch.
+    pub(super) fn boxed(inner: Box<dyn Transport>, tamper: Tamper, arm: &Arm) -> Box<dyn Transport> {
+        let armed = Arc::clone(&arm.armed);
         let (descriptors, used) = (AtomicU64::new(0), AtomicU64::new(0));
         let (size, falsified) = (AtomicU16::new(0), AtomicU16::new(0));
-        Box::new(Self { inner, tamper, armed, descriptors, used, size, falsified })
+        let tampered = Arc::new(Self { inner, tamper, armed, descriptors, used, size, falsified });
+        arm.transport.call_once(|| Arc::clone(&tampered));
+        Box::new(Handle(tampered))
     }
 
     /// Turns the answers that came since the last time into successes, by the rings in memory. QEMU answers
@@ -88,65 +104,68 @@ fn write<T: Copy>(phys: u64, value: T) {
     unsafe { phys_to_virt(phys).cast::<T>().write_volatile(value) }
 }
 
-impl Transport for Tampered {
+/// The transport, as the driver has it.
+struct Handle(Arc<Tampered>);
+
+impl Transport for Handle {
     fn device_features(&self) -> u64 {
-        self.inner.device_features()
+        self.0.inner.device_features()
     }
 
     fn set_driver_features(&self, features: u64) {
-        self.inner.set_driver_features(features);
+        self.0.inner.set_driver_features(features);
     }
 
     fn status(&self) -> DeviceStatus {
-        self.inner.status()
+        self.0.inner.status()
     }
 
     fn set_status(&self, status: DeviceStatus) {
-        self.inner.set_status(status);
+        self.0.inner.set_status(status);
     }
 
     fn config_generation(&self) -> u32 {
-        self.inner.config_generation()
+        self.0.inner.config_generation()
     }
 
     fn read_config_u8(&self, offset: usize) -> Result<u8, TransportError> {
-        self.inner.read_config_u8(offset)
+        self.0.inner.read_config_u8(offset)
     }
 
     fn read_config_u32(&self, offset: usize) -> Result<u32, TransportError> {
-        self.inner.read_config_u32(offset)
+        self.0.inner.read_config_u32(offset)
     }
 
     fn write_config_u8(&self, offset: usize, value: u8) -> Result<(), TransportError> {
-        self.inner.write_config_u8(offset, value)
+        self.0.inner.write_config_u8(offset, value)
     }
 
     fn max_queue_size(&self, queue: u16) -> u16 {
-        self.inner.max_queue_size(queue)
+        self.0.inner.max_queue_size(queue)
     }
 
     fn enable_queue(&self, queue: u16, size: u16, addresses: QueueAddresses) -> Result<(), TransportError> {
         if queue == REQUEST_QUEUE {
-            self.descriptors.store(addresses.descriptors.get(), Ordering::SeqCst);
-            self.used.store(addresses.device_area.get(), Ordering::SeqCst);
-            self.size.store(size, Ordering::SeqCst);
+            self.0.descriptors.store(addresses.descriptors.get(), Ordering::SeqCst);
+            self.0.used.store(addresses.device_area.get(), Ordering::SeqCst);
+            self.0.size.store(size, Ordering::SeqCst);
         }
-        self.inner.enable_queue(queue, size, addresses)
+        self.0.inner.enable_queue(queue, size, addresses)
     }
 
     fn notify(&self, queue: u16) {
-        let armed = self.armed.0.load(Ordering::SeqCst);
+        let armed = self.0.armed.load(Ordering::SeqCst);
         let request = queue == REQUEST_QUEUE;
-        if request && armed && self.tamper == Tamper::HoldDoorbell {
+        if request && armed && self.0.tamper == Tamper::HoldDoorbell {
             return;
         }
-        self.inner.notify(queue);
-        if request && self.tamper == Tamper::Lie {
-            self.falsify(armed);
+        self.0.inner.notify(queue);
+        if request && self.0.tamper == Tamper::Lie {
+            self.0.falsify(armed);
         }
     }
 
     fn acknowledge_interrupt(&self) -> InterruptCause {
-        self.inner.acknowledge_interrupt()
+        self.0.inner.acknowledge_interrupt()
     }
 }

@@ -57,6 +57,7 @@ pub mod diagnostic {
 pub mod interrupts {
     use crate::interrupts::{InterruptError, Line, Trigger};
     use crate::machine::Firmware;
+    use crate::pci::message::Message;
 
     /// Nothing.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +99,15 @@ pub mod interrupts {
 
     /// Does nothing.
     pub fn disable(_: u32) {}
+
+    /// None: this machine's controller takes no messages.
+    ///
+    /// # Errors
+    ///
+    /// Always [`InterruptError::NoController`].
+    pub fn message(_segment: u16, _requester: u16, _event: u16) -> Result<(u32, Message), InterruptError> {
+        Err(InterruptError::NoController { reason: "a host process takes no interrupts".into() })
+    }
 
     /// Lets other threads run.
     pub fn wait_until(_: u64) {

@@ -16,6 +16,7 @@ use super::plic::Plic;
 use crate::firmware::device_tree::DeviceTree;
 use crate::interrupts::{InterruptError, Line, Next, Trigger, dispatch};
 use crate::machine::Firmware;
+use crate::pci::message::Message;
 
 /// The bit of `sstatus` that lets S-mode take interrupts.
 const ENABLE: u64 = 1 << 1;
@@ -58,7 +59,8 @@ pub fn restore(saved: Saved) {
     }
 }
 
-/// Starts the PLIC that the device tree names, with every line off. This CPU is the one that takes interrupts.
+/// Starts the PLIC that the device tree names, with every line off, and lets this CPU take interrupts: it is the one that
+/// does.
 ///
 /// # Errors
 ///
@@ -70,6 +72,7 @@ pub fn init(firmware: &Firmware) -> Result<(), InterruptError> {
     CONTROLLER.try_call_once(|| start(tree))?;
     // SAFETY: both vectors are set, and the PLIC lets nothing through yet.
     unsafe { asm!("csrs sie, {}", in(reg) EXTERNAL, options(nostack, preserves_flags)) };
+    restore(Saved { enabled: true });
     Ok(())
 }
 
@@ -106,6 +109,15 @@ pub fn enable(line: Line) -> Result<(), InterruptError> {
 /// Stops a line.
 pub fn disable(number: u32) {
     CONTROLLER.get().into_iter().for_each(|plic| plic.disable(number));
+}
+
+/// None: this machine's controller takes no messages.
+///
+/// # Errors
+///
+/// Always [`InterruptError::NoController`].
+pub fn message(_segment: u16, _requester: u16, _event: u16) -> Result<(u32, Message), InterruptError> {
+    Err(InterruptError::NoController { reason: "a PLIC takes no messages".into() })
 }
 
 /// Sleeps until an interrupt came, `deadline_ns` has passed, or at some time before. To be called with interrupts off, and

@@ -15,6 +15,7 @@ use x86_64::instructions::port::Port;
 use crate::acpi::madt;
 use crate::interrupts::{InterruptError, Line, Next, dispatch};
 use crate::machine::Firmware;
+use crate::pci::message::Message;
 use crate::time;
 
 const COMMAND_PORTS: [u16; 2] = [0x20, 0xa0];
@@ -68,7 +69,7 @@ pub fn restore(saved: Saved) {
     }
 }
 
-/// Sets the 8259s up, with every line off.
+/// Sets the 8259s up, with every line off, and lets this CPU take interrupts.
 ///
 /// # Errors
 ///
@@ -99,6 +100,7 @@ pub fn init(firmware: &Firmware) -> Result<(), InterruptError> {
         return Err(InterruptError::NoController { reason: "no 8259 is at port 0x20".into() });
     }
     READY.store(true, Ordering::Release);
+    interrupts::enable();
     Ok(())
 }
 
@@ -128,6 +130,15 @@ pub fn disable(number: u32) {
     if number < LINES {
         set_masked(number, true);
     }
+}
+
+/// None: this machine's controller takes no messages.
+///
+/// # Errors
+///
+/// Always [`InterruptError::NoController`].
+pub fn message(_segment: u16, _requester: u16, _event: u16) -> Result<(u32, Message), InterruptError> {
+    Err(InterruptError::NoController { reason: "the 8259s take no messages".into() })
 }
 
 /// Sleeps until an interrupt came, `deadline_ns` has passed, or at some time before. To be called with interrupts off, and

@@ -18,6 +18,7 @@ use dtoolkit::standard::{NodeStandard, Range};
 use dtoolkit::{Node as _, Property as _};
 
 pub mod boot;
+pub mod interrupts;
 pub mod pci;
 
 use crate::memory::physical::PhysicalMemory;
