@@ -2,7 +2,6 @@
 
 use crate::dma::Endpoint;
 use crate::domain::Domain;
-use crate::engine::Op;
 use crate::error::RequestError;
 use crate::platform::Platform;
 use crate::wire::request::Request;
@@ -27,15 +26,6 @@ impl<'a, P: Platform> RawRequest<'a, P> {
     /// # Errors
     /// As for every request.
     pub fn send(&self) -> Result<(), RequestError> {
-        let shared = self.domain.shared();
-        let Some(mut state) = shared.with_free_slot() else { return Err(RequestError::NoSlot) };
-        let batch = state.requests.submit_one(&self.request, Op::None);
-        state.sent += 1;
-        state.publish(None, &shared.doorbell);
-        drop(state);
-        match shared.look_once(batch, || Op::None, |_| Some(())) {
-            Ok(()) | Err(None) => Ok(()),
-            Err(Some(in_flight)) => shared.block_on(in_flight.outcome()),
-        }
+        self.domain.shared().exchange_raw(&self.request)
     }
 }

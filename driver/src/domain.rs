@@ -2,9 +2,11 @@
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::Unmapped;
-use crate::engine::{DomainKey, DomainRecord, DomainStats, Engine, Placement, Purpose};
+use crate::engine::{
+    Deferral, DomainKey, DomainRecord, DomainStats, Engine, MappingHandle, Placement, Purpose,
+};
 use crate::error::{MapError, UnmapError};
-use crate::exchange::{self, Owned, Place, Run, Shared};
+use crate::exchange::{self, First, FirstUnmap, Owned, Place, Run, Shared};
 use crate::id::DomainId;
 use crate::mappings::{Mappings, Translation};
 use crate::options::UnmapPolicy;
@@ -189,19 +191,24 @@ impl<P: Platform> Domain<P> {
     async fn map_run(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
         let purpose = Purpose { prot, tag: "" };
         let (shared, key) = (&self.0.shared, self.0.key);
-        let range =
-            exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None).finish().await?;
+        let first = match place {
+            Place::Anywhere { placement, .. } if prot.is_plain() && run.is_whole(shared.granule) => {
+                exchange::map_first(shared, key, run, placement, purpose, &mut None)
+            }
+            _ => First::No,
+        };
+        let range = match first {
+            First::Done(mapped) => mapped.range,
+            first => {
+                exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None, first).await?
+            }
+        };
         self.flush_if_overdue_for(range).await;
         Ok(range)
     }
 
     fn map_run_now(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
-        let purpose = Purpose { prot, tag: "" };
-        let (shared, key) = (&self.0.shared, self.0.key);
-        let range =
-            shared.end_of(exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None))?;
-        self.flush_if_overdue();
-        Ok(range)
+        self.0.shared.block_on(self.map_run(place, run, prot))
     }
 
     /// Maps `len` bytes from `start` at their own addresses, around what is reserved for the domain's endpoints: what
@@ -318,18 +325,28 @@ impl<P: Platform> Domain<P> {
         range: IovaRange,
     ) -> impl Future<Output = Result<Unmapped, UnmapError>> + Send + '_ {
         // Also when it is dropped before it is polled.
-        let owned = Owned::new(&self.0.shared, self.0.key, range);
-        async move { exchange::unmap_by_policy(owned, range).finish().await }
+        exchange::unmap_by_policy(self.owned(range), range)
     }
 
-    /// The same for whoever blocks.
+    /// The same for whoever blocks. `record` may be the record of the mapping, where it is one.
     #[inline]
-    pub(crate) fn unmap_by_policy_now(&self, range: IovaRange) -> Result<Unmapped, UnmapError> {
+    pub(crate) fn unmap_by_policy_now(
+        &self,
+        range: IovaRange,
+        record: MappingHandle,
+    ) -> Result<Unmapped, UnmapError> {
+        let (shared, key) = (&self.0.shared, self.0.key);
         if !self.defers() {
-            return self.unmap_now(range).map(|()| Unmapped::Now);
+            return match exchange::unmap_first(shared, key, range, record) {
+                First::Done(()) => Ok(Unmapped::Now),
+                first => self.unmap_rest(range, first).map(|()| Unmapped::Now),
+            };
         }
-        let shared = &self.0.shared;
-        shared.end_of(exchange::unmap_by_policy(Owned::new(shared, self.0.key, range), range))
+        match exchange::defer_first(shared, key, range, record) {
+            Deferral::Deferred => Ok(Unmapped::AtFlush),
+            Deferral::FlushDue => Ok(shared.block_on(exchange::flush_due(shared, key))),
+            Deferral::Strict | Deferral::Full => shared.block_on(self.unmap_by_policy(range)),
+        }
     }
 
     /// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner.
@@ -338,14 +355,24 @@ impl<P: Platform> Domain<P> {
         range: IovaRange,
     ) -> impl Future<Output = Result<(), UnmapError>> + Send + '_ {
         // Also when it is dropped before it is polled.
-        let owned = Owned::new(&self.0.shared, self.0.key, range);
-        async move { exchange::unmap(owned, range).finish().await }
+        exchange::unmap(self.owned(range), range, First::No)
     }
 
     /// The same for whoever blocks.
     pub(crate) fn unmap_now(&self, range: IovaRange) -> Result<(), UnmapError> {
-        let shared = &self.0.shared;
-        shared.end_of(exchange::unmap(Owned::new(shared, self.0.key, range), range))
+        match exchange::unmap_first(&self.0.shared, self.0.key, range, MappingHandle::UNKNOWN) {
+            First::Done(()) => Ok(()),
+            first => self.unmap_rest(range, first),
+        }
+    }
+
+    #[cold]
+    fn unmap_rest(&self, range: IovaRange, first: FirstUnmap<'_, P>) -> Result<(), UnmapError> {
+        self.0.shared.block_on(exchange::unmap(self.owned(range), range, first))
+    }
+
+    fn owned(&self, range: IovaRange) -> Owned<'_, P> {
+        Owned::new(&self.0.shared, self.0.key, range)
     }
 
     pub(crate) fn shared(&self) -> &Shared<P> {

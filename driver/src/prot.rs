@@ -21,6 +21,14 @@ bitflags! {
     }
 }
 
+impl Prot {
+    /// Whether it is for memory that may be read, written or both, and nothing else.
+    #[inline]
+    pub(crate) const fn is_plain(self) -> bool {
+        !self.is_empty() && Self::READ.union(Self::WRITE).contains(self)
+    }
+}
+
 /// Which way data flows through a mapping, seen from the driver of the endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {

@@ -184,6 +184,9 @@ impl<P: Platform> Viommu<P> {
             true => Err(StartError::QueueTooSmall { queue, size: max }),
             false => enable(&*shared.transport, queue, size, addresses),
         };
+        if queue == REQUEST_QUEUE {
+            shared.request_doorbell.set(shared.transport.doorbell(queue));
+        }
         enabled.map_err(|error| {
             shared.end_while_paused(RequestError::NeedsReset);
             RecoverError::Start(error)

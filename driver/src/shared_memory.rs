@@ -8,13 +8,13 @@ use crate::addr::PhysAddr;
 use crate::platform::DmaMemory;
 use crate::ring::{CELL_LEN, Layout};
 use crate::sync::{AtomicU16, Ordering};
-use core::ptr;
+use core::ptr::{self, NonNull};
 
 /// A region that the driver owns and the device reaches.
 ///
 /// # Invariants
-/// The memory is valid for reads and writes and aligned to 8 bytes for as long as this exists. What `places` names lies
-/// in it, aligned for its parts, so that accesses there need no check.
+/// The memory is valid for reads and writes and aligned to 8 bytes for as long as this exists. What `places` points at
+/// lies in it, aligned for its parts, so that accesses there need no check.
 pub(crate) struct SharedMemory {
     memory: DmaMemory,
     places: Places,
@@ -23,16 +23,19 @@ pub(crate) struct SharedMemory {
 /// The alignment that the accessors rely on.
 const MIN_ALIGN: usize = 8;
 
-/// Where a ring's parts and a table of cells lie, from the start of the region.
-#[derive(Clone, Copy, Debug, Default)]
+/// Where a ring's parts and a table of cells lie.
+#[derive(Clone, Copy, Debug)]
 struct Places {
-    avail: usize,
-    used: usize,
+    avail: NonNull<u8>,
+    used: NonNull<u8>,
     /// The ring's size, less one.
     mask: u16,
-    cells: usize,
+    cells: NonNull<u8>,
     cell_mask: u16,
 }
+
+// SAFETY: the memory belongs to no thread, and this is its only owner.
+unsafe impl Send for SharedMemory {}
 
 impl SharedMemory {
     /// # Safety
@@ -44,8 +47,9 @@ impl SharedMemory {
     pub(crate) unsafe fn new(memory: DmaMemory) -> Self {
         assert!(memory.ptr.addr().get().is_multiple_of(MIN_ALIGN), "DMA memory is not aligned");
         assert!(memory.len >= CELL_LEN, "DMA memory is too short");
-        // INVARIANT: the caller's promise, and the checks above: with all places 0 no access passes 64 bytes.
-        Self { memory, places: Places::default() }
+        // INVARIANT: the caller's promise, and the checks above: with all places at the start no access passes 64 bytes.
+        let start = memory.ptr;
+        Self { memory, places: Places { avail: start, used: start, mask: 0, cells: start, cell_mask: 0 } }
     }
 
     /// Says where a ring lies, whose entries are then reached by any index, modulo its size.
@@ -54,23 +58,24 @@ impl SharedMemory {
     /// When it does not lie in the region.
     pub(crate) fn with_ring(mut self, size: u16, layout: &Layout) -> Self {
         // The last access to each part.
-        self.at(layout.avail, 6 + 2 * usize::from(size), 2);
-        self.at(layout.used, 6 + 8 * usize::from(size), 4);
+        let avail = self.at(layout.avail, 6 + 2 * usize::from(size), 2);
+        let used = self.at(layout.used, 6 + 8 * usize::from(size), 4);
         assert!(size.is_power_of_two() && 16 * usize::from(size) <= layout.avail, "no ring");
         // INVARIANT: checked just now.
-        (self.places.avail, self.places.used, self.places.mask) = (layout.avail, layout.used, size - 1);
+        (self.places.avail, self.places.used, self.places.mask) = (avail, used, size - 1);
         self
     }
 
-    /// Says where `count` cells of 64 bytes lie, which are then reached by any index, modulo their number.
+    /// Says where `count` cells of 64 bytes lie, which are then reached by any index, modulo their number. The start of the
+    /// region has two descriptors for each.
     ///
     /// # Panics
     /// When they do not lie in the region.
     pub(crate) fn with_cells(mut self, start: usize, count: u16) -> Self {
-        self.at(start, CELL_LEN * usize::from(count), 8);
-        assert!(count.is_power_of_two(), "no cells");
+        let cells = self.at(start, CELL_LEN * usize::from(count), 8);
+        assert!(count.is_power_of_two() && 32 * usize::from(count) <= start, "no cells");
         // INVARIANT: checked just now.
-        (self.places.cells, self.places.cell_mask) = (start, count - 1);
+        (self.places.cells, self.places.cell_mask) = (cells, count - 1);
         self
     }
 
@@ -88,110 +93,115 @@ impl SharedMemory {
     /// # Panics
     /// When they do not lie in the region: offsets come from the driver's own layout, never from a device.
     #[inline]
-    fn at(&self, offset: usize, len: usize, align: usize) -> *mut u8 {
+    fn at(&self, offset: usize, len: usize, align: usize) -> NonNull<u8> {
         let inside = offset <= self.memory.len && len <= self.memory.len - offset;
         assert!(inside && offset.is_multiple_of(align), "offset outside of shared memory");
         // SAFETY: inside the region by the check above.
-        unsafe { self.memory.ptr.as_ptr().add(offset) }
+        unsafe { self.memory.ptr.add(offset) }
     }
 
     /// An address in one of the places.
-    #[inline]
-    fn placed(&self, offset: usize) -> *mut u8 {
+    #[inline(always)]
+    fn placed(&self, place: NonNull<u8>, offset: usize) -> *mut u8 {
         // SAFETY: the places lie in the region, and callers stay in theirs.
-        unsafe { self.memory.ptr.as_ptr().add(offset) }
+        unsafe { place.add(offset) }.as_ptr()
     }
 
-    #[inline]
-    fn placed_u16(&self, offset: usize) -> &AtomicU16 {
+    #[inline(always)]
+    fn placed_u16(&self, place: NonNull<u8>, offset: usize) -> &AtomicU16 {
         // SAFETY: inside the region and aligned by the invariant; the device's accesses to it are atomic 16-bit ones.
-        unsafe { AtomicU16::from_ptr(self.placed(offset).cast()) }
+        unsafe { AtomicU16::from_ptr(self.placed(place, offset).cast()) }
     }
 
     /// Writes an entry of the available ring.
     #[inline]
     pub(crate) fn set_avail_entry(&mut self, index: u16, head: u16) {
         let entry = usize::from(index & self.places.mask);
-        self.placed_u16(self.places.avail + 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
+        self.placed_u16(self.places.avail, 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
     }
 
     /// Publishes the available index: everything written before is visible to a device that sees it.
     #[inline]
     pub(crate) fn publish_avail_index(&mut self, index: u16) {
-        self.placed_u16(self.places.avail + 2).store(index.to_le(), Ordering::Release);
+        self.placed_u16(self.places.avail, 2).store(index.to_le(), Ordering::Release);
     }
 
     #[inline]
     pub(crate) fn set_used_event(&mut self, index: u16) {
-        let at = self.places.avail + 6 + 2 * usize::from(self.places.mask);
-        self.placed_u16(at).store(index.to_le(), Ordering::Relaxed);
+        let at = 6 + 2 * usize::from(self.places.mask);
+        self.placed_u16(self.places.avail, at).store(index.to_le(), Ordering::Relaxed);
     }
 
     #[inline]
     pub(crate) fn avail_event(&self) -> u16 {
-        let at = self.places.used + 12 + 8 * usize::from(self.places.mask);
-        u16::from_le(self.placed_u16(at).load(Ordering::Relaxed))
+        let at = 12 + 8 * usize::from(self.places.mask);
+        u16::from_le(self.placed_u16(self.places.used, at).load(Ordering::Relaxed))
     }
 
     #[inline]
     pub(crate) fn used_flags(&self) -> u16 {
-        u16::from_le(self.placed_u16(self.places.used).load(Ordering::Relaxed))
+        u16::from_le(self.placed_u16(self.places.used, 0).load(Ordering::Relaxed))
     }
 
     /// The used index. What the device wrote before it is visible after.
     #[inline]
     pub(crate) fn used_index(&self) -> u16 {
-        u16::from_le(self.placed_u16(self.places.used + 2).load(Ordering::Acquire))
+        u16::from_le(self.placed_u16(self.places.used, 2).load(Ordering::Acquire))
     }
 
     /// An entry of the used ring: id and length.
     #[inline]
     pub(crate) fn used_entry(&self, index: u16) -> (u32, u32) {
         let entry = usize::from(index & self.places.mask);
-        let at = self.placed(self.places.used + 4 + 8 * entry).cast::<u32>();
+        let at = self.placed(self.places.used, 4 + 8 * entry).cast::<u32>();
         // SAFETY: inside the region and aligned by the invariant; volatile, since the device may write at any time.
         let (id, len) = unsafe { (at.read_volatile(), at.add(1).read_volatile()) };
         (u32::from_le(id), u32::from_le(len))
     }
 
-    /// Writes a descriptor's length.
-    #[inline]
-    pub(crate) fn set_descriptor_len(&mut self, index: u16, len: u32) {
-        let entry = usize::from(index & self.places.mask);
-        let at = self.placed(16 * entry + 8).cast::<u32>();
+    /// Writes the length of the first of the two descriptors that a cell has.
+    #[inline(always)]
+    pub(crate) fn set_readable_len(&mut self, index: u16, len: u32) {
+        let at = self.placed(self.memory.ptr, 32 * self.cell(index) + 8).cast::<u32>();
         // SAFETY: inside the region and aligned by the invariant; no reference covers it.
         unsafe { at.write_volatile(len.to_le()) };
     }
 
-    /// Copies bytes into a cell, from `AT` on.
-    ///
-    /// # Panics
-    /// When they do not lie in it: they are the driver's own, of a length that the compiler knows.
+    /// Writes words to the beginning of a cell.
     #[inline(always)]
-    pub(crate) fn write_cell<const AT: usize>(&mut self, index: u16, bytes: &[u8]) {
-        assert!(bytes.len() <= CELL_LEN - AT, "outside of the cell");
-        let at = self.placed(self.cell(index) + AT);
-        // SAFETY: inside the region by the check above; no reference covers it.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), at, bytes.len()) };
+    pub(crate) fn write_cell<const N: usize>(&mut self, index: u16, words: &[u64; N]) {
+        const { assert!(8 * N <= CELL_LEN, "outside of the cell") };
+        let at = self.placed(self.places.cells, CELL_LEN * self.cell(index)).cast::<[u64; N]>();
+        // SAFETY: inside the region and aligned, since cells are; no reference covers it.
+        unsafe { at.write(*words) };
+    }
+
+    /// Writes four bytes of a cell, at `AT`.
+    #[inline(always)]
+    pub(crate) fn write_cell_tail<const AT: usize>(&mut self, index: u16, bytes: [u8; 4]) {
+        const { assert!(AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
+        let at = self.placed(self.places.cells, CELL_LEN * self.cell(index) + AT).cast::<[u8; 4]>();
+        // SAFETY: as above.
+        unsafe { at.write(bytes) };
     }
 
     /// Reads four bytes of a cell, at `AT`.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn read_cell<const AT: usize>(&self, index: u16) -> [u8; 4] {
         const { assert!(AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
-        let at = self.placed(self.cell(index) + AT).cast::<u32>();
+        let at = self.placed(self.places.cells, CELL_LEN * self.cell(index) + AT).cast::<u32>();
         // SAFETY: inside the region and aligned; volatile, since the device may write at any time.
         unsafe { at.read_volatile() }.to_ne_bytes()
     }
 
-    #[inline]
+    #[inline(always)]
     fn cell(&self, index: u16) -> usize {
-        self.places.cells + CELL_LEN * usize::from(index & self.places.cell_mask)
+        usize::from(index & self.places.cell_mask)
     }
 
     #[inline]
     fn atomic_u16(&self, offset: usize) -> &AtomicU16 {
-        let address = self.at(offset, 2, 2).cast();
+        let address = self.at(offset, 2, 2).as_ptr().cast();
         // SAFETY: inside the region and aligned; the device's accesses to it are atomic 16-bit ones.
         unsafe { AtomicU16::from_ptr(address) }
     }
@@ -217,14 +227,14 @@ impl SharedMemory {
     /// Copies driver bytes in. The device does not look at them before an index published after this.
     #[inline]
     pub(crate) fn write_bytes(&mut self, offset: usize, bytes: &[u8]) {
-        let address = self.at(offset, bytes.len(), 1);
+        let address = self.at(offset, bytes.len(), 1).as_ptr();
         // SAFETY: inside the region, which no reference covers.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), address, bytes.len()) };
     }
 
     /// Copies device bytes out, each read once.
     pub(crate) fn read_bytes(&self, offset: usize, bytes: &mut [u8]) {
-        let address = self.at(offset, bytes.len(), 1);
+        let address = self.at(offset, bytes.len(), 1).as_ptr();
         for (index, byte) in bytes.iter_mut().enumerate() {
             // SAFETY: inside the region, since `index` is below `bytes.len()`.
             *byte = unsafe { address.add(index).read_volatile() };

@@ -12,16 +12,14 @@ use crate::addr::{Iova, IovaRange};
 use crate::barrier;
 use crate::engine::{Engine, Geometry, Limits};
 use crate::error::{BypassError, StartError};
-use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, Sleepers, State};
-use crate::fault::FaultBacklog;
-use crate::lock::Mutex;
+use crate::exchange::{Deadline, EVENT_QUEUE, REQUEST_QUEUE, Shared, State, StateLock};
 use crate::options::Options;
 use crate::platform::{DmaMemory, Platform};
 use crate::queue::{EventQueue, RequestQueue};
 use crate::ring::{ALIGN, Ring, Suppression};
 use crate::shared_memory::SharedMemory;
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
-use crate::transport::{DeviceStatus, QueueAddresses, Transport, TransportError};
+use crate::transport::{DeviceStatus, DoorbellCell, QueueAddresses, Transport, TransportError};
 use crate::viommu::Viommu;
 use crate::wire::config::offset;
 use crate::wire::feature::Features;
@@ -265,22 +263,17 @@ fn run<P: Platform>(
         false => None,
     };
     let limits = Limits::new(&options);
-    let state = State {
-        engine: Engine::new(geometry, limits, options.own_endpoint),
-        requests,
-        events,
-        faults: FaultBacklog::new(options.fault_backlog),
-        sleepers: Sleepers::new(),
-        sent: 0,
-        dead: None,
-        paused: false,
-        bypass_due: false,
-    };
+    let engine = Engine::new(geometry, limits, options.own_endpoint);
+    let state = State::new(engine, requests, events, options.fault_backlog);
+    // SAFETY: `Shared` has both, and drops the transport last.
+    let request_doorbell = unsafe { DoorbellCell::new(transport.doorbell(REQUEST_QUEUE)) };
     let shared = Arc::new(Shared {
         platform,
+        request_doorbell,
         transport,
         options,
-        state: Mutex::new(state),
+        granule: geometry.granule,
+        state: StateLock::new(state),
         doorbell: AtomicBool::new(false),
         kicks: AtomicUsize::new(0),
         live: AtomicBool::new(false),

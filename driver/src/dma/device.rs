@@ -2,7 +2,7 @@
 
 use super::{DmaSegments, HeldMemory, MsiDoorbell};
 use crate::addr::{Iova, IovaRange, PhysAddr};
-use crate::engine::DomainKey;
+use crate::engine::{DomainKey, MappingHandle};
 use crate::error::{DmaError, UnmapError};
 use crate::id::EndpointId;
 use crate::mappings::Translation;
@@ -273,6 +273,8 @@ pub struct DmaMapping {
     pub(super) len: usize,
     /// The whole granules around it.
     pub(super) range: IovaRange,
+    /// Where its record is, if that is known.
+    pub(super) record: MappingHandle,
 }
 
 impl DmaMapping {
@@ -284,6 +286,11 @@ impl DmaMapping {
     /// The whole granules around it.
     pub(crate) fn range(&self) -> IovaRange {
         self.range
+    }
+
+    /// Where its record is, if that is known.
+    pub(crate) fn record(&self) -> MappingHandle {
+        self.record
     }
 
     /// Where the first byte is for the endpoint.

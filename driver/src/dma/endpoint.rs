@@ -5,7 +5,7 @@ use super::msi::{DOORBELL_LEN, MsiDoorbell, is_in_window};
 use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::Placement;
+use crate::engine::{MappingHandle, Placement};
 use crate::error::{DetachError, DmaError, UnmapError};
 use crate::id::EndpointId;
 use crate::mappings::Translation;
@@ -36,6 +36,7 @@ pub(super) struct View<P: Platform> {
     id: EndpointId,
     pub(super) domain: Domain<P>,
     pub(super) limit: Iova,
+    pub(super) granule: u64,
     max_segment: u64,
     pub(super) boundary: Option<u64>,
     /// One granule of addresses that is never mapped.
@@ -61,12 +62,24 @@ impl<P: Platform> Endpoint<P> {
         if let Some(value) = boundary.filter(|boundary| !boundary.is_power_of_two()) {
             return Err(DmaError::BadConstraint { option: "boundary", value });
         }
-        let faulting = domain.allocate(viommu.granule(), Placement::up_to(limit), 1)?;
+        let granule = viommu.granule();
+        let faulting = domain.allocate(granule, Placement::up_to(limit), 1)?;
         let mut unused = Unused { domain: domain.clone(), range: Some(faulting) };
         let (closed, bounce_gone) = (AtomicBool::new(false), AtomicBool::new(false));
         let bounce = None;
-        let view =
-            View { viommu, id, domain, limit, max_segment, boundary, faulting, bounce, closed, bounce_gone };
+        let view = View {
+            viommu,
+            id,
+            domain,
+            limit,
+            granule,
+            max_segment,
+            boundary,
+            faulting,
+            bounce,
+            closed,
+            bounce_gone,
+        };
         let mut endpoint = Self { view: Arc::new(view), tag: "bounce pages" };
         if bounce_bytes > 0 {
             let pages = endpoint.alloc_coherent_async(bounce_bytes).await?;
@@ -224,7 +237,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn granule(&self) -> u64 {
-        self.view.viommu.granule()
+        self.view.granule
     }
 
     fn limit(&self) -> Iova {
@@ -244,7 +257,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn alloc(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
-        self.block_on(self.alloc_async(len, direction))
+        self.alloc_now(len, direction)
     }
 
     fn adopt(
@@ -256,7 +269,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     unsafe fn map(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError> {
-        self.map_in_place(phys, len, direction.prot())
+        self.map_in_place(phys, len, direction)
     }
 
     unsafe fn map_each(
@@ -298,14 +311,14 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         if mapping.domain != domain.key() {
             return Err(UnmapError::NotMapped(mapping.iova));
         }
-        domain.unmap_by_policy_now(mapping.range)
+        domain.unmap_by_policy_now(mapping.range, mapping.record)
     }
 
     unsafe fn unmap_at(&self, iova: Iova) -> Result<Unmapped, UnmapError> {
         let domain = &self.view.domain;
         let mapping = domain.translate(iova).filter(|mapping| mapping.range.start() == iova);
         let range = mapping.ok_or(UnmapError::NotMapped(iova))?.range;
-        self.unmap(DmaMapping { domain: domain.key(), iova, len: 0, range })
+        self.unmap(DmaMapping { domain: domain.key(), iova, len: 0, range, record: MappingHandle::UNKNOWN })
     }
 
     fn abandon(&self, mapping: DmaMapping) {

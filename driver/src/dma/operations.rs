@@ -1,11 +1,12 @@
 //! The operations of an endpoint's view as futures.
 
+use super::endpoint::View;
 use super::scatter::{Runs, place, rounded, total_len};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
-use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose};
 use crate::error::{DmaError, MapError, UnmapError};
-use crate::exchange::{self, Place, Run, Shared, Started, Wanted};
+use crate::exchange::{self, First, FirstMap, Mapped, Place, Run, Shared, Wanted};
 use crate::platform::Platform;
 use crate::prot::{Direction, Prot};
 use crate::wire::feature::Features;
@@ -20,23 +21,62 @@ impl<P: Platform> Endpoint<P> {
     /// # Errors
     /// As there.
     pub async fn alloc_async(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
-        let no_memory = DmaError::NoMemory { len };
-        let granule = usize::try_from(self.view.viommu.granule()).map_err(|_| no_memory)?;
-        // At least two bytes, since no MAP can say one.
-        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
-        self.check_open()?;
-        let shared = self.view.domain.shared();
-        let memory = shared.platform.dma_alloc(len, granule).ok_or(no_memory)?;
-        let held = HeldMemory::from_platform(memory, granule);
+        let held = self.memory(len)?;
+        self.alloc_in(held, direction).await
+    }
+
+    async fn alloc_in(&self, held: HeldMemory, direction: Direction) -> Result<CoherentMemory, DmaError> {
+        let memory = held.memory();
         match self.adopt_async(held, direction).await {
             Ok(mapping) => Ok(CoherentMemory { mapping, ptr: memory.ptr }),
             Err((error, held)) => {
                 if let Some(held) = held {
-                    shared.release(held);
+                    self.view.domain.shared().release(held);
                 }
                 Err(error)
             }
         }
+    }
+
+    /// The same for whoever blocks.
+    pub(super) fn alloc_now(&self, len: usize, direction: Direction) -> Result<CoherentMemory, DmaError> {
+        let held = self.memory(len)?;
+        let (view, memory) = (&*self.view, held.memory());
+        let run = Run { phys: memory.phys, len: memory.len as u64 };
+        if !run.is_whole(view.granule) {
+            return self.block_on(self.alloc_in(held, direction));
+        }
+        let (placement, mut held) = (view.placement(run.len), Some(held));
+        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
+        let mapped = match first {
+            First::Done(mapped) => mapped,
+            first => {
+                let place = Place::Anywhere { len: run.len, placement, parts: 1 };
+                let run = iter::once(run);
+                let rest = exchange::map(shared, key, place, run, purpose, &mut held, first);
+                Mapped::of(self.block_on(rest).inspect_err(|_| {
+                    if let Some(held) = held.take() {
+                        shared.release(held);
+                    }
+                })?)
+            }
+        };
+        view.domain.flush_if_overdue();
+        let mapping = self.mapping(mapped, mapped.range.start(), memory.len);
+        Ok(CoherentMemory { mapping, ptr: memory.ptr })
+    }
+
+    /// Memory from the platform, for `len` bytes in whole granules.
+    fn memory(&self, len: usize) -> Result<HeldMemory, DmaError> {
+        let no_memory = DmaError::NoMemory { len };
+        let granule = usize::try_from(self.view.granule).map_err(|_| no_memory)?;
+        // At least two bytes, since no MAP can say one.
+        let len = len.max(2).checked_next_multiple_of(granule).ok_or(no_memory)?;
+        self.check_open()?;
+        let memory = self.view.domain.shared().platform.dma_alloc(len, granule).ok_or(no_memory)?;
+        Ok(HeldMemory::from_platform(memory, granule))
     }
 
     /// [`DmaDevice::alloc_coherent`](super::DmaDevice::alloc_coherent) as a future.
@@ -85,10 +125,10 @@ impl<P: Platform> Endpoint<P> {
             }
             let run = Run { phys: place.phys, len: place.len as u64 };
             let (runs, prot) = (iter::once(run), direction.prot());
-            match self.map_runs_within(run.len, runs, prot, within, &mut lent.memory).finish().await {
-                Ok(range) => {
-                    self.view.domain.flush_if_overdue_for(range).await;
-                    Ok(self.mapping(range, range.start(), place.len))
+            match self.map_runs(run.len, runs, prot, within, &mut lent.memory).await {
+                Ok(mapped) => {
+                    self.view.domain.flush_if_overdue_for(mapped.range).await;
+                    Ok(self.mapping(mapped, mapped.range.start(), place.len))
                 }
                 Err(error) => Err((error.into(), lent.memory.take())),
             }
@@ -155,9 +195,9 @@ impl<P: Platform> Endpoint<P> {
             let placement = Placement { limit: view.limit, align: alignment(run.len, view.boundary) };
             Ok(Wanted { run, placement })
         };
-        let mapping = |index: usize, range| {
+        let mapping = |index: usize, mapped| {
             let PhysSegment { phys, len } = segments[index];
-            self.mapping_within(range, phys, len)
+            self.mapping_within(mapped, phys, len)
         };
         let (shared, key) = (view.domain.shared(), view.domain.key());
         Ok(exchange::map_each(shared, key, wanted, mapping, purpose, mappings).await?)
@@ -213,10 +253,11 @@ impl<P: Platform> Endpoint<P> {
         let len = total_len(segments, granule)?;
         let runs = Runs { segments, granule };
         self.check_open()?;
-        let range = self.map_runs(len, runs, direction.prot(), &mut None).finish().await?;
-        self.view.domain.flush_if_overdue_for(range).await;
-        place(segments, granule, range, iovas);
-        Ok(self.mapping(range, range.start(), len as usize))
+        let within = Placement::up_to(self.view.limit);
+        let mapped = self.map_runs(len, runs, direction.prot(), within, &mut None).await?;
+        self.view.domain.flush_if_overdue_for(mapped.range).await;
+        place(segments, granule, mapped.range, iovas);
+        Ok(self.mapping(mapped, mapped.range.start(), len as usize))
     }
 
     /// [`DmaDevice::flush`](super::DmaDevice::flush) as a future.
@@ -243,17 +284,42 @@ impl<P: Platform> Endpoint<P> {
     }
 
     /// Whole granules around what is asked for. The caller promises the memory.
+    #[inline]
     pub(super) fn map_in_place(
         &self,
         phys: PhysAddr,
         len: usize,
-        prot: Prot,
+        direction: Direction,
     ) -> Result<DmaMapping, DmaError> {
         self.check_open()?;
-        let run = rounded(PhysSegment { phys, len }, self.view.viommu.granule())?;
-        let range = self.view.domain.shared().end_of(self.map_one(run, prot, &mut None))?;
-        self.view.domain.flush_if_overdue();
-        Ok(self.mapping_within(range, phys, len))
+        let view = &*self.view;
+        let run = rounded(PhysSegment { phys, len }, view.granule)?;
+        let placement = view.placement(run.len);
+        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        // A granule of one byte is no mapping by itself.
+        let first = match run.len >= 2 {
+            true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
+            false => First::No,
+        };
+        match first {
+            First::Done(mapped) => {
+                view.domain.flush_if_overdue();
+                Ok(self.mapping_within(mapped, phys, len))
+            }
+            first => self.map_rest(phys, len, (run, placement, purpose), first),
+        }
+    }
+
+    #[cold]
+    fn map_rest(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        wanted: (Run, Placement, Purpose),
+        first: FirstMap<'_, P>,
+    ) -> Result<DmaMapping, DmaError> {
+        self.block_on(self.map_rest_async(phys, len, wanted, first))
     }
 
     async fn map_in_place_async(
@@ -263,61 +329,81 @@ impl<P: Platform> Endpoint<P> {
         prot: Prot,
     ) -> Result<DmaMapping, DmaError> {
         self.check_open()?;
-        let run = rounded(PhysSegment { phys, len }, self.view.viommu.granule())?;
-        let range = self.map_one(run, prot, &mut None).finish().await?;
-        self.view.domain.flush_if_overdue_for(range).await;
-        Ok(self.mapping_within(range, phys, len))
+        let view = &*self.view;
+        let run = rounded(PhysSegment { phys, len }, view.granule)?;
+        let (placement, purpose) = (view.placement(run.len), Purpose { prot, tag: self.tag });
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        let first = match prot.is_plain() && run.len >= 2 {
+            true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
+            false => First::No,
+        };
+        self.map_rest_async(phys, len, (run, placement, purpose), first).await
     }
 
-    #[inline]
-    fn map_one<'a>(
-        &'a self,
-        run: Run,
-        prot: Prot,
-        held: &'a mut Option<HeldMemory>,
-    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
-    {
-        self.map_runs(run.len, iter::once(run), prot, held)
+    /// What is left after the first step.
+    async fn map_rest_async(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        (run, placement, purpose): (Run, Placement, Purpose),
+        first: FirstMap<'_, P>,
+    ) -> Result<DmaMapping, DmaError> {
+        let domain = &self.view.domain;
+        let mapped = match first {
+            First::Done(mapped) => mapped,
+            first => {
+                let place = Place::Anywhere { len: run.len, placement, parts: 1 };
+                let (shared, key, run) = (domain.shared(), domain.key(), iter::once(run));
+                Mapped::of(exchange::map(shared, key, place, run, purpose, &mut None, first).await?)
+            }
+        };
+        domain.flush_if_overdue_for(mapped.range).await;
+        Ok(self.mapping_within(mapped, phys, len))
     }
 
-    /// Maps runs of `len` bytes in all, where the endpoint's constraints allow.
-    #[inline]
-    fn map_runs<'a>(
-        &'a self,
+    /// Maps runs of `len` bytes in all, where both the endpoint's constraints and `within` allow.
+    async fn map_runs(
+        &self,
         len: u64,
-        runs: impl Iterator<Item = Run> + Clone + Send + 'a,
-        prot: Prot,
-        held: &'a mut Option<HeldMemory>,
-    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
-    {
-        self.map_runs_within(len, runs, prot, Placement::up_to(self.view.limit), held)
-    }
-
-    #[inline]
-    fn map_runs_within<'a>(
-        &'a self,
-        len: u64,
-        runs: impl Iterator<Item = Run> + Clone + Send + 'a,
+        runs: impl Iterator<Item = Run> + Clone + Send,
         prot: Prot,
         within: Placement,
-        held: &'a mut Option<HeldMemory>,
-    ) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a>
-    {
+        held: &mut Option<HeldMemory>,
+    ) -> Result<Mapped, MapError> {
         let (view, purpose) = (&*self.view, Purpose { prot, tag: self.tag });
-        let limit = view.limit.min(within.limit);
-        let placement = Placement { limit, align: alignment(len, view.boundary).max(within.align) };
+        let Placement { limit, align } = view.placement(len);
+        let placement = Placement { limit: limit.min(within.limit), align: align.max(within.align) };
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        let one = runs.clone().next().filter(|run| run.len == len && run.is_whole(view.granule));
+        let first = match one {
+            Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
+            None => First::No,
+        };
+        if let First::Done(mapped) = first {
+            return Ok(mapped);
+        }
         let place = Place::Anywhere { len, placement, parts: runs.clone().count() };
-        exchange::map(view.domain.shared(), view.domain.key(), place, runs, purpose, held)
+        exchange::map(shared, key, place, runs, purpose, held, first).await.map(Mapped::of)
     }
 
     /// Memory of any place in a granule, mapped by whole granules.
-    fn mapping_within(&self, range: IovaRange, phys: PhysAddr, len: usize) -> DmaMapping {
-        let offset = phys.get() & (self.view.viommu.granule() - 1);
-        self.mapping(range, Iova::new(range.start().get() + offset), len)
+    #[inline]
+    fn mapping_within(&self, mapped: Mapped, phys: PhysAddr, len: usize) -> DmaMapping {
+        let offset = phys.get() & (self.view.granule - 1);
+        self.mapping(mapped, Iova::new(mapped.range.start().get() + offset), len)
     }
 
-    fn mapping(&self, range: IovaRange, iova: Iova, len: usize) -> DmaMapping {
-        DmaMapping { domain: self.view.domain.key(), iova, len, range }
+    #[inline]
+    fn mapping(&self, Mapped { range, record }: Mapped, iova: Iova, len: usize) -> DmaMapping {
+        DmaMapping { domain: self.view.domain.key(), iova, len, range, record }
+    }
+}
+
+impl<P: Platform> View<P> {
+    /// Where the endpoint takes mappings of so many bytes.
+    #[inline]
+    fn placement(&self, len: u64) -> Placement {
+        Placement { limit: self.limit, align: alignment(len, self.boundary) }
     }
 }
 

@@ -111,7 +111,7 @@ impl Engine {
         let granule = self.geometry.granule;
         // Split borrows: the endpoint's regions are read while the domain's allocator changes.
         let Self { endpoints, domains, .. } = self;
-        let domain = domains.get_mut(usize::from(key.index)).and_then(Option::as_mut);
+        let domain = domains.get_mut(key.place()).and_then(Option::as_mut);
         let domain = domain.filter(|domain| domain.generation == key.generation);
         let domain = domain.ok_or(AttachError::DeadDomain)?;
         let endpoint = endpoints[at].id;

@@ -76,19 +76,25 @@ impl DeferredList {
         (self.mappings, self.bytes)
     }
 
-    #[inline]
-    fn push(&mut self, range: IovaRange, mappings: usize, now_ns: Option<u64>) {
-        debug_assert!(self.waiting.len() < self.waiting.capacity());
+    pub(super) fn has_room(&self) -> bool {
+        self.waiting.len() < self.waiting.capacity()
+    }
+
+    /// Adds deferred records. There is room.
+    #[inline(always)]
+    pub(super) fn push(&mut self, range: IovaRange, mappings: usize, now_ns: Option<u64>) -> Deferral {
+        debug_assert!(self.has_room());
         self.waiting.push(range);
         self.mappings += mappings;
         self.bytes = self.bytes.saturating_add(range.len_bytes().unwrap_or(u64::MAX));
         self.oldest_ns = self.oldest_ns.or(now_ns);
+        if self.is_due(now_ns) { Deferral::FlushDue } else { Deferral::Deferred }
     }
 
     #[inline]
     fn is_due(&self, now_ns: Option<u64>) -> bool {
         let full = self.mappings >= self.bounds.mappings || self.bytes >= self.bounds.bytes;
-        full || self.waiting.len() == self.waiting.capacity() || self.is_old(now_ns)
+        full || !self.has_room() || self.is_old(now_ns)
     }
 
     #[inline]
@@ -126,7 +132,7 @@ impl Engine {
         if !domain.space.iter_in(range).all(is_live) {
             return Deferral::Strict;
         }
-        if list.waiting.len() == list.waiting.capacity() {
+        if !list.has_room() {
             return Deferral::Full;
         }
         let mut mappings = 0;
@@ -135,8 +141,7 @@ impl Engine {
             mappings += 1;
             true
         });
-        list.push(range, mappings, now_ns);
-        if list.is_due(now_ns) { Deferral::FlushDue } else { Deferral::Deferred }
+        list.push(range, mappings, now_ns)
     }
 
     /// Whether anything waits for a flush, or is being flushed.
@@ -158,9 +163,9 @@ impl Engine {
     }
 
     /// The next domain after the one in place `after` that [is overdue](Self::is_flush_overdue), and its place.
-    pub(crate) fn next_overdue(&self, after: Option<u16>, now_ns: Option<u64>) -> Option<(u16, DomainKey)> {
+    pub(crate) fn next_overdue(&self, after: Option<u32>, now_ns: Option<u64>) -> Option<(u32, DomainKey)> {
         self.domains.iter().enumerate().find_map(|(index, domain)| {
-            let (index, domain) = (index as u16, domain.as_ref()?);
+            let (index, domain) = (index as u32, domain.as_ref()?);
             let key = DomainKey { index, generation: domain.generation };
             (Some(index) > after && self.is_flush_overdue(key, now_ns)).then_some((index, key))
         })

@@ -1,11 +1,12 @@
 //! Mapping and unmapping.
 
-use super::mapping::{ListId, MappingState, Purpose, Record};
+use super::mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
 use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::error::{MapError, RequestError, UnmapError};
-use crate::exchange::Run;
+use crate::exchange::{Mapped, Run};
+use crate::id::DomainId;
 use crate::options::DomainKind;
 use crate::prot::Prot;
 use crate::wire::request::Request;
@@ -127,23 +128,40 @@ impl Engine {
         }
     }
 
-    /// Takes addresses where `placement` allows, and begins a mapping there.
+    /// Takes addresses where `placement` allows, and begins a mapping there, whose request is then sent in any case. With
+    /// the number that it carries.
+    #[inline(always)]
     pub(crate) fn begin_anywhere(
         &mut self,
         key: DomainKey,
-        (list, placement): (ListId, Placement),
-        run: Run,
-        purpose: Purpose,
-    ) -> Result<(IovaRange, Request, Op), MapError> {
+        (run, placement): (Run, Placement),
+        (purpose, list): (Purpose, ListId),
+    ) -> Result<(Mapped, DomainId), MapError> {
+        if run.is_whole(self.geometry.granule)
+            && purpose.prot.is_plain()
+            && let Some((domain, mapped)) = self.begin_one(key, (run, placement), (purpose, list), &mut None)
+        {
+            domain.stats.requests += 1;
+            return Ok((mapped, domain.id));
+        }
+        self.begin_anywhere_slowly(key, (run, placement), (purpose, list))
+    }
+
+    #[cold]
+    fn begin_anywhere_slowly(
+        &mut self,
+        key: DomainKey,
+        (run, placement): (Run, Placement),
+        (purpose, list): (Purpose, ListId),
+    ) -> Result<(Mapped, DomainId), MapError> {
         self.check_run(key, run, purpose.prot)?;
         let range = self.allocate(key, run.len, placement, 1)?;
-        match self.begin_map(key, (list, range), run.phys, purpose, &mut None) {
-            Ok((request, op)) => Ok((range, request, op)),
-            Err(error) => {
-                self.give_back(key, range, 1);
-                Err(error)
-            }
+        let begun = self.begin_map(key, (list, range), run.phys, purpose, &mut None);
+        if begun.is_err() {
+            self.give_back(key, range, 1);
         }
+        let (record, domain) = begun?;
+        Ok((Mapped { range, record }, domain))
     }
 
     /// What became of a mapping whose request was answered, or given up on, and which did not succeed or may not have. A
@@ -168,8 +186,9 @@ impl Engine {
         ListId(self.lists)
     }
 
-    /// Records a mapping of a range that was allocated or taken, or of its beginning, and gives the request for it.
-    /// `held` is exactly the memory that it leads to. On an error the range is still the caller's to give back.
+    /// Records a mapping of a range that was allocated or taken, or of its beginning, whose request is then sent in any
+    /// case. With the number that it carries. `held` is exactly the memory that it leads to. On an error the range is still
+    /// the caller's to give back.
     pub(crate) fn begin_map(
         &mut self,
         key: DomainKey,
@@ -177,15 +196,40 @@ impl Engine {
         phys: PhysAddr,
         purpose: Purpose,
         held: &mut Option<HeldMemory>,
-    ) -> Result<(Request, Op), MapError> {
+    ) -> Result<(MappingHandle, DomainId), MapError> {
         let len = range.len_bytes().unwrap_or(0);
-        let prot = purpose.prot;
-        self.check_map(key, range.start(), len, phys, prot)?;
+        self.check_map(key, range.start(), len, phys, purpose.prot)?;
         let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
         let record = domain.space.insert(range, phys, (purpose, list), held);
         let record = record.ok_or(MapError::InUse(range))?;
-        let request = Request::Map { domain: domain.id, range, phys, prot };
-        Ok((request, Op::Map { domain: key, range, record }))
+        domain.stats.requests += 1;
+        Ok((record, domain.id))
+    }
+
+    /// [`begin_map`](Self::begin_map) for a part of a list: the beginning of what is left of its addresses, whose record the
+    /// handle may name. Also says where the record of the rest is, if there is any.
+    #[inline(always)]
+    pub(crate) fn begin_part(
+        &mut self,
+        key: DomainKey,
+        (part, rest): (IovaRange, Mapped),
+        phys: PhysAddr,
+        (purpose, list): (Purpose, ListId),
+        held: &mut Option<HeldMemory>,
+    ) -> Result<(MappingHandle, MappingHandle, DomainId), MapError> {
+        let run = Run { phys, len: part.len_minus_one().wrapping_add(1) };
+        if run.is_whole(self.geometry.granule)
+            && purpose.prot.is_plain()
+            && held.is_none()
+            && let Some(domain) = self.domain_mut(key)
+            && domain.takes_mappings()
+            && let Some((record, behind)) = domain.space.begin_part(part, rest, phys, (purpose, list))
+        {
+            domain.stats.requests += 1;
+            return Ok((record, behind, domain.id));
+        }
+        let (record, domain) = self.begin_map(key, (list, part), phys, purpose, held)?;
+        Ok((record, MappingHandle::UNKNOWN, domain))
     }
 
     /// Marks whole neighbouring mappings as being unmapped, and gives the one request for them (I6).
@@ -219,6 +263,12 @@ impl Engine {
     ) -> Result<UnmapPlan, UnmapError> {
         let not_mapped = UnmapError::NotMapped(range.start());
         let domain = self.domain_mut(key).ok_or(not_mapped)?;
+        if state == MappingState::Live
+            && let Some(record) = domain.space.begin_unmap(range, MappingHandle::UNKNOWN)
+        {
+            let request = Request::Unmap { domain: domain.id, range };
+            return Ok(UnmapPlan::Send(request, Op::Unmap { domain: key, range, record }));
+        }
         let Some(record) = domain.space.whole(range) else {
             let starts = domain.space.get(range.start()).is_some_and(|record| record.state == state);
             return Err(if starts { UnmapError::NotWhole(range) } else { not_mapped });
@@ -384,6 +434,11 @@ impl Engine {
         self.domain(key)?.space.iter_in(range).find(apart).map(|record| record.range)
     }
 
+    /// Whether any record holds memory that the device cannot reach any more.
+    pub(crate) fn has_released(&self) -> bool {
+        self.released > 0
+    }
+
     /// Takes memory that the device cannot reach any more out of the records of `range`, one a call.
     pub(crate) fn take_released(&mut self, key: DomainKey, range: IovaRange) -> Option<HeldMemory> {
         if self.released == 0 {
@@ -405,7 +460,7 @@ impl Engine {
         let (index, generation) = self.domains.iter().enumerate().find_map(|(index, domain)| {
             let domain = domain.as_ref()?;
             let released = domain.space.tally().released;
-            (released > 0).then_some((index as u16, domain.generation))
+            (released > 0).then_some((index as u32, domain.generation))
         })?;
         self.take_released(DomainKey { index, generation }, IovaRange::WHOLE)
     }

@@ -69,9 +69,9 @@ pub(crate) struct Purpose {
 pub(crate) struct ListId(pub(super) u64);
 
 impl ListId {
-    fn kept(self) -> [u8; 5] {
-        let [a, b, c, d, e, ..] = self.0.to_le_bytes();
-        [a, b, c, d, e]
+    /// The lower 32 bits, and the 8 above them.
+    fn kept(self) -> (u32, u8) {
+        (self.0 as u32, (self.0 >> 32) as u8)
     }
 }
 
@@ -79,6 +79,11 @@ impl ListId {
 /// address too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MappingHandle(pub(super) u32);
+
+impl MappingHandle {
+    /// Names none.
+    pub(crate) const UNKNOWN: Self = Self(u32::MAX);
+}
 
 /// Who has the addresses of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +116,8 @@ pub(crate) struct Record {
     pub(super) prev: u32,
     pub(super) next: u32,
     pub(super) gap: u32,
-    list: [u8; 5],
+    list: u32,
+    list_high: u8,
     pub(super) rank: i8,
     pub(super) holder: Holder,
     prot: u8,
@@ -139,7 +145,8 @@ impl Record {
             prev: u32::MAX,
             next: u32::MAX,
             gap: 0,
-            list: [0; 5],
+            list: 0,
+            list_high: 0,
             rank: 0,
             holder,
             prot: 0,
@@ -154,7 +161,8 @@ impl Record {
     #[inline]
     pub(super) fn begin(&mut self, phys: PhysAddr, purpose: Purpose, list: ListId, kept: Option<Kept>) {
         self.holder = Holder::Mapping;
-        (self.phys, self.tag, self.kept, self.list) = (phys, purpose.tag, kept, list.kept());
+        (self.phys, self.tag, self.kept) = (phys, purpose.tag, kept);
+        (self.list, self.list_high) = list.kept();
         self.prot = purpose.prot.bits() as u8;
         (self.state, self.on_device, self.counted, self.owned) = (MappingState::Mapping, true, false, false);
     }
@@ -166,12 +174,12 @@ impl Record {
 
     /// Whether it was made with this list.
     pub(crate) fn is_of(&self, list: ListId) -> bool {
-        self.list == list.kept()
+        (self.list, self.list_high) == list.kept()
     }
 
     /// Whether both were made together.
     pub(super) fn is_beside(&self, other: &Self) -> bool {
-        self.list == other.list
+        self.list == other.list && self.list_high == other.list_high
     }
 
     /// Whether there is memory that goes back to its owner when the device cannot reach it any more.

@@ -26,7 +26,7 @@ pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
-pub(crate) use quick::Begun;
+pub(crate) use quick::Unheld;
 pub(crate) use recover::Revival;
 
 use crate::addr::{Iova, IovaRange};
@@ -41,13 +41,18 @@ use space::{Room, Space};
 /// Names a domain's record. The generation tells a record from a later one in the same place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DomainKey {
-    index: u16,
+    index: u32,
     generation: u32,
 }
 
-#[cfg(feature = "dma-api-0_10")]
 impl DomainKey {
+    #[inline(always)]
+    fn place(self) -> usize {
+        self.index as usize
+    }
+
     /// A number that no other domain of any IOMMU has.
+    #[cfg(feature = "dma-api-0_10")]
     pub(crate) fn unique(self) -> u32 {
         self.generation
     }
@@ -254,7 +259,7 @@ impl Engine {
             reviving: false,
             orphaned: false,
         });
-        Ok(DomainKey { index: index as u16, generation })
+        Ok(DomainKey { index: index as u32, generation })
     }
 
     /// A domain number that nothing uses: numbers go round the device's range, and one is in use as long as its
@@ -280,14 +285,21 @@ impl Engine {
     }
 
     pub(crate) fn domain(&self, key: DomainKey) -> Option<&DomainRecord> {
-        let record = self.domains.get(usize::from(key.index))?.as_ref()?;
+        let record = self.domains.get(key.place())?.as_ref()?;
         (record.generation == key.generation).then_some(record)
     }
 
     #[inline]
     pub(crate) fn domain_mut(&mut self, key: DomainKey) -> Option<&mut DomainRecord> {
-        let record = self.domains.get_mut(usize::from(key.index))?.as_mut()?;
+        let record = self.domains.get_mut(key.place())?.as_mut()?;
         (record.generation == key.generation).then_some(record)
+    }
+
+    /// Counts a request that was sent for a domain.
+    pub(crate) fn count_request(&mut self, key: DomainKey) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.stats.requests += 1;
+        }
     }
 
     /// The embedder let go of a domain. Its record is returned, to be dropped outside of the lock, as soon as
@@ -295,8 +307,8 @@ impl Engine {
     pub(crate) fn release_domain(&mut self, key: DomainKey) -> Option<DomainRecord> {
         self.domain_mut(key)?.orphaned = true;
         self.orphans += 1;
-        self.revoke_if_empty(usize::from(key.index));
-        self.take_if_idle(usize::from(key.index))
+        self.revoke_if_empty(key.place());
+        self.take_if_idle(key.place())
     }
 
     /// A record that was let go of and that nothing depends on any more.
@@ -338,7 +350,7 @@ impl Engine {
     ) -> Option<(DomainKey, IovaRange)> {
         let stuck = MappingState::Quarantined { in_flight: false };
         self.domains.iter().enumerate().find_map(|(index, domain)| {
-            let (index, domain) = (index as u16, domain.as_ref()?);
+            let (index, domain) = (index as u32, domain.as_ref()?);
             let first = match after {
                 Some((key, _)) if index < key.index => return None,
                 Some((key, range)) if index == key.index => range.start().checked_add(1)?,

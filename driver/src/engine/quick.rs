@@ -3,87 +3,68 @@
 //! The same as `map` and `settle` do. Wherever anything is unusual nothing is done here, and they take over: they find
 //! the words for what is wrong, and know the rare states.
 
+use super::deferred::Deferral;
 use super::domain::DomainRecord;
 use super::mapping::{ListId, MappingHandle, Purpose};
-use super::{DomainKey, Engine, Geometry, Op, Placement};
-use crate::addr::{Iova, IovaRange};
+use super::{DomainKey, Engine, Placement};
+use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::exchange::Run;
+use crate::exchange::{Mapped, Run};
 use crate::options::DomainKind;
-use crate::prot::Prot;
-use crate::wire::request::Request;
-
-/// A mapping whose request was sent.
-#[derive(Clone, Copy)]
-pub(crate) struct Begun {
-    pub range: IovaRange,
-    pub record: MappingHandle,
-}
 
 impl DomainRecord {
-    /// Whether [`check`](Self::check) has nothing against a mapping, wherever it goes.
-    #[inline]
-    fn suits(&self, geometry: &Geometry, run: Run, prot: Prot) -> bool {
-        let (phys, len, bits) = (run.phys.get(), run.len, prot.bits());
-        let plain = (Prot::READ | Prot::WRITE).bits();
-        (phys | len) & (geometry.granule - 1) == 0
-            && len >= 2
-            && len - 1 <= u64::MAX - phys
-            && bits & !plain == 0
-            && bits & plain != 0
-            && self.kind == DomainKind::Translated
+    /// Whether [`check`](Self::check) has nothing against a mapping of whole granules for reading, writing or both.
+    #[inline(always)]
+    pub(super) fn takes_mappings(&self) -> bool {
+        self.kind == DomainKind::Translated
             && self.attached > 0
             && !self.in_transition
             && !self.space.is_full()
     }
 }
 
+/// What a mapping held that is gone.
+pub(crate) enum Unheld {
+    Nothing,
+    Memory(HeldMemory),
+}
+
 impl Engine {
-    /// Begins a mapping where `placement` allows, and hands the request for it to `send`.
+    /// Begins a mapping of whole granules for reading, writing or both, where `placement` allows. The request for it is
+    /// then sent in any case.
     #[inline(always)]
     pub(crate) fn begin_one(
         &mut self,
         key: DomainKey,
-        (list, placement): (ListId, Placement),
-        run: Run,
-        purpose: Purpose,
+        (run, placement): (Run, Placement),
+        (purpose, list): (Purpose, ListId),
         held: &mut Option<HeldMemory>,
-        send: impl FnOnce(&Request, Op),
-    ) -> Option<Begun> {
-        let geometry = &self.geometry;
-        let domain = self.domains.get_mut(usize::from(key.index))?.as_mut()?;
-        if domain.generation != key.generation || !domain.suits(geometry, run, purpose.prot) {
+    ) -> Option<(&mut DomainRecord, Mapped)> {
+        debug_assert!(purpose.prot.is_plain() && run.is_whole(self.geometry.granule));
+        let domain = self.domains.get_mut(key.place())?.as_mut()?;
+        if domain.generation != key.generation || !domain.takes_mappings() {
             return None;
         }
-        let (align, lowest) = (placement.align.max(geometry.granule), Iova::new(geometry.granule));
-        let bounds = (lowest, placement.limit);
-        let (record, range) = domain.space.make(run, (align, bounds), (purpose, list), held)?;
-        domain.stats.requests += 1;
-        let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
-        let op = Op::Map { domain: key, range, record };
-        send(&request, op);
-        Some(Begun { range, record })
+        let mapped = domain.space.make(run, placement, (purpose, list), held)?;
+        Some((domain, mapped))
     }
 
-    /// Begins the unmapping of one live mapping, and hands the request for it to `send`.
+    /// Begins the unmapping of live mappings that touch each other, the first of which the handle may name. The request for
+    /// it is then sent in any case.
     #[inline(always)]
     pub(crate) fn begin_unmap_one(
         &mut self,
         key: DomainKey,
         range: IovaRange,
-        send: impl FnOnce(&Request, Op),
-    ) -> Option<MappingHandle> {
+        record: MappingHandle,
+    ) -> Option<(&mut DomainRecord, MappingHandle)> {
         let domain = self.domain_mut(key)?;
-        let record = domain.space.begin_unmap(range)?;
-        domain.stats.requests += 1;
-        let request = Request::Unmap { domain: domain.id, range };
-        let op = Op::Unmap { domain: key, range, record };
-        send(&request, op);
-        Some(record)
+        let record = domain.space.begin_unmap(range, record)?;
+        Some((domain, record))
     }
 
     /// The device confirmed a MAP that somebody waits for. False where there is more to it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn mapped_one(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
         let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
         if !domain.space.confirm(record, range) {
@@ -97,20 +78,60 @@ impl Engine {
         true
     }
 
-    /// The device confirmed an UNMAP that somebody waits for. With the memory that was held for the mapping. `None` where
-    /// there is more to it.
-    #[inline]
+    /// The device confirmed an UNMAP that somebody waits for. `None` where there is more to it.
+    #[inline(always)]
     pub(crate) fn unmapped_one(
         &mut self,
         key: DomainKey,
         range: IovaRange,
         record: MappingHandle,
-    ) -> Option<Option<HeldMemory>> {
+    ) -> Option<Unheld> {
         let domain = self.domain_mut(key)?;
         let held = domain.space.end_unmapped(record, range)?;
         domain.stats.unmaps += 1;
         domain.stats.mapped_bytes -= range.len_minus_one() + 1;
         self.confirmed.unmaps += 1;
         Some(held)
+    }
+
+    /// The same for what may be several mappings: false where it is more than whole mappings that were made together and
+    /// hold no memory.
+    #[inline(always)]
+    pub(crate) fn unmapped_plain(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+        let Some(domain) = self.domain_mut(key) else { return false };
+        match domain.space.is_all_of(record, range) {
+            true => self.unmapped_one(key, range, record).is_some(),
+            false => self.unmapped_run(key, range, record),
+        }
+    }
+
+    #[inline(never)]
+    fn unmapped_run(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+        let Some(domain) = self.domain_mut(key) else { return false };
+        if !domain.space.end_unmapped_run(record, range) {
+            return false;
+        }
+        domain.stats.unmaps += 1;
+        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
+        self.confirmed.unmaps += 1;
+        true
+    }
+
+    /// Defers the unmapping of one live mapping, which the handle may name. [`Deferral::Strict`] where nothing was done.
+    #[inline(always)]
+    pub(crate) fn defer_one(
+        &mut self,
+        key: DomainKey,
+        (range, record): (IovaRange, MappingHandle),
+        now_ns: Option<u64>,
+    ) -> Deferral {
+        let Some(domain) = self.domain_mut(key) else { return Deferral::Strict };
+        let Some(list) = domain.deferred.as_mut().filter(|list| list.has_room()) else {
+            return Deferral::Strict;
+        };
+        if !domain.space.defer(record, range) {
+            return Deferral::Strict;
+        }
+        list.push(range, 1, now_ns)
     }
 }

@@ -41,9 +41,9 @@ impl Engine {
     }
 
     /// The next domain after the one in place `after` that endpoints may be in, and its place.
-    pub(crate) fn next_to_revive(&self, after: Option<u16>) -> Option<(u16, DomainKey)> {
+    pub(crate) fn next_to_revive(&self, after: Option<u32>) -> Option<(u32, DomainKey)> {
         self.domains.iter().enumerate().find_map(|(index, domain)| {
-            let (index, domain) = (index as u16, domain.as_ref()?);
+            let (index, domain) = (index as u32, domain.as_ref()?);
             let key = DomainKey { index, generation: domain.generation };
             (Some(index) > after && domain.possible > 0).then_some((index, key))
         })
@@ -154,7 +154,7 @@ impl Engine {
             deferred.fail(RequestError::Reset);
         }
         if !lost {
-            self.revoke(usize::from(key.index));
+            self.revoke(key.place());
         } else if revival.fresh {
             // There is room: `begin_revival` looked.
             self.retired_ids.push(revival.old.get());

@@ -158,7 +158,7 @@ impl Engine {
             };
         });
         // A late answer: the domain may have died since.
-        self.revoke_if_empty(usize::from(key.index));
+        self.revoke_if_empty(key.place());
     }
 
     fn settle_unmap(
@@ -249,7 +249,7 @@ impl Engine {
         if let Some(domain) = self.domain_mut(key) {
             domain.possible -= 1;
         }
-        self.revoke_if_empty(usize::from(key.index));
+        self.revoke_if_empty(key.place());
     }
 
     /// A domain without endpoints is dead, and its mappings with it, if nothing bypasses (I1). Live mappings

@@ -63,9 +63,9 @@ impl Engine {
     fn sent_map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) -> Op {
         self.take(key, range).unwrap();
         let mut held = held;
-        self.begin_map(key, (LIST, range), PhysAddr::new(0), Purpose { prot: Prot::READ, tag: "" }, &mut held)
-            .unwrap()
-            .1
+        let purpose = Purpose { prot: Prot::READ, tag: "" };
+        let (record, _) = self.begin_map(key, (LIST, range), PhysAddr::new(0), purpose, &mut held).unwrap();
+        Op::Map { domain: key, range, record }
     }
 
     fn map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) {
@@ -128,8 +128,8 @@ fn a_mapping_that_leaks_is_found_by_its_tag() {
         engine.take(key, range(page, 1)).unwrap();
         let purpose = Purpose { prot: Prot::READ, tag };
         let place = (LIST, range(page, 1));
-        let (_, op) = engine.begin_map(key, place, PhysAddr::new(0), purpose, &mut None).unwrap();
-        engine.answer(op, Ok(()));
+        let (record, _) = engine.begin_map(key, place, PhysAddr::new(0), purpose, &mut None).unwrap();
+        engine.answer(Op::Map { domain: key, range: place.1, record }, Ok(()));
     }
     for page in [1, 3] {
         let op = engine.sent_unmap(key, range(page, 1));

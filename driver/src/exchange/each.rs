@@ -1,14 +1,15 @@
 //! Mapping and unmapping several that have nothing to do with each other: a request each, and one doorbell for as many as
 //! the ring takes.
 
+use super::quick::First;
 use super::unmap::{Owned, unmap};
-use super::{Need, Run, Shared, State};
-use crate::addr::IovaRange;
+use super::{Mapped, Need, Run, Shared, State};
 use crate::dma::DmaMapping;
 use crate::engine::{DomainKey, ListId, Made, Op, Placement, Purpose, UnmapPlan};
 use crate::error::{MapError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
+use crate::wire::request::Request;
 
 /// What is to be mapped: each with the place that it may go to, and what its owner gets for it.
 pub(crate) struct Wanted {
@@ -40,7 +41,7 @@ pub(crate) async fn map_each<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
     wanted: impl Fn(usize) -> Result<Wanted, MapError> + Send,
-    mapping: impl Fn(usize, IovaRange) -> DmaMapping + Send,
+    mapping: impl Fn(usize, Mapped) -> DmaMapping + Send,
     purpose: Purpose,
     made: &mut [Option<DmaMapping>],
 ) -> Result<(), MapError> {
@@ -54,14 +55,26 @@ pub(crate) async fn map_each<P: Platform>(
         let submit = |state: &mut State| -> Batch {
             let mut batch = Batch::default();
             let name = *each.name.get_or_insert_with(|| state.engine.begin_list());
-            while next < count && state.requests.can_submit(false) {
+            let State { engine, requests, sent, .. } = &mut *state;
+            while next < count
+                && let Some(slot) = requests.free_slot()
+            {
                 let begun = wanted(next).and_then(|Wanted { run, placement }| {
-                    state.engine.begin_anywhere(key, (name, placement), run, purpose)
+                    let begun = engine.begin_anywhere(key, (run, placement), (purpose, name));
+                    begun.map(|(mapped, domain)| (mapped, domain, run.phys))
                 });
                 match begun {
-                    Ok((range, request, op)) => {
-                        state.submit(&request, op, &mut batch);
-                        each.made[next] = Some(mapping(next, range));
+                    Ok((mapped, domain, phys)) => {
+                        let Mapped { range, record } = mapped;
+                        let request = Request::Map { domain, range, phys, prot: purpose.prot };
+                        requests.queue_one(
+                            slot,
+                            &request,
+                            Op::Map { domain: key, range, record },
+                            &mut batch,
+                        );
+                        *sent += 1;
+                        each.made[next] = Some(mapping(next, mapped));
                     }
                     Err(error) => {
                         result = Err(error);
@@ -140,7 +153,7 @@ pub(crate) async fn unmap_each<P: Platform>(
                     rest.next += 1;
                     if let Some(mapping) = place.take() {
                         let owned = Owned::new(shared, key, mapping.range());
-                        result = result.and(unmap(owned, mapping.range()).finish().await);
+                        result = result.and(unmap(owned, mapping.range(), First::No).await);
                     }
                 }
                 return result;
@@ -156,9 +169,13 @@ pub(crate) async fn unmap_each<P: Platform>(
             };
             in_flight.wait(answer).await;
         }
-        for mapping in rest.mappings[first..rest.next].iter_mut().filter_map(Option::take) {
-            shared.release_unmapped(key, mapping.range());
+        let done = &mut rest.mappings[first..rest.next];
+        if shared.state.lock().engine.has_released() {
+            for mapping in done.iter().flatten() {
+                shared.release_unmapped(key, mapping.range());
+            }
         }
+        done.fill_with(|| None);
     }
     result
 }
@@ -182,14 +199,30 @@ impl<P: Platform> Rest<'_, P> {
     /// Begins and submits while there are slots. Called under the lock.
     fn submit(&mut self, state: &mut State, result: &mut Result<(), UnmapError>) -> Batch {
         let mut batch = Batch::default();
-        while self.next < self.mappings.len() && state.requests.can_submit(false) {
-            let range = self.mappings[self.next].as_ref().map(DmaMapping::range);
-            match range.map(|range| state.engine.begin_unmap(self.key, range)) {
-                Some(Ok(UnmapPlan::Send(request, op))) => state.submit(&request, op, &mut batch),
-                Some(Ok(UnmapPlan::Nothing)) | None => {}
-                Some(Err(error)) => *result = result.and(Err(error)),
-            }
+        let State { engine, requests, sent, .. } = &mut *state;
+        while self.next < self.mappings.len()
+            && let Some(slot) = requests.free_slot()
+        {
+            let mapping =
+                self.mappings[self.next].as_ref().map(|mapping| (mapping.range(), mapping.record()));
             self.next += 1;
+            let Some((range, record)) = mapping else { continue };
+            if let Some((domain, record)) = engine.begin_unmap_one(self.key, range, record) {
+                domain.stats.requests += 1;
+                *sent += 1;
+                let request = Request::Unmap { domain: domain.id, range };
+                requests.queue_one(slot, &request, Op::Unmap { domain: self.key, range, record }, &mut batch);
+                continue;
+            }
+            match engine.begin_unmap(self.key, range) {
+                Ok(UnmapPlan::Send(request, op)) => {
+                    engine.count_request(self.key);
+                    *sent += 1;
+                    requests.queue_one(slot, &request, op, &mut batch);
+                }
+                Ok(UnmapPlan::Nothing) => {}
+                Err(error) => *result = result.and(Err(error)),
+            }
         }
         state.publish(Some(self.key), &self.shared.doorbell);
         batch

@@ -1,7 +1,8 @@
 //! Unmapping later, and many at once: what a domain with the deferred policy does.
 
+use super::quick::First;
 use super::unmap::{Owned, reclaim, unmap};
-use super::{Need, Shared, Started, State};
+use super::{Need, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::Unmapped;
 use crate::engine::{Deferral, DomainKey, MERGED, Op, UnmapPlan, first_run};
@@ -10,45 +11,37 @@ use crate::platform::Platform;
 use crate::queue::Batch;
 use crate::wire::request::Status;
 use alloc::vec::Vec;
-use core::future::Future;
 
 /// Unmaps whole neighbouring mappings of a domain that may defer it. Sends nothing, unless a bound is reached.
-#[inline]
-pub(crate) fn unmap_by_policy<P: Platform>(
+pub(crate) async fn unmap_by_policy<P: Platform>(
     mut owned: Owned<'_, P>,
     range: IovaRange,
-) -> Started<Result<Unmapped, UnmapError>, impl Future<Output = Result<Unmapped, UnmapError>> + Send> {
+) -> Result<Unmapped, UnmapError> {
     let (shared, key) = (owned.shared, owned.key);
     let defer = move || {
         let now_ns = shared.platform.now_ns();
         shared.state.lock().engine.defer(key, range, now_ns)
     };
     let mut deferral = defer();
-    if deferral == Deferral::Deferred {
-        owned.settled();
-        return Started::Done(Ok(Unmapped::AtFlush));
+    if deferral == Deferral::Full {
+        flush_all_the_same(shared, key).await;
+        deferral = defer();
     }
-    Started::Waiting(async move {
-        if deferral == Deferral::Full {
-            flush_all_the_same(shared, key).await;
-            deferral = defer();
+    match deferral {
+        Deferral::Strict | Deferral::Full => unmap(owned, range, First::No).await.map(|()| Unmapped::Now),
+        Deferral::Deferred => {
+            owned.settled();
+            Ok(Unmapped::AtFlush)
         }
-        match deferral {
-            Deferral::Strict | Deferral::Full => unmap(owned, range).finish().await.map(|()| Unmapped::Now),
-            Deferral::Deferred => {
-                owned.settled();
-                Ok(Unmapped::AtFlush)
-            }
-            Deferral::FlushDue => {
-                owned.settled();
-                Ok(flush_due(shared, key).await)
-            }
+        Deferral::FlushDue => {
+            owned.settled();
+            Ok(flush_due(shared, key).await)
         }
-    })
+    }
 }
 
 /// Flushes since a bound is reached, and says what became of the unmapping that reached it.
-async fn flush_due<P: Platform>(shared: &Shared<P>, key: DomainKey) -> Unmapped {
+pub(crate) async fn flush_due<P: Platform>(shared: &Shared<P>, key: DomainKey) -> Unmapped {
     match flush_all_the_same(shared, key).await {
         true => Unmapped::Now,
         false => Unmapped::AtFlush,
@@ -136,7 +129,9 @@ impl<'a, P: Platform> Flush<'a, P> {
                     apart = true;
                 }
             };
-            shared.wait(batch, each).await;
+            if let Some(in_flight) = shared.begin(batch) {
+                in_flight.wait(each).await;
+            }
             self.give_back(first);
             if apart {
                 self.unmap_apart(first).await;

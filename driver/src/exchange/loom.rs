@@ -263,7 +263,8 @@ impl World {
         let (key, engine) = (self.domain.key(), &mut state.engine);
         engine.take(key, at()).unwrap();
         let list = engine.begin_list();
-        let (_, op) = engine.begin_map(key, (list, at()), phys, READ, &mut held()).unwrap();
+        let (record, _) = engine.begin_map(key, (list, at()), phys, READ, &mut held()).unwrap();
+        let op = Op::Map { domain: key, range: at(), record };
         engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
     }
 

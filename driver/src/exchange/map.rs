@@ -1,11 +1,12 @@
 //! Mapping lists of runs.
 
 use super::flush::flush_all_the_same;
+use super::quick::{First, FirstMap, SentMap};
 use super::unmap::{Owned, unmap};
-use super::{InFlight, Need, Shared, Started, State};
+use super::{InFlight, Mapped, Need, Shared, State};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::{Begun, DomainKey, Engine, ListId, Op, Placement, Purpose, Unmade};
+use crate::engine::{DomainKey, Engine, ListId, MappingHandle, Op, Placement, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
@@ -19,6 +20,15 @@ pub(crate) struct Run {
     pub len: u64,
 }
 
+impl Run {
+    /// Whether it is what it should be, and ends below 2^64.
+    #[inline]
+    pub(crate) fn is_whole(self, granule: u64) -> bool {
+        let (phys, mask) = (self.phys.get(), granule - 1);
+        (phys | self.len) & mask == 0 && self.len >= 2 && self.len - 1 <= u64::MAX - phys
+    }
+}
+
 /// How many numbers in a row may turn out to be in use by an earlier life of the device, before a refusal is taken
 /// for what it says.
 const MAX_RENUMBERINGS: usize = 8;
@@ -30,43 +40,6 @@ pub(crate) enum Place {
     Anywhere { len: u64, placement: Placement, parts: usize },
     /// Here, in one mapping.
     At(IovaRange),
-}
-
-/// What became of the quick way.
-enum Quick<'a, P: Platform> {
-    Done(IovaRange),
-    /// It was sent, and not answered yet, or not with a success.
-    Sent(IovaRange, ListId, InFlight<'a, P>),
-    /// Nothing was done.
-    No,
-}
-
-/// Maps a list of one, if there is nothing unusual about it, and looks once.
-#[inline(always)]
-fn begin_one<'a, P: Platform>(
-    shared: &'a Shared<P>,
-    key: DomainKey,
-    place: Place,
-    run: Option<Run>,
-    purpose: Purpose,
-    held: &mut Option<HeldMemory>,
-) -> Quick<'a, P> {
-    let (Place::Anywhere { placement, parts: 1, .. }, Some(run)) = (place, run) else { return Quick::No };
-    let Some(mut state) = shared.with_free_slot() else { return Quick::No };
-    let State { engine, requests, .. } = &mut *state;
-    let mut batch = Batch::default();
-    let send = |request: &Request, op| batch = requests.submit_one(request, op);
-    let name = engine.begin_list();
-    let begun = engine.begin_one(key, (name, placement), run, purpose, held, send);
-    let Some(Begun { range, record }) = begun else { return Quick::No };
-    state.sent += 1;
-    state.publish(Some(key), &shared.doorbell);
-    drop(state);
-    let mapped = |state: &mut State| state.engine.mapped_one(key, range, record).then_some(());
-    match shared.look_once(batch, || Op::Map { domain: key, range, record }, mapped) {
-        Ok(()) | Err(None) => Quick::Done(range),
-        Err(Some(in_flight)) => Quick::Sent(range, name, in_flight),
-    }
 }
 
 /// A list that is being mapped, or rolled back. Where that ends early, what was mapped of it is in quarantine, and
@@ -83,6 +56,8 @@ struct List<'a, P: Platform, I: Iterator<Item = Run> + Clone> {
     /// What is not begun yet: runs, and the addresses for them.
     runs: I,
     free: Option<IovaRange>,
+    /// Where the record of those addresses is, if that is known.
+    free_record: MappingHandle,
 }
 
 impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
@@ -95,7 +70,8 @@ impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
 
 impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
     fn new(shared: &'a Shared<P>, key: DomainKey, runs: I) -> Self {
-        Self { shared, key, name: None, whole: None, owned: None, runs, free: None }
+        let free_record = MappingHandle::UNKNOWN;
+        Self { shared, key, name: None, whole: None, owned: None, runs, free: None, free_record }
     }
 
     #[cold]
@@ -144,20 +120,31 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             }
         };
         let mut begun = Ok(());
-        while state.requests.can_submit(false) {
-            let Some(free) = self.free else { break };
+        let State { engine, requests, sent, .. } = &mut *state;
+        while let Some(free) = self.free
+            && let Some(slot) = requests.free_slot()
+        {
             let mut runs = self.runs.clone();
-            let Some(run) = runs.next() else { break };
-            let part = IovaRange::from_len(free.start(), run.len).filter(|part| free.contains(*part));
-            let request = part.ok_or(MapError::Empty).and_then(|part| {
-                let begun = state.engine.begin_map(self.key, (name, part), run.phys, purpose, held);
-                begun.map(|(request, op)| (part, request, op))
+            let Some(Run { phys, len }) = runs.next() else { break };
+            let part = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
+            let made = part.ok_or(MapError::Empty).and_then(|part| {
+                let rest = Mapped { range: free, record: self.free_record };
+                let made = engine.begin_part(self.key, (part, rest), phys, (purpose, name), held)?;
+                Ok((part, made))
             });
-            match request {
-                Ok((part, request, op)) => {
-                    state.submit(&request, op, &mut batch);
+            match made {
+                Ok((range, (record, behind, domain))) => {
+                    let request = Request::Map { domain, range, phys, prot: purpose.prot };
+                    requests.queue_one(
+                        slot,
+                        &request,
+                        Op::Map { domain: self.key, range, record },
+                        &mut batch,
+                    );
+                    *sent += 1;
                     self.runs = runs;
-                    self.free = free.after(part);
+                    self.free = free.after(range);
+                    self.free_record = behind;
                 }
                 Err(error) => {
                     begun = Err(error);
@@ -171,11 +158,10 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
 }
 
 /// Maps runs, which fill the place that they go to. All or nothing: on an error no mapping is left, their addresses are
-/// free and `held` is back, except for what is in quarantine.
+/// free and `held` is back, except for what is in quarantine. `first` says what was done for a list of one already.
 ///
 /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
 /// of an earlier life: it gets another (I12).
-#[inline]
 pub(crate) fn map<'a, P: Platform>(
     shared: &'a Shared<P>,
     key: DomainKey,
@@ -183,20 +169,18 @@ pub(crate) fn map<'a, P: Platform>(
     runs: impl Iterator<Item = Run> + Clone + Send + 'a,
     purpose: Purpose,
     held: &'a mut Option<HeldMemory>,
-) -> Started<Result<IovaRange, MapError>, impl Future<Output = Result<IovaRange, MapError>> + Send + 'a> {
-    let lent = held.is_some();
-    let quick = begin_one(shared, key, place, runs.clone().next(), purpose, held);
-    if let Quick::Done(range) = quick {
-        return Started::Done(Ok(range));
-    }
+    first: FirstMap<'a, P>,
+) -> impl Future<Output = Result<IovaRange, MapError>> + Send + 'a {
+    let mut lent = held.is_some();
     let mut list = List::new(shared, key, runs.clone());
     let mut sent = None;
-    if let Quick::Sent(range, name, in_flight) = quick {
+    if let First::Sent(SentMap { range, name, lent: memory }, in_flight) = first {
+        lent = memory;
         (list.name, list.whole, list.owned) = (Some(name), Some(range), Some(range));
         list.runs.next();
         sent = Some((Some(in_flight), Ok(())));
     }
-    Started::Waiting(async move {
+    async move {
         // Named in this order, in which they end where this is never polled: what is in flight, then the list.
         let (sent, list) = (sent, list);
         let mut result = go_on(list, sent, place, purpose, held).await;
@@ -216,7 +200,7 @@ pub(crate) fn map<'a, P: Platform>(
             result = go_on(again, None, Place::At(range), purpose, held).await;
         }
         result
-    })
+    }
 }
 
 /// The requests of a list that were sent together, if not all of them succeeded at once, and whether others could not be.
@@ -297,7 +281,7 @@ async fn roll_back<P: Platform>(
             Unmade::Live(range) => {
                 list.owned = owned.after(range);
                 if let Err(UnmapError::Request { error, .. }) =
-                    unmap(Owned::new(shared, key, range), range).finish().await
+                    unmap(Owned::new(shared, key, range), range, First::No).await
                 {
                     result = Err(error);
                 }

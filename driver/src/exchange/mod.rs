@@ -10,29 +10,30 @@ mod flush;
 #[cfg(all(test, loom))]
 mod loom;
 mod map;
+mod quick;
 mod sleepers;
+mod state;
 mod unmap;
 mod wait;
 
 pub(crate) use each::{Wanted, map_each, unmap_each};
-pub(crate) use flush::{flush, flush_all_the_same, unmap_by_policy};
+pub(crate) use flush::{flush, flush_all_the_same, flush_due, unmap_by_policy};
 pub(crate) use map::{Place, Run, map};
+pub(crate) use quick::{First, FirstMap, FirstUnmap, Mapped, defer_first, map_first, unmap_first};
 pub(crate) use sleepers::{Need, Sleepers, Wake};
+pub(crate) use state::{State, StateLock};
 pub(crate) use unmap::{Owned, reclaim, unmap};
-pub(crate) use wait::{Deadline, InFlight, Started};
+pub(crate) use wait::{Deadline, InFlight};
 
 use crate::barrier;
 use crate::dma::{HeldMemory, Release};
-use crate::engine::{Attachment, DomainKey, Engine, Op};
-use crate::error::RequestError;
-use crate::fault::FaultBacklog;
+use crate::engine::{Attachment, DomainKey, Op};
 use crate::id::EndpointId;
-use crate::lock::Mutex;
 use crate::options::Options;
 use crate::platform::Platform;
-use crate::queue::{Batch, EventQueue, RequestQueue};
+use crate::queue::Batch;
 use crate::sync::{AtomicBool, AtomicUsize, Ordering};
-use crate::transport::Transport;
+use crate::transport::{DoorbellCell, Transport};
 use crate::wire::request::Request;
 use alloc::boxed::Box;
 
@@ -40,64 +41,16 @@ use alloc::boxed::Box;
 pub(crate) const REQUEST_QUEUE: u16 = 0;
 pub(crate) const EVENT_QUEUE: u16 = 1;
 
-/// Everything that the lock protects.
-pub(crate) struct State {
-    pub engine: Engine,
-    pub requests: RequestQueue,
-    pub events: EventQueue,
-    pub faults: FaultBacklog,
-    /// Whoever waits for a slot.
-    pub sleepers: Sleepers,
-    /// Requests that were put into the ring.
-    pub sent: u64,
-    /// Why no request can be answered any more, once that is known.
-    pub dead: Option<RequestError>,
-    /// All but the recovery wait for its end.
-    pub paused: bool,
-    /// The bypass was closed, and a recovery that failed did not close it again.
-    pub bypass_due: bool,
-}
-
-impl State {
-    /// Takes in every answer that is there, in time or late.
-    #[inline]
-    pub(crate) fn drain(&mut self) {
-        while let Some(completion) = self.requests.complete() {
-            self.engine.settle(&completion);
-        }
-    }
-
-    /// Puts a request into the ring. The caller made sure of a slot.
-    #[inline(always)]
-    pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) {
-        let submitted = self.requests.submit(request, op, batch);
-        debug_assert!(submitted, "the caller makes sure of a slot");
-        self.sent += 1;
-        if let Some(domain) = op.domain().and_then(|key| self.engine.domain_mut(key)) {
-            domain.stats.requests += 1;
-        }
-    }
-
-    /// Shows the device what was submitted. A doorbell that is due is noted in `doorbell`, to be rung by
-    /// [`Shared::ring`] when the lock is dropped, and counted for the domain.
-    #[inline]
-    pub(crate) fn publish(&mut self, domain: Option<DomainKey>, doorbell: &AtomicBool) {
-        if !self.requests.publish() {
-            return;
-        }
-        doorbell.store(true, Ordering::Release);
-        if let Some(domain) = domain.and_then(|key| self.engine.domain_mut(key)) {
-            domain.stats.kicks += 1;
-        }
-    }
-}
-
 /// One IOMMU, shared by all handles.
 pub(crate) struct Shared<P: Platform> {
     pub platform: P,
+    /// Declared before the transport that it belongs to, so that it goes first.
+    pub request_doorbell: DoorbellCell,
     pub transport: Box<dyn Transport>,
     pub options: Options,
-    pub state: Mutex<P::Lock, State>,
+    /// The smallest mapping.
+    pub granule: u64,
+    pub state: StateLock<P::Lock>,
     /// Whether the request queue's doorbell is due. Rung by whoever comes first, so that requests are not held
     /// up by a submitter that was interrupted before it rang: with EVENT_IDX the device asks only once.
     pub doorbell: AtomicBool,
@@ -123,13 +76,22 @@ pub(crate) enum Sent {
 }
 
 impl<P: Platform> Shared<P> {
+    /// Notes a doorbell that the device wants, to be rung by [`ring`](Self::ring) when the lock is dropped. Called under the
+    /// lock.
+    #[inline(always)]
+    pub(crate) fn note_doorbell(&self) {
+        self.doorbell.store(true, Ordering::Release);
+    }
+
     /// Rings the request queue's doorbell if it is due. Called without the lock.
     #[inline]
     pub(crate) fn ring(&self) {
         if self.doorbell.swap(false, Ordering::AcqRel) {
             self.kicks.fetch_add(1, Ordering::Relaxed);
             barrier::memory_before_doorbell();
-            self.transport.notify(REQUEST_QUEUE);
+            if !self.request_doorbell.ring(REQUEST_QUEUE) {
+                self.transport.notify(REQUEST_QUEUE);
+            }
         }
     }
 

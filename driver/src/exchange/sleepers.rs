@@ -29,6 +29,11 @@ impl Sleepers {
         Self { waiting: VecDeque::with_capacity(MAX_WAITING), alarm_ns: None }
     }
 
+    /// Whether anybody waits for a slot.
+    pub(super) fn has_waiting(&self) -> bool {
+        !self.waiting.is_empty()
+    }
+
     /// Returns the waker, where it is there already or there is no room for it.
     pub(super) fn push(&mut self, waker: Waker, need: Need) -> Result<(), (Waker, bool)> {
         if self.waiting.iter().any(|known| known.need == need && known.waker.will_wake(&waker)) {

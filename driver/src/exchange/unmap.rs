@@ -1,13 +1,13 @@
 //! Unmapping.
 
-use super::{InFlight, Need, Shared, Started, State};
+use super::quick::{First, FirstUnmap};
+use super::{InFlight, Need, Shared, State};
 use crate::addr::IovaRange;
-use crate::engine::{DomainKey, Engine, MappingHandle, Op, UnmapPlan};
+use crate::engine::{DomainKey, Engine, UnmapPlan};
 use crate::error::{RequestError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::{Batch, Outcome};
-use crate::wire::request::{Request, Status};
-use core::future::Future;
+use crate::wire::request::Status;
 
 /// Mappings that only the operation at hand knows. Where it ends early they are in quarantine: nobody is left who
 /// could unmap them.
@@ -25,61 +25,28 @@ impl<P: Platform> Drop for Owned<'_, P> {
     }
 }
 
-/// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner.
-#[inline]
-pub(crate) fn unmap<P: Platform>(
+/// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner. `first` says what was done
+/// already, if it is one.
+pub(crate) async fn unmap<P: Platform>(
     mut owned: Owned<'_, P>,
     range: IovaRange,
-) -> Started<Result<(), UnmapError>, impl Future<Output = Result<(), UnmapError>> + Send> {
-    let (shared, key) = (owned.shared, owned.key);
-    let mut sent = None;
-    if let Some((batch, record)) = begin_one(shared, key, range) {
-        // From now on the record says what it is.
-        owned.range = None;
-        let unmapped = |state: &mut State| state.engine.unmapped_one(key, range, record);
-        match shared.look_once(batch, || Op::Unmap { domain: key, range, record }, unmapped) {
-            Ok(held) => {
-                if let Some(held) = held {
-                    shared.release(held);
-                }
-                return Started::Done(Ok(()));
-            }
-            Err(None) => {
-                shared.release_unmapped(key, range);
-                return Started::Done(Ok(()));
-            }
-            Err(Some(in_flight)) => sent = Some(in_flight),
+    first: FirstUnmap<'_, P>,
+) -> Result<(), UnmapError> {
+    let result = match first {
+        First::Done(()) => Ok(()),
+        First::Sent((), in_flight) => {
+            // The record says what it is.
+            owned.settled();
+            owned.end(in_flight, range).await
         }
+        First::No => unmap_once(&mut owned, range, Engine::begin_unmap).await,
+    };
+    let refused = Err(RequestError::Refused(Status::Range));
+    if !matches!(result, Err(UnmapError::Request { error, .. }) if Err(error) == refused) {
+        return result;
     }
-    Started::Waiting(async move {
-        let result = match sent {
-            Some(in_flight) => owned.end(in_flight, range).await,
-            None => unmap_once(&mut owned, range, Engine::begin_unmap).await,
-        };
-        let refused = Err(RequestError::Refused(Status::Range));
-        if !matches!(result, Err(UnmapError::Request { error, .. }) if Err(error) == refused) {
-            return result;
-        }
-        owned.range = Some(range);
-        unmap_apart(&mut owned, refused).await.map_err(|error| UnmapError::Request { range, error })
-    })
-}
-
-/// Sends the request for one live mapping.
-#[inline(always)]
-fn begin_one<P: Platform>(
-    shared: &Shared<P>,
-    key: DomainKey,
-    range: IovaRange,
-) -> Option<(Batch, MappingHandle)> {
-    let mut state = shared.with_free_slot()?;
-    let State { engine, requests, .. } = &mut *state;
-    let mut batch = Batch::default();
-    let send = |request: &Request, op| batch = requests.submit_one(request, op);
-    let record = engine.begin_unmap_one(key, range, send)?;
-    state.sent += 1;
-    state.publish(Some(key), &shared.doorbell);
-    Some((batch, record))
+    owned.range = Some(range);
+    unmap_apart(&mut owned, refused).await.map_err(|error| UnmapError::Request { range, error })
 }
 
 impl<'a, P: Platform> Owned<'a, P> {

@@ -10,12 +10,10 @@
 //! slot came free, when its deadline passed, or when no answer comes any more; to be woken twice does no harm.
 
 use super::{Need, Shared, State, Wake};
-use crate::engine::Op;
 use crate::error::RequestError;
-use crate::lock::Guard;
 use crate::options::Options;
 use crate::platform::Platform;
-use crate::queue::{Answer, Batch, Completion, Outcome};
+use crate::queue::{Answer, Batch, Outcome};
 use crate::ring::Interrupts;
 use crate::transport::DeviceStatus;
 use core::future::{Future, poll_fn};
@@ -56,23 +54,6 @@ fn is_asleep(waker: &Waker) -> bool {
     !waker.will_wake(Waker::noop())
 }
 
-/// An operation whose first step is done: its request was sent, and the ring looked at once. Most are done with that,
-/// without a future's state to be kept.
-pub(crate) enum Started<T, F> {
-    Done(T),
-    /// There was no slot, or no answer yet.
-    Waiting(F),
-}
-
-impl<T, F: Future<Output = T>> Started<T, F> {
-    pub(crate) async fn finish(self) -> T {
-        match self {
-            Self::Done(result) => result,
-            Self::Waiting(rest) => rest.await,
-        }
-    }
-}
-
 /// Requests that were sent together, and whoever waits for them.
 pub(crate) struct InFlight<'a, P: Platform> {
     shared: &'a Shared<P>,
@@ -88,7 +69,12 @@ enum Look {
     Hopeless,
 }
 
-impl<P: Platform> InFlight<'_, P> {
+impl<'a, P: Platform> InFlight<'a, P> {
+    /// Requests whose doorbell was rung.
+    pub(super) fn new(shared: &'a Shared<P>, batch: Batch) -> Self {
+        Self { shared, batch, deadline: Deadline::new() }
+    }
+
     /// Waits for every request, and hands over each outcome. Requests that the deadline catches in flight are given up on.
     pub(crate) async fn wait(mut self, mut each: impl FnMut(&mut State, Answer)) {
         poll_fn(|context| self.poll(context.waker(), &mut each)).await;
@@ -260,20 +246,6 @@ impl<P: Platform> Shared<P> {
         self.wake(Wake::All);
     }
 
-    /// Waits for the end of an operation.
-    #[inline]
-    pub(crate) fn end_of<T>(&self, started: Started<T, impl Future<Output = T>>) -> T {
-        match started {
-            Started::Done(result) => result,
-            Started::Waiting(rest) => self.block_on_rest(rest),
-        }
-    }
-
-    #[cold]
-    fn block_on_rest<T>(&self, rest: impl Future<Output = T>) -> T {
-        self.block_on(rest)
-    }
-
     /// Polls an operation until it is done. Bounded, since its deadlines count polls too.
     #[inline]
     pub(crate) fn block_on<T>(&self, operation: impl Future<Output = T>) -> T {
@@ -293,11 +265,6 @@ impl<P: Platform> Shared<P> {
         need: Need,
         work: impl FnOnce(&mut State) -> R,
     ) -> Result<R, RequestError> {
-        if need == Need::Slot
-            && let Some(mut state) = self.with_free_slot()
-        {
-            return Ok(work(&mut state));
-        }
         let mut work = Some(work);
         let mut deadline = Deadline::new();
         poll_fn(|context| {
@@ -316,13 +283,6 @@ impl<P: Platform> Shared<P> {
             }
         })
         .await
-    }
-
-    /// The driver's state, if a request can be submitted at once.
-    #[inline(always)]
-    pub(crate) fn with_free_slot(&self) -> Option<Guard<'_, P::Lock, State>> {
-        let state = self.state.lock();
-        if state.dead.is_none() && state.can_send(Need::Slot) { Some(state) } else { None }
     }
 
     fn try_with_slot<R, F: FnOnce(&mut State) -> R>(
@@ -378,52 +338,27 @@ impl<P: Platform> Shared<P> {
         asleep
     }
 
-    /// Rings for a batch of one, and looks once. If it succeeded, `then` runs under the lock that took the answer, and
-    /// says whether it did all that there is to do; else the batch is still to be waited for, or what `op` did to be
-    /// settled.
-    #[inline(always)]
-    pub(crate) fn look_once<R>(
-        &self,
-        batch: Batch,
-        op: impl FnOnce() -> Op,
-        then: impl FnOnce(&mut State) -> Option<R>,
-    ) -> Result<R, Option<InFlight<'_, P>>> {
-        self.ring();
-        let (done, wake) = {
-            let mut state = self.state.lock();
-            if !state.requests.take_one(&batch) {
-                return Err(Some(InFlight { shared: self, batch, deadline: Deadline::new() }));
-            }
-            let done = then(&mut state);
-            if done.is_none() {
-                state.engine.settle(&Completion { op: op(), outcome: Ok(()), abandoned: false });
-            }
-            (done, state.wake_due())
-        };
-        self.wake(wake);
-        done.ok_or(None)
-    }
-
     /// Rings for the batch, and looks once. Returns it where not all of it succeeded yet.
     #[inline]
     pub(crate) fn begin(&self, mut batch: Batch) -> Option<InFlight<'_, P>> {
         self.ring();
-        let mut state = self.state.lock();
-        while let Some(op) = state.requests.take_next(&mut batch) {
-            state.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+        if let Some(mut state) = self.state.usual() {
+            // Bounded by the batch.
+            while let Some(op) = state.requests.take_next(&mut batch) {
+                state.succeeded(op);
+            }
+            if batch.is_empty() {
+                return None;
+            }
         }
-        // Where somebody waits for a slot, the rest of the way wakes him.
-        if batch.is_empty() && state.sleepers.waiting.is_empty() {
-            return None;
-        }
-        Some(InFlight { shared: self, batch, deadline: Deadline::new() })
+        Some(InFlight::new(self, batch))
     }
 
     /// Rings for the batch, waits for every request of it, and hands over each outcome. Requests that the deadline
     /// catches in flight are given up on.
     pub(crate) async fn wait(&self, batch: Batch, each: impl FnMut(&mut State, Answer)) {
         self.ring();
-        InFlight { shared: self, batch, deadline: Deadline::new() }.wait(each).await;
+        InFlight::new(self, batch).wait(each).await;
     }
 
     /// The same for a batch of one.

@@ -1,11 +1,11 @@
 //! The request queue: slots in shared memory, batches, completion in any order.
 
-use super::slot::{Outcome, STRIDE, Slot, SlotState, TAIL_AT, judge};
+use super::slot::{NO_SLOT, Outcome, STRIDE, Slot, SlotState, TAIL_AT, judge};
 use crate::engine::Op;
 use crate::error::RequestError;
 use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, UsedIndexJumped};
 use crate::shared_memory::SharedMemory;
-use crate::wire::request::{MAX_READABLE, PROBE_READABLE, Request, TAIL_LEN, TAIL_SENTINEL};
+use crate::wire::request::{Encoded, MAX_READABLE, PROBE_READABLE, Request, Status, TAIL_LEN, TAIL_SENTINEL};
 use alloc::vec::Vec;
 use core::task::Waker;
 
@@ -13,13 +13,19 @@ use core::task::Waker;
 /// no memory of its own.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
-    ends: Option<(u16, u16)>,
+    /// The first and the last slot, unless it is empty.
+    head: u16,
+    tail: u16,
     len: u16,
 }
 
 impl Batch {
     pub(crate) fn is_empty(&self) -> bool {
-        self.ends.is_none()
+        self.len == 0
+    }
+
+    fn head(&self) -> Option<u16> {
+        (self.len > 0).then_some(self.head)
     }
 
     /// How many requests are in it that nobody took yet.
@@ -67,7 +73,8 @@ pub(crate) struct RequestQueue {
     ring: Ring,
     areas: Areas,
     slots: Vec<Slot>,
-    free: Option<u16>,
+    /// The first slot that is free, or [`NO_SLOT`].
+    free: u16,
     abandoned: u16,
     /// The slot that PROBE's area belongs to.
     probing: Option<u16>,
@@ -98,8 +105,7 @@ impl RequestQueue {
             .map(|index| Slot {
                 state: SlotState::Free,
                 op: Op::None,
-                expected: 0,
-                next: (index + 1 < slot_count).then_some(index + 1),
+                next: if index + 1 < slot_count { index + 1 } else { NO_SLOT },
             })
             .collect();
         let memory = memory.with_cells(areas.slots, slot_count);
@@ -108,7 +114,7 @@ impl RequestQueue {
             ring,
             areas,
             slots,
-            free: Some(0),
+            free: 0,
             abandoned: 0,
             probing: None,
             probe_size,
@@ -135,7 +141,7 @@ impl RequestQueue {
 
     /// Whether a request can be submitted now; PROBE also needs its one area.
     pub(crate) fn can_submit(&self, probe: bool) -> bool {
-        self.broken.is_none() && self.free.is_some() && !(probe && self.probing.is_some())
+        self.broken.is_none() && self.free != NO_SLOT && !(probe && self.probing.is_some())
     }
 
     /// Used entries that named no request in flight.
@@ -146,33 +152,27 @@ impl RequestQueue {
     /// Puts a request into a free slot and the slot into the batch. The device sees it after
     /// [`publish`](Self::publish). False, and nothing done, where [`can_submit`](Self::can_submit) says no.
     #[must_use]
-    #[inline(always)]
+    #[inline]
     pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) -> bool {
         let probe = matches!(request, Request::Probe { .. });
-        let Some(index) = self.free.filter(|_| self.can_submit(probe)) else { return false };
-        self.free = self.slots[usize::from(index)].next;
-
-        match probe {
-            true => self.write_probe(index, request),
-            false => self.write_request(index, request),
+        if !self.can_submit(probe) {
+            return false;
         }
-        let expected = if probe { self.probe_size + TAIL_LEN } else { TAIL_LEN };
-        self.slots[usize::from(index)] =
-            Slot { state: SlotState::InFlight, op, expected: expected as u32, next: None };
-        self.append(batch, index);
-        self.ring.push(2 * index);
+        let index = self.free;
+        if probe {
+            self.write_probe(index, request);
+        }
+        self.queue_one(index, request, op, batch);
         true
     }
 
     #[inline(always)]
     fn write_request(&mut self, index: u16, request: &Request) {
         let memory = self.ring.memory_mut();
-        let len = request.encode(|bytes| {
-            memory.write_cell::<0>(index, bytes);
-            bytes.len()
-        });
-        memory.write_cell::<TAIL_AT>(index, &TAIL_SENTINEL);
-        memory.set_descriptor_len(2 * index, len as u32);
+        let Encoded { words, len } = request.encode();
+        memory.write_cell(index, &words);
+        memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
+        memory.set_readable_len(index, len as u32);
     }
 
     #[cold]
@@ -183,10 +183,11 @@ impl RequestQueue {
         let (readable_at, writable_at) =
             (self.ring.memory().phys(probe_readable), self.ring.memory().phys(probe_writable));
         let memory = self.ring.memory_mut();
-        let len = request.encode(|bytes| {
-            memory.write_bytes(probe_readable, bytes);
-            bytes.len()
-        });
+        // What is behind the words was zeroed once, and stays so.
+        let Encoded { words, len } = request.encode();
+        for (number, word) in words.iter().enumerate() {
+            memory.write_bytes(probe_readable + 8 * number, &word.to_ne_bytes());
+        }
         // No properties of an earlier endpoint may be read as this one's.
         for at in probe_writable..probe_writable + self.probe_size {
             memory.write_bytes(at, &[0]);
@@ -205,18 +206,6 @@ impl RequestQueue {
 
     fn slot_at(&self, index: u16) -> usize {
         self.areas.slots + STRIDE * usize::from(index)
-    }
-
-    #[inline]
-    fn append(&mut self, batch: &mut Batch, index: u16) {
-        batch.ends = match batch.ends {
-            None => Some((index, index)),
-            Some((head, tail)) => {
-                self.slots[usize::from(tail)].next = Some(index);
-                Some((head, index))
-            }
-        };
-        batch.len += 1;
     }
 
     /// Shows the device what was submitted, and says whether it wants the doorbell.
@@ -250,62 +239,94 @@ impl RequestQueue {
         None
     }
 
-    /// [`submit`](Self::submit) for a batch of one that is no PROBE.
+    /// Whether nothing is out of the ordinary: the device keeps to the ring, nobody sleeps, and no PROBE is under way.
+    pub(crate) fn is_usual(&self) -> bool {
+        let quiet = self.sleepers == 0 && self.ring.interrupts() == Interrupts::Unwanted;
+        self.broken.is_none() && quiet && self.probing.is_none()
+    }
+
+    /// A free slot for [`send_one`](Self::send_one) and [`queue_one`](Self::queue_one).
     #[inline(always)]
-    pub(crate) fn submit_one(&mut self, request: &Request, op: Op) -> Batch {
-        let Some(index) = self.free else {
-            debug_assert!(false, "the caller makes sure of a slot");
-            return Batch::default();
-        };
+    pub(crate) fn free_slot(&self) -> Option<u16> {
+        if self.free == NO_SLOT { None } else { Some(self.free) }
+    }
+
+    /// Puts a request that is no PROBE into the [free slot](Self::free_slot) and shows it to the device, where all is
+    /// [usual](Self::is_usual). Says whether the device wants the doorbell.
+    #[inline(always)]
+    pub(crate) fn send_one(&mut self, index: u16, request: &Request, op: Op) -> bool {
+        self.fill(index, request, op);
+        self.ring.publish_one(2 * index)
+    }
+
+    /// [`submit`](Self::submit) for a request that has what it needs, in the [free slot](Self::free_slot). The lock is held from
+    /// the first of a batch to the last: slots come off the free list one after the other, so that they are linked already.
+    #[inline(always)]
+    pub(crate) fn queue_one(&mut self, index: u16, request: &Request, op: Op, batch: &mut Batch) {
+        self.fill(index, request, op);
+        self.ring.push(2 * index);
+        if batch.len == 0 {
+            batch.head = index;
+        }
+        batch.tail = index;
+        batch.len += 1;
+    }
+
+    #[inline(always)]
+    fn fill(&mut self, index: u16, request: &Request, op: Op) {
+        debug_assert!(self.broken.is_none() && self.free == index);
         let slot = &mut self.slots[usize::from(index)];
         self.free = slot.next;
-        (slot.state, slot.op, slot.expected, slot.next) = (SlotState::InFlight, op, TAIL_LEN as u32, None);
-        self.write_request(index, request);
-        self.ring.push(2 * index);
-        Batch { ends: Some((index, index)), len: 1 }
-    }
-
-    /// [`take_next`](Self::take_next) for a batch of one whose request the caller knows. Whether it was taken.
-    #[inline(always)]
-    pub(crate) fn take_one(&mut self, batch: &Batch) -> bool {
-        let Some((head, _)) = batch.ends else { return false };
-        let Some(used) = self.ring.peek() else { return false };
-        let Some(slot) = self.slots.get_mut(usize::from(head)) else { return false };
-        let mine = used.id == u32::from(2 * head) && slot.state == SlotState::InFlight;
-        let simple = self.sleepers == 0 && self.broken.is_none() && self.probing.is_none();
-        // Before the answer is known to be there the device may be writing it.
-        if !(mine && simple && used.len >= slot.expected)
-            || self.ring.memory().read_cell::<TAIL_AT>(head)[0] != 0
-        {
-            return false;
+        (slot.state, slot.op) = (SlotState::InFlight, op);
+        if !matches!(request, Request::Probe { .. }) {
+            self.write_request(index, request);
         }
-        (slot.state, slot.next) = (SlotState::Free, self.free);
-        self.free = Some(head);
-        self.ring.pass();
-        true
     }
 
-    /// Takes the batch's first request, if it succeeded and its answer is the next in the ring: what most find when they
-    /// look, without the way over [`complete`](Self::complete) and [`take`](Self::take). Returns what it did, which the
-    /// caller settles.
-    #[inline]
+    /// Takes the success of a request that [`send_one`](Self::send_one) sent, where all is [usual](Self::is_usual), if it
+    /// is the next in the ring. Whether it was.
+    #[inline(always)]
+    pub(crate) fn take_one(&mut self, index: u16) -> bool {
+        self.take_at(index).is_some()
+    }
+
+    /// Takes the batch's first request, where all is [usual](Self::is_usual), if it succeeded and its answer is the next in
+    /// the ring: what most find when they look, without the way over [`complete`](Self::complete) and
+    /// [`take`](Self::take). Returns what it did, which the caller settles.
+    #[inline(always)]
     pub(crate) fn take_next(&mut self, batch: &mut Batch) -> Option<Op> {
-        let (head, _) = batch.ends?;
-        let used = self.ring.peek()?;
-        let slot = self.slots.get(usize::from(head))?;
-        let mine = used.id == u32::from(2 * head) && slot.state == SlotState::InFlight;
-        let simple = self.probing != Some(head) && self.sleepers == 0 && self.broken.is_none();
-        if !(mine && simple) {
+        if batch.len == 0 {
             return None;
         }
-        // Not before the answer is known to be there: else the device may be writing it.
-        let status = self.ring.memory().read_cell::<TAIL_AT>(head)[0];
-        judge(used.len, slot.expected, status).ok()?;
-        let op = slot.op;
-        self.ring.pass();
-        self.advance(batch);
-        self.release(head);
+        let (op, next) = self.take_at(batch.head)?;
+        batch.head = next;
+        batch.len -= 1;
         Some(op)
+    }
+
+    /// What the request in this slot did, and the slot after it, if its success is the next in the ring.
+    #[inline(always)]
+    fn take_at(&mut self, index: u16) -> Option<(Op, u16)> {
+        debug_assert!(self.is_usual());
+        let used = self.ring.peek_fresh()?;
+        let slot = self.slots.get_mut(usize::from(index))?;
+        let mine = used.id == 2 * u32::from(index) && slot.state == SlotState::InFlight;
+        // Before the answer is known to be there the device may be writing it.
+        if !(mine && used.len >= TAIL_LEN as u32)
+            || self.ring.memory().read_cell::<TAIL_AT>(index)[0] != Status::OK
+        {
+            return None;
+        }
+        let found = (slot.op, slot.next);
+        (slot.state, slot.next) = (SlotState::Free, self.free);
+        self.free = index;
+        self.ring.pass_fresh();
+        Some(found)
+    }
+
+    /// A request that [`send_one`](Self::send_one) sent, to be waited for.
+    pub(crate) fn batch_of(&self, index: u16) -> Batch {
+        Batch { head: index, tail: index, len: 1 }
     }
 
     /// The slot that a used entry's id names, if a request is in flight there.
@@ -319,15 +340,15 @@ impl RequestQueue {
 
     #[inline]
     fn finish(&mut self, index: u16, used_len: u32) -> Completion {
-        let status = if self.probing == Some(index) {
+        let (expected, status) = if self.probing == Some(index) {
             let mut tail = [0; TAIL_LEN];
             self.ring.memory().read_bytes(self.areas.probe_writable + self.probe_size, &mut tail);
-            tail[0]
+            (self.probe_size + TAIL_LEN, tail[0])
         } else {
-            self.ring.memory().read_cell::<TAIL_AT>(index)[0]
+            (TAIL_LEN, self.ring.memory().read_cell::<TAIL_AT>(index)[0])
         };
         let slot = &mut self.slots[usize::from(index)];
-        let outcome = judge(used_len, slot.expected, status);
+        let outcome = judge(used_len, expected as u32, status);
         let completion = Completion { op: slot.op, outcome, abandoned: slot.state == SlotState::Abandoned };
         slot.state = SlotState::Done(outcome);
         if self.sleepers > 0 {
@@ -343,7 +364,7 @@ impl RequestQueue {
     /// Takes the outcome of the batch's first request, if the device is done with it, and frees its slot.
     #[inline]
     pub(crate) fn take(&mut self, batch: &mut Batch) -> Option<Answer> {
-        let (head, _) = batch.ends?;
+        let head = batch.head()?;
         let slot = &self.slots[usize::from(head)];
         let SlotState::Done(outcome) = slot.state else { return None };
         let outcome = outcome.map_err(|error| (slot.op, error));
@@ -355,12 +376,12 @@ impl RequestQueue {
     /// Gives up on the batch's first request, which is in flight: its slot stays with the device. Returns what it
     /// would have done.
     pub(crate) fn abandon(&mut self, batch: &mut Batch) -> Option<Op> {
-        let (head, _) = batch.ends?;
+        let head = batch.head()?;
         self.advance(batch);
         let slot = &mut self.slots[usize::from(head)];
         debug_assert_eq!(slot.state, SlotState::InFlight);
         slot.state = SlotState::Abandoned;
-        slot.next = None;
+        slot.next = NO_SLOT;
         self.abandoned += 1;
         Some(slot.op)
     }
@@ -395,15 +416,15 @@ impl RequestQueue {
 
     /// Whether the device is done with the batch's first request.
     pub(crate) fn is_done(&self, batch: &Batch) -> bool {
-        let done = |(head, _)| matches!(self.slots[usize::from(head)].state, SlotState::Done(_));
-        batch.ends.is_none_or(done)
+        let done = |head| matches!(self.slots[usize::from(head)].state, SlotState::Done(_));
+        batch.head().is_none_or(done)
     }
 
     /// Leaves a waker with the batch's first request. Returns the one that was there, to be dropped without the lock,
     /// or this one where the batch is empty.
     #[must_use = "a waker is not to be dropped under the lock"]
     pub(crate) fn register(&mut self, batch: &Batch, waker: Waker) -> Option<Waker> {
-        let Some((head, _)) = batch.ends else { return Some(waker) };
+        let Some(head) = batch.head() else { return Some(waker) };
         let old = self.unregister(batch);
         self.wakers[usize::from(head)] = Some(waker);
         self.sleepers += 1;
@@ -418,7 +439,7 @@ impl RequestQueue {
         if self.sleepers == 0 {
             return None;
         }
-        let (head, _) = batch.ends?;
+        let head = batch.head()?;
         self.unregister_at(head)
     }
 
@@ -468,12 +489,10 @@ impl RequestQueue {
 
     #[inline]
     fn advance(&mut self, batch: &mut Batch) {
-        let Some((head, tail)) = batch.ends else { return };
-        batch.ends = match self.slots[usize::from(head)].next {
-            Some(next) if head != tail => Some((next, tail)),
-            _ => None,
-        };
-        batch.len -= 1;
+        if batch.len > 0 {
+            batch.head = self.slots[usize::from(batch.head)].next;
+            batch.len -= 1;
+        }
     }
 
     #[inline]
@@ -482,7 +501,7 @@ impl RequestQueue {
             self.probing = None;
             self.point_at_slot(index);
         }
-        let free = self.free.replace(index);
+        let free = core::mem::replace(&mut self.free, index);
         let slot = &mut self.slots[usize::from(index)];
         (slot.state, slot.next) = (SlotState::Free, free);
     }

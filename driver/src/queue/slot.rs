@@ -12,7 +12,7 @@
 use crate::engine::Op;
 use crate::error::RequestError;
 use crate::ring::CELL_LEN;
-use crate::wire::request::{MAX_READABLE, Status, TAIL_SENTINEL, Tail};
+use crate::wire::request::{Status, TAIL_SENTINEL, Tail, WORDS};
 use core::mem::size_of;
 
 /// What came of a request.
@@ -32,18 +32,19 @@ pub(super) struct Slot {
     pub state: SlotState,
     /// What the request does to the driver's records, while it is not free.
     pub op: Op,
-    /// Bytes that the device has to write for success.
-    pub expected: u32,
-    /// The next slot of the same batch, or of the free list.
-    pub next: Option<u16>,
+    /// The next slot of the same batch, or of the free list, or [`NO_SLOT`].
+    pub next: u16,
 }
+
+/// No slot: there are at most 2^14.
+pub(super) const NO_SLOT: u16 = u16::MAX;
 
 /// Bytes from one slot to the next: one cache line.
 pub(super) const STRIDE: usize = CELL_LEN;
 /// Where the answer's tail lies in a slot.
 pub(super) const TAIL_AT: usize = 40;
 
-const _: () = assert!(MAX_READABLE <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= STRIDE);
+const _: () = assert!(8 * WORDS <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= STRIDE);
 
 /// Judges an answer: success is all bytes written *and* status OK (D-09).
 ///

@@ -233,7 +233,7 @@ fn request(endpoint: u32) -> Request {
 }
 
 fn bytes(endpoint: u32) -> Vec<u8> {
-    request(endpoint).encode(<[u8]>::to_vec)
+    request(endpoint).encode().to_bytes()
 }
 
 fn request_queue(size: u16, suppression: Suppression) -> (RequestQueue, Device) {

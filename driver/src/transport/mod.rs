@@ -4,12 +4,15 @@
 //! and [`virtio_drivers::Adapter`] takes any transport of the `virtio-drivers` crate, MMIO among them. A kernel
 //! with a virtio stack of its own implements the trait over that.
 
+mod doorbell;
 pub mod pci;
 mod register;
 #[cfg(feature = "virtio-drivers")]
 pub mod virtio_drivers;
 
 pub use crate::barrier::memory_before_doorbell;
+pub use doorbell::Doorbell;
+pub(crate) use doorbell::DoorbellCell;
 
 use crate::addr::PhysAddr;
 use bitflags::bitflags;
@@ -175,6 +178,13 @@ pub trait Transport: Send + Sync {
     ///
     /// Takes no lock that code interrupted by a handler may hold, unless the implementation says so.
     fn notify(&self, queue: u16);
+
+    /// The doorbell of a queue that is enabled, where [`notify`](Self::notify) is one store to a register that
+    /// [`Doorbell`] can name, and nothing else. The driver then stores without a call.
+    fn doorbell(&self, queue: u16) -> Option<Doorbell> {
+        let _ = queue;
+        None
+    }
 
     /// Reads and clears the interrupt cause.
     fn acknowledge_interrupt(&self) -> InterruptCause;

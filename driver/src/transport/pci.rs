@@ -5,7 +5,7 @@
 //! The kernel's own PCI code stays in charge of BARs, decoding and bus mastering.
 
 use super::register::Register;
-use super::{DeviceStatus, InterruptCause, QueueAddresses, Transport, TransportError};
+use super::{DeviceStatus, Doorbell, InterruptCause, QueueAddresses, Transport, TransportError};
 use core::fmt;
 use core::ptr::{self, NonNull};
 use core::sync::atomic::{AtomicPtr, Ordering};
@@ -389,6 +389,12 @@ impl Transport for PciTransport {
             // SAFETY: checked to be inside the notification region, which the maker keeps mapped.
             unsafe { Register::<u16>::new(doorbell) }.write(queue);
         }
+    }
+
+    fn doorbell(&self, queue: u16) -> Option<Doorbell> {
+        let doorbell = self.doorbells.get(usize::from(queue))?.load(Ordering::Acquire);
+        // SAFETY: checked to be inside the notification region, which the maker keeps mapped.
+        NonNull::new(doorbell).map(|doorbell| unsafe { Doorbell::new(doorbell) })
     }
 
     fn acknowledge_interrupt(&self) -> InterruptCause {

@@ -24,7 +24,7 @@ pub(super) struct Magazines {
 }
 
 /// Which magazine keeps ranges of so many granules.
-#[inline]
+#[inline(always)]
 fn class_of(granules: u64) -> Option<usize> {
     match granules {
         0 => None,
@@ -46,7 +46,7 @@ impl Magazines {
     }
 
     /// Takes the latest range of this size, if it suits.
-    #[inline]
+    #[inline(always)]
     pub(super) fn pop<'o>(
         &mut self,
         order: &'o mut Order,
@@ -65,8 +65,22 @@ impl Magazines {
         Some((index, record))
     }
 
+    /// [`push`](Self::push) for a range of so many granules, where that frees no other.
+    #[inline(always)]
+    pub(super) fn keep(&mut self, index: Index, record: &mut Record, granules: u64) -> bool {
+        let Some(class) = class_of(granules) else { return false };
+        // What lies behind another goes, so that no more and more of them do.
+        if self.cached >= MAX_CACHED || record.rank < 0 {
+            return false;
+        }
+        record.holder = Holder::Cached;
+        record.phys = PhysAddr::new(self.tops[class].into());
+        self.tops[class] = index;
+        self.cached += 1;
+        true
+    }
+
     /// Keeps a range that nobody has any more. False where it is to be freed instead.
-    #[inline]
     pub(super) fn push(&mut self, order: &mut Order, index: Index) -> bool {
         let granules = order.granules(order[index].range);
         let Some(class) = class_of(granules) else { return false };
@@ -76,16 +90,7 @@ impl Magazines {
                 None => return false,
             }
         }
-        let record = &mut order[index];
-        // What lies behind another goes, so that no more and more of them do.
-        if record.rank < 0 {
-            return false;
-        }
-        record.holder = Holder::Cached;
-        record.phys = PhysAddr::new(self.tops[class].into());
-        self.tops[class] = index;
-        self.cached += 1;
-        true
+        self.keep(index, &mut order[index], granules)
     }
 
     /// Another magazine that has something, each in its turn.

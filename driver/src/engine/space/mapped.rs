@@ -22,13 +22,19 @@ impl Space {
             return None;
         }
         if range.last() < taken.range.last() {
-            self.make_room();
-            let rest = self.order.split(index, range.last().checked_add(1)?)?;
-            self.remember(rest, range.last().checked_add(1)?);
+            self.split(index, range.last().checked_add(1)?)?;
         }
         self.mappings += 1;
         self.order[index].begin(phys, purpose, list, held.take().map(HeldMemory::into_kept));
         Some(MappingHandle(index))
+    }
+
+    /// Cuts off what lies from `start` on, which has a record of its own then.
+    pub(super) fn split(&mut self, index: Index, start: Iova) -> Option<Index> {
+        self.make_room();
+        let rest = self.order.split(index, start)?;
+        self.remember(rest, start);
+        Some(rest)
     }
 
     #[inline]

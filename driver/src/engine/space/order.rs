@@ -49,14 +49,14 @@ pub(super) struct Wanted {
 impl core::ops::Index<Index> for Order {
     type Output = Record;
 
-    #[inline]
+    #[inline(always)]
     fn index(&self, index: Index) -> &Record {
         &self.slab[index]
     }
 }
 
 impl core::ops::IndexMut<Index> for Order {
-    #[inline]
+    #[inline(always)]
     fn index_mut(&mut self, index: Index) -> &mut Record {
         &mut self.slab[index]
     }
@@ -88,12 +88,12 @@ impl Order {
         self.slab.add(chunk)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn get(&self, index: Index) -> Option<&Record> {
         self.slab.get(index)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(super) fn get_mut(&mut self, index: Index) -> Option<&mut Record> {
         self.slab.get_mut(index)
     }
@@ -107,11 +107,13 @@ impl Order {
     }
 
     /// A number that differs for addresses that lie close to each other.
+    #[inline(always)]
     pub(super) fn page(&self, address: Iova) -> u64 {
         address.get() >> self.granule_bits
     }
 
     /// The length of a range in granules.
+    #[inline(always)]
     pub(super) fn granules(&self, range: IovaRange) -> u64 {
         (range.len_minus_one() >> self.granule_bits) + 1
     }

@@ -2,103 +2,268 @@
 
 use super::Space;
 use super::order::Wanted;
-use crate::addr::{Iova, IovaRange};
+use super::slab::Index;
+use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose};
-use crate::exchange::Run;
+use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
+use crate::engine::{Placement, Unheld};
+use crate::exchange::{Mapped, Run};
 
 impl Space {
     /// Takes addresses as [`allocate`](Self::allocate) does, and makes a mapping of them as [`insert`](Self::insert)
     /// does. `None`, and nothing changed, where that cannot be.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn make(
         &mut self,
         run: Run,
-        (align, (lowest, limit)): (u64, (Iova, Iova)),
+        Placement { limit, align }: Placement,
         (purpose, list): (Purpose, ListId),
         held: &mut Option<HeldMemory>,
-    ) -> Option<(MappingHandle, IovaRange)> {
+    ) -> Option<Mapped> {
         if self.room_left() == 0 {
             return None;
         }
-        let (len, lowest, limit) = (run.len, lowest.get(), limit.get());
+        // All ranges of a magazine are as long, and only 0 lies below the lowest address.
         let suits = |range: IovaRange| {
             let (start, last) = (range.start().get(), range.last().get());
-            let there = start >= lowest && last <= limit && start & (align - 1) == 0;
-            there && last - start == len - 1
+            start != 0 && last <= limit.get() && start & (align - 1) == 0
         };
-        let granules = self.order.page(Iova::new(len));
+        let granules = self.order.page(Iova::new(run.len));
         let (index, record) = match self.magazines.pop(&mut self.order, granules, suits) {
             Some(cached) => cached,
             None => {
-                let (index, _) = self.search(Wanted { len, align, lowest, limit })?;
+                let index = self.search_for_one(run.len, align, limit)?;
                 (index, self.order.get_mut(index)?)
             }
         };
         let range = record.range;
-        record.begin(run.phys, purpose, list, held.take().map(HeldMemory::into_kept));
+        let kept = if held.is_some() { held.take().map(HeldMemory::into_kept) } else { None };
+        record.begin(run.phys, purpose, list, kept);
         self.outside += 1;
         self.mappings += 1;
+        Some(Mapped { range, record: MappingHandle(index) })
+    }
+
+    #[cold]
+    fn search_for_one(&mut self, len: u64, align: u64, limit: Iova) -> Option<Index> {
+        let granule = self.order.granule();
+        let wanted = Wanted { len, align: align.max(granule), lowest: granule, limit: limit.get() };
+        let (index, range) = self.search(wanted)?;
         self.remember(index, range.start());
-        Some((MappingHandle(index), range))
+        Some(index)
     }
 
     /// The device confirmed the MAP of a record that waits for that. False where it is not there, or not so.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn confirm(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Some(record) = self.order.get_mut(handle.0) else { return false };
         let waits = record.holder == Holder::Mapping
-            && record.range == range
-            && record.state == MappingState::Mapping
-            && record.on_device;
+            && record.range.start() == range.start()
+            && record.state == MappingState::Mapping;
         if waits {
+            debug_assert!(record.range == range && record.on_device);
             // Before and after it adds nothing to the tally.
             (record.state, record.counted, record.owned) = (MappingState::Live, true, true);
         }
         waits
     }
 
-    /// Marks the one live mapping of exactly this range as being unmapped.
-    #[inline]
-    pub(crate) fn begin_unmap(&mut self, range: IovaRange) -> Option<MappingHandle> {
-        let index = self.find(range.start())?;
-        let record = &mut self.order[index];
-        let live = record.holder == Holder::Mapping
+    /// Marks the live mappings of exactly this range, the first of which the handle may name, as being unmapped.
+    #[inline(always)]
+    pub(crate) fn begin_unmap(&mut self, range: IovaRange, handle: MappingHandle) -> Option<MappingHandle> {
+        if let Some(record) = self.order.get_mut(handle.0)
             && record.range == range
-            && record.state == MappingState::Live
-            && record.on_device;
-        if !live {
+            && is_live(record)
+        {
+            // As above.
+            (record.state, record.owned) = (MappingState::Unmapping, false);
+            return Some(handle);
+        }
+        self.begin_unmap_run(range)
+    }
+
+    /// Marks the one live mapping of exactly this range as deferred. False where the handle does not name it, or it is not
+    /// live.
+    #[inline(always)]
+    pub(crate) fn defer(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
+        let Some(record) = self.order.get_mut(handle.0) else { return false };
+        let live = record.range == range && is_live(record);
+        if live {
+            // As above.
+            (record.state, record.owned) = (MappingState::Deferred, false);
+        }
+        live
+    }
+
+    #[inline(never)]
+    fn begin_unmap_run(&mut self, range: IovaRange) -> Option<MappingHandle> {
+        let first = self.find(range.start())?;
+        let mut index = first;
+        // Bounded by the records in the range, as below.
+        loop {
+            let record = self.order.get(index)?;
+            if !is_live(record) || record.range.last() > range.last() {
+                return None;
+            }
+            if record.range.last() == range.last() {
+                break;
+            }
+            let next = self.order.get(record.next)?;
+            if record.range.last().checked_add(1) != Some(next.range.start()) {
+                return None;
+            }
+            index = record.next;
+        }
+        let (last, mut index) = (index, first);
+        loop {
+            let record = &mut self.order[index];
+            // As above.
+            (record.state, record.owned) = (MappingState::Unmapping, false);
+            if index == last {
+                return Some(MappingHandle(first));
+            }
+            index = record.next;
+        }
+    }
+
+    /// Makes a mapping of the first of the addresses that were taken for a list, whose record the handle may name. Its
+    /// record, and that of the rest, or [`MappingHandle::UNKNOWN`] where there is none. `None`, and nothing changed, where it is not so.
+    #[inline(always)]
+    pub(crate) fn begin_part(
+        &mut self,
+        part: IovaRange,
+        Mapped { range: rest, record: handle }: Mapped,
+        phys: PhysAddr,
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<(MappingHandle, MappingHandle)> {
+        let index = if handle == MappingHandle::UNKNOWN { self.find(rest.start())? } else { handle.0 };
+        let record = self.order.get(index)?;
+        let taken = record.holder == Holder::Taken && record.range == rest && part.start() == rest.start();
+        if !taken || part.last() > rest.last() {
             return None;
         }
-        // As above.
-        (record.state, record.owned) = (MappingState::Unmapping, false);
-        Some(MappingHandle(index))
+        let behind = match part.last() == rest.last() {
+            true => MappingHandle::UNKNOWN,
+            false => MappingHandle(self.split(index, part.last().checked_add(1)?)?),
+        };
+        self.mappings += 1;
+        self.order.get_mut(index)?.begin(phys, purpose, list, None);
+        Some((MappingHandle(index), behind))
+    }
+
+    /// The device confirmed the UNMAP of records that wait for that, touch each other and hold no memory: their addresses are
+    /// free. False, and nothing changed, where it is not so.
+    pub(crate) fn end_unmapped_run(&mut self, first: MappingHandle, range: IovaRange) -> bool {
+        let Some(count) = self.count_unmapped(first, range) else { return false };
+        self.mappings -= count;
+        self.outside -= count;
+        let mut index = first.0;
+        for _ in 0..count {
+            // What was made together is freed as one range: from here to there.
+            let (group, mut last) = (index, index);
+            let mut record = &self.order[index];
+            while record.range.last() < range.last() {
+                let next = &self.order[record.next];
+                if !(next.rank < 0 || record.is_beside(next)) {
+                    break;
+                }
+                last = record.next;
+                record = next;
+            }
+            let (end, next) = (record.range.last(), record.next);
+            if group != last {
+                self.order.merge(group, last);
+            }
+            let Self { order, magazines, .. } = self;
+            let granules = order.granules(order[group].range);
+            let record = &mut order[group];
+            (record.holder, record.counted) = (Holder::Taken, false);
+            if !magazines.keep(group, record, granules) {
+                self.free(group);
+            }
+            if end == range.last() {
+                break;
+            }
+            index = next;
+        }
+        true
+    }
+
+    /// How many records that is.
+    fn count_unmapped(&self, first: MappingHandle, range: IovaRange) -> Option<usize> {
+        let waits = |record: &Record| {
+            record.holder == Holder::Mapping
+                && record.state == MappingState::Unmapping
+                && record.on_device
+                && record.counted
+                && !record.owned
+                && !record.holds_memory()
+        };
+        let mut record = self.order.get(first.0).filter(|record| waits(record))?;
+        let mut count = 1;
+        if record.range.start() != range.start() {
+            return None;
+        }
+        // Bounded by the records in the range.
+        while record.range.last() < range.last() {
+            let next = self.order.get(record.next).filter(|next| waits(next))?;
+            // What lies behind another touches it.
+            if next.rank >= 0 && record.range.last().checked_add(1) != Some(next.range.start()) {
+                return None;
+            }
+            record = next;
+            count += 1;
+        }
+        (record.range.last() == range.last()).then_some(count)
     }
 
     /// The device confirmed the UNMAP of a record that waits for that: its addresses are free. With the memory that was
     /// held for it. `None` where it is not there, or not so.
-    #[inline]
-    pub(crate) fn end_unmapped(
-        &mut self,
-        handle: MappingHandle,
-        range: IovaRange,
-    ) -> Option<Option<HeldMemory>> {
-        let granule = self.order.granule();
-        let record = self.order.get_mut(handle.0)?;
+    #[inline(always)]
+    pub(crate) fn end_unmapped(&mut self, handle: MappingHandle, range: IovaRange) -> Option<Unheld> {
+        let Self { order, magazines, .. } = self;
+        let granules = order.granules(range);
+        let record = order.get_mut(handle.0)?;
         let waits = record.holder == Holder::Mapping
             && record.range == range
             && record.state == MappingState::Unmapping
-            && record.on_device
-            && record.counted
-            && !record.owned;
+            && record.counted;
         if !waits {
             return None;
         }
-        let held = if record.holds_memory() { record.take_held(granule) } else { None };
-        (record.holder, record.counted) = (Holder::Taken, false);
+        debug_assert!(record.on_device && !record.owned);
         self.mappings -= 1;
         self.outside -= 1;
-        self.free(handle.0);
-        Some(held)
+        record.counted = false;
+        if record.holds_memory() {
+            return Some(self.take_held(handle));
+        }
+        record.holder = Holder::Taken;
+        if !magazines.keep(handle.0, record, granules) {
+            self.free(handle.0);
+        }
+        Some(Unheld::Nothing)
     }
+
+    /// Whether this one record is all of the range, and there is no memory that goes back with it.
+    #[inline(always)]
+    pub(crate) fn is_all_of(&self, handle: MappingHandle, range: IovaRange) -> bool {
+        self.order.get(handle.0).is_some_and(|record| record.range == range && !record.holds_memory())
+    }
+
+    #[cold]
+    fn take_held(&mut self, handle: MappingHandle) -> Unheld {
+        let granule = self.order.granule();
+        let record = &mut self.order[handle.0];
+        let held = record.take_held(granule);
+        record.holder = Holder::Taken;
+        self.free(handle.0);
+        held.map_or(Unheld::Nothing, Unheld::Memory)
+    }
+}
+
+/// Whether it is the record of a mapping that is live on the device.
+#[inline(always)]
+fn is_live(record: &Record) -> bool {
+    record.holder == Holder::Mapping && record.state == MappingState::Live && record.on_device
 }

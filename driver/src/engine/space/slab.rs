@@ -18,7 +18,10 @@ pub(super) const MAX_CHUNK: usize = 1 << OFFSET_BITS;
 const MAX_CHUNKS: usize = 32;
 
 pub(super) struct Slab {
-    chunks: Vec<Vec<Record>>,
+    /// The first chunk: most domains have no other, so that it is found without a look at the list.
+    first: Vec<Record>,
+    /// The others.
+    more: Vec<Vec<Record>>,
     /// The chunk that is being filled; those after it are empty.
     filling: usize,
     /// The last record that was given back, which names the next by its `next`.
@@ -31,11 +34,10 @@ pub(super) struct Slab {
 impl Slab {
     /// Room for `records` records. Allocates.
     pub(super) fn new(records: usize) -> Self {
-        let mut slab =
-            Self { chunks: Vec::with_capacity(MAX_CHUNKS), filling: 0, vacant: NIL, room: 0, capacity: 0 };
-        // There is room for the first one.
-        drop(slab.add(Vec::with_capacity(records.min(MAX_CHUNK))));
-        slab
+        let first = Vec::with_capacity(records.clamp(1, MAX_CHUNK));
+        let capacity = first.capacity().min(MAX_CHUNK);
+        let more = Vec::with_capacity(MAX_CHUNKS - 1);
+        Self { first, more, filling: 0, vacant: NIL, room: capacity, capacity }
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -49,7 +51,7 @@ impl Slab {
 
     /// Adds an empty chunk. It comes back where there are too many, to be dropped outside of the lock.
     pub(super) fn add(&mut self, chunk: Vec<Record>) -> Option<Vec<Record>> {
-        let fits = self.chunks.len() < MAX_CHUNKS && chunk.capacity() >= 1;
+        let fits = self.more.len() < MAX_CHUNKS - 1 && chunk.capacity() >= 1;
         if !fits {
             return Some(chunk);
         }
@@ -57,7 +59,7 @@ impl Slab {
         let records = chunk.capacity().min(MAX_CHUNK);
         self.room += records;
         self.capacity += records;
-        self.chunks.push(chunk);
+        self.more.push(chunk);
         None
     }
 
@@ -76,13 +78,23 @@ impl Slab {
             return Some(index);
         }
         // Bounded by the number of chunks; there is room, so one of them has it.
-        while self.chunks[self.filling].len() >= self.chunks[self.filling].capacity().min(MAX_CHUNK) {
+        loop {
+            let filling = self.filling;
+            let chunk = self.chunk(filling)?;
+            if chunk.len() < chunk.capacity().min(MAX_CHUNK) {
+                let index = (filling as Index) << OFFSET_BITS | chunk.len() as Index;
+                chunk.push(record);
+                return Some(index);
+            }
             self.filling += 1;
         }
-        let chunk = &mut self.chunks[self.filling];
-        let index = (self.filling as Index) << OFFSET_BITS | chunk.len() as Index;
-        chunk.push(record);
-        Some(index)
+    }
+
+    fn chunk(&mut self, number: usize) -> Option<&mut Vec<Record>> {
+        match number.checked_sub(1) {
+            None => Some(&mut self.first),
+            Some(number) => self.more.get_mut(number),
+        }
     }
 
     /// Gives a record's place back.
@@ -96,40 +108,67 @@ impl Slab {
     }
 
     /// The record in a place that may be none.
-    #[inline]
+    #[inline(always)]
     pub(super) fn get(&self, index: Index) -> Option<&Record> {
-        let (chunk, at) = place(index);
-        self.chunks.get(chunk)?.get(at)
+        match self.first.get(index as usize) {
+            Some(record) => Some(record),
+            None => self.get_more(index),
+        }
+    }
+
+    #[inline(never)]
+    fn get_more(&self, index: Index) -> Option<&Record> {
+        let (chunk, at) = place(index)?;
+        self.more.get(chunk)?.get(at)
     }
 
     /// The record in a place that may be none.
-    #[inline]
+    #[inline(always)]
     pub(super) fn get_mut(&mut self, index: Index) -> Option<&mut Record> {
-        let (chunk, at) = place(index);
-        self.chunks.get_mut(chunk)?.get_mut(at)
+        if (index as usize) < self.first.len() {
+            return self.first.get_mut(index as usize);
+        }
+        self.get_more_mut(index)
+    }
+
+    #[inline(never)]
+    fn get_more_mut(&mut self, index: Index) -> Option<&mut Record> {
+        let (chunk, at) = place(index)?;
+        self.more.get_mut(chunk)?.get_mut(at)
     }
 }
 
-/// Of the chunk and the record in it.
+/// Of the chunk that is not the first, and the record in it.
 #[inline]
-fn place(index: Index) -> (usize, usize) {
-    ((index >> OFFSET_BITS) as usize, index as usize & (MAX_CHUNK - 1))
+fn place(index: Index) -> Option<(usize, usize)> {
+    let chunk = (index >> OFFSET_BITS).checked_sub(1)?;
+    Some((chunk as usize, index as usize & (MAX_CHUNK - 1)))
 }
 
 impl core::ops::Index<Index> for Slab {
     type Output = Record;
 
-    #[inline]
+    #[inline(always)]
     fn index(&self, index: Index) -> &Record {
-        let (chunk, at) = place(index);
-        &self.chunks[chunk][at]
+        match self.get(index) {
+            Some(record) => record,
+            None => nobody(index),
+        }
     }
 }
 
 impl core::ops::IndexMut<Index> for Slab {
-    #[inline]
+    #[inline(always)]
     fn index_mut(&mut self, index: Index) -> &mut Record {
-        let (chunk, at) = place(index);
-        &mut self.chunks[chunk][at]
+        match self.get_mut(index) {
+            Some(record) => record,
+            None => nobody(index),
+        }
     }
+}
+
+/// The driver's own indices name records.
+#[cold]
+fn nobody(index: Index) -> ! {
+    panic!("no record has the index {index:#x}")
 }

@@ -88,7 +88,8 @@ impl Bench {
     fn free_slots(&self) -> Vec<u16> {
         let mut free = Vec::new();
         let mut next = self.queue.free;
-        while let Some(index) = next {
+        while next != NO_SLOT {
+            let index = next;
             assert!(!free.contains(&index), "the free list loops");
             assert_eq!(self.queue.slots[usize::from(index)].state, SlotState::Free);
             free.push(index);
@@ -309,7 +310,7 @@ fn slots_are_neither_lost_nor_doubled() {
     for _ in 0..20_000 {
         match random(4) {
             0 if bench.queue.can_submit(false) => {
-                let slot = bench.queue.free.unwrap();
+                let slot = bench.queue.free_slot().unwrap();
                 assert!(!in_flight.contains(&slot), "slot {slot} still belongs to the device");
                 batches.push(bench.submit(&[unmap(1)]));
                 in_flight.push(slot);
