@@ -159,6 +159,20 @@ impl Machine {
         Ok(Self { firmware, pci, unassigned })
     }
 
+    /// Looks again at a bus whose devices may have come or gone, and gives addresses to the BARs of new ones; gives those
+    /// that could not be assigned. Bus mastering of a new device is off.
+    ///
+    /// # Errors
+    ///
+    /// [`DiscoverError`].
+    pub fn look_again(&mut self, info: &BootInfo, bus: u8) -> Result<Vec<AssignError>, DiscoverError> {
+        let areas = self.firmware.configuration_space()?;
+        let windows = self.firmware.windows(&info.memory_map, &areas);
+        self.pci.look_again(0, bus);
+        let errors = windows.iter().flat_map(|window| self.pci.assign_bars(window));
+        Ok(errors.filter(|error| error.function.bus() == bus).collect())
+    }
+
     /// Maps a memory BAR of a function and turns its memory decoding on.
     ///
     /// # Errors

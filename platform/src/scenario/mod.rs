@@ -12,6 +12,7 @@
 //! block-direct  that driver on a machine without an IOMMU                      |
 //! interrupts    faults and answers wake a CPU that sleeps                      |
 //! messages      endpoints interrupt by MSI and MSI-X, translated and blocked   |
+//! hot-plug      a device comes and goes, twice                                 |
 //! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
@@ -29,6 +30,7 @@ mod bridge;
 mod default;
 mod defect;
 mod devices;
+mod hot_plug;
 mod interrupts;
 mod messages;
 mod misbehave;
@@ -95,6 +97,7 @@ pub fn run(info: &BootInfo) -> ! {
         "block" => block::run(info),
         "block-direct" => block::direct(info),
         "messages" => messages::run(info),
+        "hot-plug" => hot_plug::run(info),
         "two-iommus" => two_iommus::run(info),
         "interrupts" => interrupts::run(info),
         "leak" => defect::leak(info),
@@ -110,8 +113,8 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             interrupts messages two-iommus bench bench-direct leak early lie panic page-fault overflow write-code \
-             silent half babble"
+             interrupts messages hot-plug two-iommus bench bench-direct leak early lie panic page-fault overflow \
+             write-code silent half babble"
         )),
     }
 }
