@@ -122,6 +122,7 @@ fn whole_path() -> Vec<Case> {
         Case::every("devices", "devices"),
         Case::every("bridge", "bridge"),
         Case::every("policies", "policies"),
+        Case::every("hot-plug", "hot-plug"),
         Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
         Case { extra: "-device pci-testdev", ..Case::default("default-with-testdev", Expect::Pass) },
         Case { words: deferred, ..Case::new("devices-deferred", "devices", Expect::Pass) },
