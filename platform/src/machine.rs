@@ -172,7 +172,24 @@ impl Machine {
         let mut pci = Pci::scan(ecam);
         let windows = firmware.windows(&info.memory_map, &areas);
         let unassigned = windows.iter().flat_map(|window| pci.assign_bars(window)).collect();
+        pci.isolate();
         Ok(Self { firmware, pci, unassigned })
+    }
+
+    /// Looks again at a bus whose devices may have come or gone, and gives addresses to the BARs of new ones; gives those
+    /// that could not be assigned. Bus mastering of a new device is off.
+    ///
+    /// # Errors
+    ///
+    /// [`DiscoverError`].
+    pub fn look_again(&mut self, info: &BootInfo, bus: u8) -> Result<Vec<AssignError>, DiscoverError> {
+        let areas = self.firmware.configuration_space(&info.command_line)?;
+        let windows = self.firmware.windows(&info.memory_map, &areas);
+        self.pci.look_again(0, bus);
+        let errors = windows.iter().flat_map(|window| self.pci.assign_bars(window));
+        let errors = errors.filter(|error| error.function.bus() == bus).collect();
+        self.pci.isolate();
+        Ok(errors)
     }
 
     /// Maps a memory BAR of a function and turns its memory decoding on.

@@ -43,6 +43,9 @@ impl On {
     }
 }
 
+/// A machine of which the kernel is entered at EL2.
+const EL2: &str = "-machine virtualization=on";
+
 /// Where ACPI's tables say what is behind the IOMMU.
 const ACPI: On = On::HomeOf(&[Arch::X86_64]);
 
@@ -55,6 +58,7 @@ pub(crate) struct Case {
     /// Instead of the column's.
     pub(crate) iommu: Option<Iommu>,
     pub(crate) place: Place,
+    pub(crate) cpus: u32,
     pub(crate) reserved: &'static [RangeInclusive<u64>],
     /// Where older QEMUs lack an option.
     pub(crate) since: Version,
@@ -78,6 +82,7 @@ impl Case {
             scenario,
             iommu: None,
             place: Place::RootBus,
+            cpus: 1,
             reserved: &[],
             since: OLDEST,
             disk: DiskDevice::Present,
@@ -104,6 +109,7 @@ impl Case {
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = whole_path();
     cases.extend(disks());
+    cases.extend(interrupts());
     cases.extend(places());
     cases.extend(options());
     cases.push(counted());
@@ -122,6 +128,7 @@ fn whole_path() -> Vec<Case> {
         Case::every("devices", "devices"),
         Case::every("bridge", "bridge"),
         Case::every("policies", "policies"),
+        Case::every("hot-plug", "hot-plug"),
         Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
         Case { extra: "-device pci-testdev", ..Case::default("default-with-testdev", Expect::Pass) },
         Case { words: deferred, ..Case::new("devices-deferred", "devices", Expect::Pass) },
@@ -142,14 +149,41 @@ fn disks() -> Vec<Case> {
     ]
 }
 
+/// The IOMMU's interrupt, those of endpoints, and several CPUs. A PLIC takes no messages.
+fn interrupts() -> Vec<Case> {
+    let messages = |name, on| Case { on, ..Case::new(name, "messages", Expect::Pass) };
+    vec![
+        Case::every("interrupts", "interrupts"),
+        messages("messages", On::HomeOf(&[Arch::X86_64, Arch::Aarch64])),
+        messages("messages-mapped", On::MmioOf(&[Arch::Aarch64])),
+        Case {
+            on: On::HomeOf(&[Arch::Riscv64]),
+            ..Case::new("no-messages", "messages", Expect::FailNaming(&["takes no messages"]))
+        },
+        Case { cpus: 4, ..Case::every("smp", "smp") },
+        Case { on: On::HomeOf(&[Arch::Aarch64]), extra: EL2, ..Case::default("from-el2", Expect::Pass) },
+        Case {
+            on: On::HomeOf(&[Arch::Aarch64]),
+            extra: EL2,
+            cpus: 4,
+            ..Case::new("smp-from-el2", "smp", Expect::Pass)
+        },
+    ]
+}
+
 /// Devices behind bridges. What is behind a bypassing root bus no IOMMU knows, and the kernel says so.
 fn places() -> Vec<Case> {
     let two_roots = On::HomeOf(&[Arch::X86_64, Arch::Aarch64]);
     let behind = |name, place| Case { place, ..Case::default(name, Expect::Pass) };
+    let grouped = |name, place, told| Case { place, ..Case::new(name, "groups", Expect::PassNaming(told)) };
     vec![
         behind("root-ports", Place::RootPorts),
         behind("switch", Place::Switch),
         Case { on: two_roots, ..behind("second-root", Place::SecondRoot) },
+        grouped("groups", Place::RootBus, &["second-domain", "are apart"]),
+        grouped("groups-root-ports", Place::RootPorts, &["second-domain", "are apart"]),
+        grouped("groups-switch", Place::Switch, &["second-domain", "of one group"]),
+        grouped("groups-pci-bridge", Place::PciBridge, &["second-domain", "attached"]),
         Case {
             on: On::HomeOf(&[Arch::X86_64]),
             place: Place::BypassingRoot,
