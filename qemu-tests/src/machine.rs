@@ -19,6 +19,7 @@ pub use self::place::Place;
 
 use self::arguments::Arguments;
 use crate::device_tree::Claim;
+use crate::hot_plug;
 use crate::trace;
 
 /// The slots of the endpoints.
@@ -126,6 +127,8 @@ pub struct Machine {
     pub cmdline: String,
     /// The device tree that QEMU hands over instead of its own.
     pub device_tree: Option<PathBuf>,
+    /// Where QEMU opens its monitor. There is an empty root port for what is plugged in through it.
+    pub monitor: Option<PathBuf>,
     /// Where QEMU writes its trace; none switches it off.
     pub trace: Option<PathBuf>,
     /// Arguments for QEMU that come last.
@@ -151,6 +154,7 @@ impl Machine {
             kernel,
             cmdline: String::new(),
             device_tree: None,
+            monitor: None,
             trace: None,
             extra: Vec::new(),
             gdb: Gdb::Off,
@@ -171,6 +175,11 @@ impl Machine {
             arguments.words("-device").word(self.with_reserved());
         }
         self.devices(&mut arguments);
+        if let Some(monitor) = &self.monitor {
+            for word in hot_plug::arguments(self.arch, monitor) {
+                arguments.word(word);
+            }
+        }
         if let Some(file) = &self.trace {
             arguments.words("-D").word(file);
             for event in trace::EVENTS {
