@@ -200,7 +200,7 @@ fn edu(
 }
 
 /// Memory to `edu`, `edu` to other memory, and compares.
-fn copy_through(device: &dyn DmaDevice, edu: &mut Edu) -> Result<(), String> {
+pub(super) fn copy_through(device: &dyn DmaDevice, edu: &mut Edu) -> Result<(), String> {
     let from = device.alloc_coherent(BUFFER_BYTES).map_err(text)?;
     let to = device.alloc_coherent(BUFFER_BYTES).map_err(text)?;
     let pattern = |index: usize| (index * 7 + index / 256) as u8;

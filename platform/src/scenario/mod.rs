@@ -12,6 +12,8 @@
 //! block-direct  that driver on a machine without an IOMMU                      |
 //! interrupts    faults and answers wake a CPU that sleeps                      |
 //! messages      endpoints interrupt by MSI and MSI-X, translated and blocked   |
+//! smp           mapping from four CPUs at once, during a storm of faults         |
+//! groups        devices that can be kept apart, or else only together          |
 //! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
@@ -29,6 +31,7 @@ mod bridge;
 mod default;
 mod defect;
 mod devices;
+mod groups;
 mod interrupts;
 mod messages;
 mod misbehave;
@@ -37,6 +40,7 @@ mod policies;
 mod scatter;
 mod setup;
 mod show;
+mod smp;
 mod soak;
 mod storage;
 mod tamper;
@@ -95,6 +99,8 @@ pub fn run(info: &BootInfo) -> ! {
         "block" => block::run(info),
         "block-direct" => block::direct(info),
         "messages" => messages::run(info),
+        "smp" => smp::run(info),
+        "groups" => groups::run(info),
         "two-iommus" => two_iommus::run(info),
         "interrupts" => interrupts::run(info),
         "leak" => defect::leak(info),
@@ -110,7 +116,7 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             interrupts messages two-iommus bench bench-direct leak early lie panic page-fault overflow write-code \
+             interrupts messages smp groups two-iommus bench bench-direct leak early lie panic page-fault overflow write-code \
              silent half babble"
         )),
     }
