@@ -156,6 +156,7 @@ impl Machine {
         let mut pci = Pci::scan(ecam);
         let windows = firmware.windows(&info.memory_map, &areas);
         let unassigned = windows.iter().flat_map(|window| pci.assign_bars(window)).collect();
+        pci.isolate();
         Ok(Self { firmware, pci, unassigned })
     }
 

@@ -25,6 +25,7 @@ pub mod capability;
 pub mod config;
 pub mod ecam;
 pub mod function;
+pub mod group;
 pub mod message;
 pub mod number;
 mod requester;
@@ -39,6 +40,7 @@ use assign::{AssignError, HostWindow};
 use capability::{Capability, ExtendedCapability};
 use config::ConfigSpace;
 use function::{BusMaster, Function, LineInterrupt, MemoryDecode};
+use group::Group;
 use number::Numbering;
 
 /// The interrupt pins of a bus.
@@ -118,6 +120,16 @@ impl<C: ConfigSpace> Pci<C> {
     /// behind a bridge to conventional PCI share one.
     pub fn requester(&self, address: PciAddress) -> u16 {
         requester::requester(&self.config, &self.functions, address)
+    }
+
+    /// Turns on, wherever it can be, what keeps functions apart below the IOMMU; see [`group`].
+    pub fn isolate(&self) {
+        group::isolate(&self.config, &self.functions);
+    }
+
+    /// The functions that are no bridges, by what can be kept apart.
+    pub fn groups(&self) -> Vec<Group> {
+        group::groups(&self.config, &self.functions)
     }
 
     /// Turns a function's memory decoding on or off. On turns it on for the bridges above too.

@@ -13,6 +13,8 @@
 //! interrupts    faults and answers wake a CPU that sleeps                      |
 //! messages      endpoints interrupt by MSI and MSI-X, translated and blocked   |
 //! hot-plug      a device comes and goes, twice                                 |
+//! smp           mapping from four CPUs at once, during a storm of faults         |
+//! groups        devices that can be kept apart, or else only together          |
 //! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
@@ -30,6 +32,7 @@ mod bridge;
 mod default;
 mod defect;
 mod devices;
+mod groups;
 mod hot_plug;
 mod interrupts;
 mod messages;
@@ -39,6 +42,7 @@ mod policies;
 mod scatter;
 mod setup;
 mod show;
+mod smp;
 mod soak;
 mod storage;
 mod tamper;
@@ -98,6 +102,8 @@ pub fn run(info: &BootInfo) -> ! {
         "block-direct" => block::direct(info),
         "messages" => messages::run(info),
         "hot-plug" => hot_plug::run(info),
+        "smp" => smp::run(info),
+        "groups" => groups::run(info),
         "two-iommus" => two_iommus::run(info),
         "interrupts" => interrupts::run(info),
         "leak" => defect::leak(info),
@@ -113,8 +119,8 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             interrupts messages hot-plug two-iommus bench bench-direct leak early lie panic page-fault overflow \
-             write-code silent half babble"
+             interrupts messages hot-plug smp groups two-iommus bench bench-direct leak early lie panic page-fault \
+             overflow write-code silent half babble"
         )),
     }
 }

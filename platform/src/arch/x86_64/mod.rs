@@ -3,11 +3,13 @@
 /// The architecture's name in the line protocol.
 pub const NAME: &str = "x86_64";
 
+mod apic;
 pub mod backtrace;
 pub mod boot;
 pub mod clock;
 pub mod console;
 mod cpuid;
+pub mod cpus;
 pub mod diagnostic;
 pub mod exceptions;
 pub mod interrupts;
