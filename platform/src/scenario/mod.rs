@@ -68,6 +68,7 @@ const KNOWN: &[&str] = &[
     "hide",
     "viot",
     "iommu",
+    "ecam",
     "log",
     // How long devices work, and how much.
     "soak.seconds",
