@@ -122,7 +122,7 @@ impl<C: ConfigSpace> Pci<C> {
         requester::requester(&self.config, &self.functions, address)
     }
 
-    /// Turns on, wherever it can be, what keeps functions apart below the IOMMU; see [`group`].
+    /// Turns on, wherever it can be, what keeps functions apart below the IOMMU, and off what goes past it; see [`group`].
     pub fn isolate(&self) {
         group::isolate(&self.config, &self.functions);
     }
