@@ -183,7 +183,7 @@ impl Machine {
     ///
     /// [`DiscoverError`].
     pub fn look_again(&mut self, info: &BootInfo, bus: u8) -> Result<Vec<AssignError>, DiscoverError> {
-        let areas = self.firmware.configuration_space()?;
+        let areas = self.firmware.configuration_space(&info.command_line)?;
         let windows = self.firmware.windows(&info.memory_map, &areas);
         self.pci.look_again(0, bus);
         let errors = windows.iter().flat_map(|window| self.pci.assign_bars(window));
