@@ -1,12 +1,13 @@
 //! A device that comes and goes while the guest runs, when the guest asks for it.
 //!
 //! The guest prints `@@ ask plug`, and an `edu` appears in the empty root port; it prints `@@ ask unplug`, and QEMU wants the
-//! device back, presses the slot's attention button, and has it once the guest has turned the slot's power off.
+//! device back, presses the slot's attention button, and has it once the guest has turned the slot's power off. A
+//! second device finds room in the port only when QEMU is rid of the first. (It says so with an event too, but on some
+//! machines not before their memory map changes once more.)
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
@@ -20,8 +21,6 @@ pub(crate) const SCENARIO: &str = "hot-plug";
 const SOCKET: &str = "socket";
 /// The device that comes and goes.
 const DEVICE: &str = "plugged";
-/// How long the guest may take to let go of it.
-const RELEASE: Duration = Duration::from_secs(20);
 
 /// The end of a monitor's socket that is the harness's. It goes away with the value.
 #[derive(Debug)]
@@ -53,7 +52,7 @@ impl HotPlug {
         match line.strip_prefix("@@ ask ") {
             None => Ok(()),
             Some("plug") => self.plug().context("the guest asked for a device"),
-            Some("unplug") => self.unplug().context("the guest was asked to let go of its device"),
+            Some("unplug") => self.unplug().context("the guest wants to be rid of its device"),
             Some(other) => bail!("the guest asks for `{other}`"),
         }
     }
@@ -66,9 +65,7 @@ impl HotPlug {
     }
 
     fn unplug(&mut self) -> Result<()> {
-        let monitor = self.monitor()?;
-        monitor.execute("device_del", &json!({ "id": DEVICE }))?;
-        monitor.wait_for("DEVICE_DELETED", "device", DEVICE, RELEASE)
+        self.monitor()?.execute("device_del", &json!({ "id": DEVICE })).map(drop)
     }
 
     fn monitor(&mut self) -> Result<&mut Monitor> {

@@ -12,8 +12,8 @@
 //! Isolation is Access Control Services (PCI Express Base Specification, 6.12): ports that have them are told by [`isolate`]
 //! to send everything up, and not to believe in foreign numbers. Bridges are in no group: they do no DMA but messages.
 //!
-//! What no group changes: a function that has a cache of translations (ATS) goes past all of this with the addresses in
-//! it. Nothing here turns that on.
+//! A function with a cache of translations (Address Translation Services) would go past all of this with the addresses in
+//! it: [`isolate`] turns that off, whoever turned it on.
 
 use alloc::vec::Vec;
 
@@ -32,6 +32,11 @@ const CONTROL: u16 = 6;
 /// below goes on.
 const ISOLATING: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 4;
 
+/// The extended capability of Address Translation Services, its control register, and the bit that turns it on.
+const ATS: u16 = 0x0f;
+const ATS_CONTROL: u16 = 6;
+const ATS_ENABLE: u16 = 1 << 15;
+
 /// Functions that cannot be kept apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Group {
@@ -39,13 +44,18 @@ pub struct Group {
     pub members: Vec<PciAddress>,
 }
 
-/// Turns isolation on in every function that can be isolated, bridges included.
+/// Turns isolation on in every function that can be isolated, bridges included, and caches of translations off.
 pub(super) fn isolate(config: &impl ConfigSpace, functions: &[Function]) {
-    for function in functions {
-        let Some(at) = find(config, function.address) else { continue };
-        let able = config.read16(function.address, at + CAN) & ISOLATING;
-        let control = config.read16(function.address, at + CONTROL);
-        config.write16(function.address, at + CONTROL, control | able);
+    for address in functions.iter().map(|function| function.address) {
+        if let Some(at) = find(config, address, ACS) {
+            let able = config.read16(address, at + CAN) & ISOLATING;
+            let control = config.read16(address, at + CONTROL);
+            config.write16(address, at + CONTROL, control | able);
+        }
+        if let Some(at) = find(config, address, ATS) {
+            let control = config.read16(address, at + ATS_CONTROL);
+            config.write16(address, at + ATS_CONTROL, control & !ATS_ENABLE);
+        }
     }
 }
 
@@ -106,15 +116,15 @@ fn is_isolating_port(config: &impl ConfigSpace, functions: &[Function], port: &F
 
 /// Whether a function was told to isolate itself, in all that it can do.
 fn is_isolated(config: &impl ConfigSpace, function: PciAddress) -> bool {
-    find(config, function).is_some_and(|at| {
+    find(config, function, ACS).is_some_and(|at| {
         let able = config.read16(function, at + CAN) & ISOLATING;
         config.read16(function, at + CONTROL) & able == able
     })
 }
 
-fn find(config: &impl ConfigSpace, function: PciAddress) -> Option<u16> {
+fn find(config: &impl ConfigSpace, function: PciAddress, id: u16) -> Option<u16> {
     let all = capability::list_extended(config, function);
-    all.into_iter().find(|one| one.id == ACS).map(|one| one.offset)
+    all.into_iter().find(|one| one.id == id).map(|one| one.offset)
 }
 
 #[cfg(test)]
@@ -177,6 +187,19 @@ mod tests {
             groups,
             [alloc::vec![at(0, 3, 0)], alloc::vec![at(1, 0, 0)], alloc::vec![at(2, 0, 0), at(2, 1, 0)]]
         );
+    }
+
+    #[test]
+    fn caches_of_translations_are_turned_off() {
+        let at = at(0, 1, 0);
+        let caching = endpoint().with_register(offset::EXTENDED_CAPABILITIES, 0x0001_000f, 0).with_register(
+            offset::EXTENDED_CAPABILITIES + 4,
+            0x8003_0020,
+            0x801f_0000,
+        );
+        let pci = Pci::scan(FakeSpace::new([(at, caching)]));
+        pci.isolate();
+        assert_eq!(pci.config().read32(at, offset::EXTENDED_CAPABILITIES + 4), 0x0003_0020);
     }
 
     /// A switch with two lower ports, the second of which may lack isolation.

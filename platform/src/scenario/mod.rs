@@ -12,6 +12,7 @@
 //! block-direct  that driver on a machine without an IOMMU                      |
 //! interrupts    faults and answers wake a CPU that sleeps                      |
 //! messages      endpoints interrupt by MSI and MSI-X, translated and blocked   |
+//! hot-plug      a device comes and goes, twice                                 |
 //! smp           mapping from four CPUs at once, during a storm of faults         |
 //! groups        devices that can be kept apart, or else only together          |
 //! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
@@ -32,6 +33,7 @@ mod default;
 mod defect;
 mod devices;
 mod groups;
+mod hot_plug;
 mod interrupts;
 mod messages;
 mod misbehave;
@@ -66,6 +68,7 @@ const KNOWN: &[&str] = &[
     "hide",
     "viot",
     "iommu",
+    "ecam",
     "log",
     // How long devices work, and how much.
     "soak.seconds",
@@ -99,6 +102,7 @@ pub fn run(info: &BootInfo) -> ! {
         "block" => block::run(info),
         "block-direct" => block::direct(info),
         "messages" => messages::run(info),
+        "hot-plug" => hot_plug::run(info),
         "smp" => smp::run(info),
         "groups" => groups::run(info),
         "two-iommus" => two_iommus::run(info),
@@ -116,8 +120,8 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             interrupts messages smp groups two-iommus bench bench-direct leak early lie panic page-fault overflow write-code \
-             silent half babble"
+             interrupts messages hot-plug smp groups two-iommus bench bench-direct leak early lie panic page-fault \
+             overflow write-code silent half babble"
         )),
     }
 }

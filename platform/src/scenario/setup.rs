@@ -62,10 +62,15 @@ pub(super) fn bring_up_all(info: &BootInfo, options: Options) -> Result<(Machine
 /// Discovers the machine and its IOMMUs.
 fn discover(info: &BootInfo) -> Result<(Machine, Vec<Topology>), SetupError> {
     let machine = Machine::discover(info).map_err(SetupError::Machine)?;
-    let viot = firmware_viot(info, &machine);
-    let viot = viot.as_deref().map_err(Clone::clone);
-    let found = topology::find(&machine, &info.command_line, viot).map_err(SetupError::Iommu)?;
+    let found = find_again(info, &machine)?;
     Ok((machine, found))
+}
+
+/// The IOMMUs of the machine, and what is behind them now.
+pub(super) fn find_again(info: &BootInfo, machine: &Machine) -> Result<Vec<Topology>, SetupError> {
+    let viot = firmware_viot(info, machine);
+    let viot = viot.as_deref().map_err(Clone::clone);
+    topology::find(machine, &info.command_line, viot).map_err(SetupError::Iommu)
 }
 
 fn bring_up_first(

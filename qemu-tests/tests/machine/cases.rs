@@ -125,6 +125,7 @@ fn whole_path() -> Vec<Case> {
         Case::every("bridge", "bridge"),
         Case { cpus: 4, ..Case::every("smp", "smp") },
         Case::every("policies", "policies"),
+        Case::every("hot-plug", "hot-plug"),
         Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
         Case { extra: "-device pci-testdev", ..Case::default("default-with-testdev", Expect::Pass) },
         Case { words: deferred, ..Case::new("devices-deferred", "devices", Expect::Pass) },
