@@ -27,7 +27,7 @@ pub const DEFAULT_SCENARIO: &str = "default";
 /// The scenarios that leave on the disk what must be there.
 const WRITES_DISK: [&str; 6] = [DEFAULT_SCENARIO, "devices", "bridge", "soak", "block", "block-direct"];
 /// The scenarios that have an NVMe disk, and leave there what must be.
-const WRITES_NVME: [&str; 3] = ["nvme", "devices", "soak"];
+const WRITES_NVME: [&str; 4] = [DEFAULT_SCENARIO, "nvme", "devices", "soak"];
 /// The scenario that has one, and leaves it as it is.
 const STARTS_NVME: &str = "messages";
 /// What makes the seed of the NVMe disk's image from that of the machine: the letters of NVME.

@@ -62,6 +62,7 @@ pub(crate) struct Case {
     pub(crate) reserved: &'static [RangeInclusive<u64>],
     /// Where older QEMUs lack an option.
     pub(crate) since: Version,
+    pub(crate) cpus: u32,
     /// Of every kind.
     pub(crate) disk: DiskDevice,
     pub(crate) peer: Peer,
@@ -85,6 +86,7 @@ impl Case {
             cpus: 1,
             reserved: &[],
             since: OLDEST,
+            cpus: 1,
             disk: DiskDevice::Present,
             peer: Peer::Listening,
             words: "",
@@ -127,6 +129,7 @@ fn whole_path() -> Vec<Case> {
         Case::every("default", DEFAULT_SCENARIO),
         Case::every("devices", "devices"),
         Case::every("bridge", "bridge"),
+        Case { cpus: 4, ..Case::every("smp", "smp") },
         Case::every("policies", "policies"),
         Case::every("hot-plug", "hot-plug"),
         Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
@@ -243,7 +246,7 @@ fn counted() -> Case {
     let extra = "-icount shift=0,sleep=off -trace memory_region_ops_read -trace memory_region_ops_write";
     let counted = Case::new("bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
     let on = On::HomeOf(&[Arch::X86_64]);
-    Case { on, words: bench::COUNT, extra, ..counted }
+    Case { on, words: bench::COUNT, cpus: bench::COUNT_CPUS, extra, ..counted }
 }
 
 /// Wrong uses of the driver, each of which one check must notice.

@@ -1,6 +1,7 @@
 //! What is tried in every interleaving.
 
 use super::*;
+use crate::error::RequestError;
 
 /// Whoever sleeps is woken when his answer is there, and the page goes back after it, once.
 ///
@@ -158,11 +159,18 @@ fn who_looks_once_leaves_others_answers_alone() {
         let viommu = world.viommu.clone();
         let other = thread::spawn(move || run(viommu.shared.finish(his)));
         let (key, mut page) = (world.domain.key(), held());
-        let runs = core::iter::once(Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 });
-        let placement = Placement::up_to(Iova::new(u64::MAX));
+        let whole = Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 };
+        let (shared, placement) = (world.shared(), Placement::up_to(Iova::new(u64::MAX)));
         let place = Place::Anywhere { len: 0x1000, placement, parts: 1 };
-        let mapped =
-            run(async { exchange::map(world.shared(), key, place, runs, READ, &mut page).finish().await });
+        let mapped = run(async {
+            match exchange::map_first(shared, key, whole, placement, READ, &mut page) {
+                First::Done(mapped) => Ok(mapped.range),
+                first => {
+                    let runs = core::iter::once(whole);
+                    exchange::map(shared, key, place, runs, READ, &mut page, first).await
+                }
+            }
+        });
         assert!(mapped.is_ok() && page.is_none());
         assert_eq!(other.join().unwrap(), Ok(()));
         device.join().unwrap();
@@ -182,7 +190,8 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
         let (mut page, run) = (held(), Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 });
         let runs = core::iter::once(run);
         let mut mapping = std::boxed::Box::pin(async {
-            exchange::map(world.shared(), key, Place::At(at()), runs, READ, &mut page).finish().await
+            let (shared, place) = (world.shared(), Place::At(at()));
+            exchange::map(shared, key, place, runs, READ, &mut page, First::No).await
         });
         let mapped = poll_once(mapping.as_mut());
         drop(mapping);
