@@ -62,7 +62,6 @@ pub(crate) struct Case {
     pub(crate) reserved: &'static [RangeInclusive<u64>],
     /// Where older QEMUs lack an option.
     pub(crate) since: Version,
-    pub(crate) cpus: u32,
     /// Of every kind.
     pub(crate) disk: DiskDevice,
     pub(crate) peer: Peer,
@@ -86,7 +85,6 @@ impl Case {
             cpus: 1,
             reserved: &[],
             since: OLDEST,
-            cpus: 1,
             disk: DiskDevice::Present,
             peer: Peer::Listening,
             words: "",
@@ -129,7 +127,6 @@ fn whole_path() -> Vec<Case> {
         Case::every("default", DEFAULT_SCENARIO),
         Case::every("devices", "devices"),
         Case::every("bridge", "bridge"),
-        Case { cpus: 4, ..Case::every("smp", "smp") },
         Case::every("policies", "policies"),
         Case::every("hot-plug", "hot-plug"),
         Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
