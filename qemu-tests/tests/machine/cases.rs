@@ -22,6 +22,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 pub(crate) enum On {
     /// All of them.
     Every,
+    /// All of some architectures.
+    EveryOf(&'static [Arch]),
     /// One for each architecture: IOMMU on PCI, newest QEMU.
     Home,
     /// Those of some architectures.
@@ -34,6 +36,7 @@ impl On {
     pub(crate) fn includes(self, column: &Column) -> bool {
         match self {
             Self::Every => true,
+            Self::EveryOf(archs) => archs.contains(&column.arch),
             Self::Home => column.newest && column.iommu == Iommu::Pci,
             Self::HomeOf(archs) => Self::Home.includes(column) && archs.contains(&column.arch),
             Self::MmioOf(archs) => {
@@ -43,7 +46,7 @@ impl On {
     }
 }
 
-/// A machine of which the kernel is entered at EL2.
+/// A machine whose kernel is entered at EL2.
 const EL2: &str = "-machine virtualization=on";
 
 /// Where ACPI's tables say what is behind the IOMMU.
@@ -58,7 +61,6 @@ pub(crate) struct Case {
     /// Instead of the column's.
     pub(crate) iommu: Option<Iommu>,
     pub(crate) place: Place,
-    pub(crate) cpus: u32,
     pub(crate) reserved: &'static [RangeInclusive<u64>],
     /// Where older QEMUs lack an option.
     pub(crate) since: Version,
@@ -83,7 +85,6 @@ impl Case {
             scenario,
             iommu: None,
             place: Place::RootBus,
-            cpus: 1,
             reserved: &[],
             since: OLDEST,
             cpus: 1,
@@ -113,6 +114,8 @@ pub(crate) fn all() -> Vec<Case> {
     cases.extend(disks());
     cases.extend(interrupts());
     cases.extend(places());
+    cases.extend(groups());
+    cases.extend(from_el2());
     cases.extend(options());
     cases.push(counted());
     cases.extend(caught());
@@ -152,25 +155,27 @@ fn disks() -> Vec<Case> {
     ]
 }
 
-/// The IOMMU's interrupt, those of endpoints, and several CPUs. A PLIC takes no messages.
+/// Interrupts: the IOMMU's own by its line everywhere, those of endpoints by messages where a controller takes some.
 fn interrupts() -> Vec<Case> {
-    let messages = |name, on| Case { on, ..Case::new(name, "messages", Expect::Pass) };
+    let refused = Expect::FailNaming(&["a PLIC takes no messages"]);
     vec![
         Case::every("interrupts", "interrupts"),
-        messages("messages", On::HomeOf(&[Arch::X86_64, Arch::Aarch64])),
-        messages("messages-mapped", On::MmioOf(&[Arch::Aarch64])),
-        Case {
-            on: On::HomeOf(&[Arch::Riscv64]),
-            ..Case::new("no-messages", "messages", Expect::FailNaming(&["takes no messages"]))
-        },
-        Case { cpus: 4, ..Case::every("smp", "smp") },
-        Case { on: On::HomeOf(&[Arch::Aarch64]), extra: EL2, ..Case::default("from-el2", Expect::Pass) },
-        Case {
-            on: On::HomeOf(&[Arch::Aarch64]),
-            extra: EL2,
-            cpus: 4,
-            ..Case::new("smp-from-el2", "smp", Expect::Pass)
-        },
+        Case { on: On::EveryOf(&[Arch::X86_64, Arch::Aarch64]), ..Case::every("messages", "messages") },
+        Case { on: On::HomeOf(&[Arch::Riscv64]), ..Case::new("messages", "messages", refused) },
+    ]
+}
+
+/// Devices that can be kept apart, and devices that cannot.
+fn groups() -> Vec<Case> {
+    let (apart, together): (&[&str], &[&str]) =
+        (&["@@ check groups.reach ok", "blocked"], &["@@ check groups.reach ok", "together"]);
+    let case = |name, place, words| Case { place, ..Case::new(name, "groups", Expect::PassNaming(words)) };
+    vec![
+        case("groups-root-bus", Place::RootBus, apart),
+        case("groups-root-ports", Place::RootPorts, apart),
+        case("groups-functions", Place::Functions, together),
+        case("groups-switch", Place::Switch, together),
+        Case { on: On::Every, ..case("groups-pci-bridge", Place::PciBridge, together) },
     ]
 }
 
@@ -178,20 +183,24 @@ fn interrupts() -> Vec<Case> {
 fn places() -> Vec<Case> {
     let two_roots = On::HomeOf(&[Arch::X86_64, Arch::Aarch64]);
     let behind = |name, place| Case { place, ..Case::default(name, Expect::Pass) };
-    let grouped = |name, place, told| Case { place, ..Case::new(name, "groups", Expect::PassNaming(told)) };
     vec![
         behind("root-ports", Place::RootPorts),
         behind("switch", Place::Switch),
         Case { on: two_roots, ..behind("second-root", Place::SecondRoot) },
-        grouped("groups", Place::RootBus, &["second-domain", "are apart"]),
-        grouped("groups-root-ports", Place::RootPorts, &["second-domain", "are apart"]),
-        grouped("groups-switch", Place::Switch, &["second-domain", "of one group"]),
-        grouped("groups-pci-bridge", Place::PciBridge, &["second-domain", "attached"]),
         Case {
             on: On::HomeOf(&[Arch::X86_64]),
             place: Place::BypassingRoot,
             ..Case::default("bypassing-root", Expect::FailNaming(&["the IOMMU does not know the function"]))
         },
+    ]
+}
+
+/// Kernels that are entered at EL2, on each of their CPUs.
+fn from_el2() -> Vec<Case> {
+    let entered = |case| Case { on: On::HomeOf(&[Arch::Aarch64]), extra: EL2, ..case };
+    vec![
+        entered(Case::default("from-el2", Expect::Pass)),
+        entered(Case { cpus: 4, ..Case::new("smp-from-el2", "smp", Expect::Pass) }),
     ]
 }
 
