@@ -69,6 +69,8 @@ const KNOWN: &[&str] = &[
     "viot",
     "iommu",
     "ecam",
+    // How x86_64 is entered.
+    "entry",
     "log",
     // How long devices work, and how much.
     "soak.seconds",
