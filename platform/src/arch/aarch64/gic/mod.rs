@@ -48,7 +48,7 @@ const MESSAGE_MASK: &str = "msi-map-mask";
 pub struct Gic {
     distributor: Distributor,
     redistributors: Vec<PhysRange>,
-    /// The first CPU, which takes everything.
+    /// The CPU that takes everything: the first one.
     affinity: u64,
     /// Why there are no messages, where there are none.
     messages: Result<Messages, GicError>,
@@ -77,6 +77,9 @@ impl Gic {
         let redistributors = redistributors[..regions].to_vec();
         let affinity = cpus::own_id();
 
+        if distributor.len_bytes() < distributor::REGISTER_BYTES {
+            return Err(GicError::TooFewRegisters { range: *distributor });
+        }
         // SAFETY: the device tree says that these are the distributor's registers.
         let registers =
             unsafe { map_registers(distributor.start(), distributor.len_bytes()) }.map_err(GicError::Map)?;
@@ -93,25 +96,19 @@ impl Gic {
         Ok(Self { distributor, redistributors, affinity, messages, its, routes })
     }
 
-    /// Prepares another CPU, which calls this itself, for interrupts of its own.
-    ///
-    /// # Errors
-    ///
-    /// [`GicError`].
-    pub fn start_cpu(&self) -> Result<(), GicError> {
-        self.own_redistributor()?.start()?;
-        cpu_interface::init();
-        Ok(())
+    /// Whether this CPU is the one that takes interrupts.
+    pub fn is_own_cpu(&self) -> bool {
+        cpus::own_id() == self.affinity
     }
 
-    /// Lets an interrupt come: a shared one to the first CPU, or one of this CPU's own. Not to be called by handlers.
+    /// Lets an interrupt come, to the CPU that takes them: a shared one, or one of its own. Not to be called by handlers.
     ///
     /// # Errors
     ///
     /// [`GicError`].
     pub fn enable(&self, line: Line) -> Result<(), GicError> {
         if line.number < distributor::FIRST_SHARED {
-            self.own_redistributor()?.enable_own(line.number);
+            Redistributor::find(&self.redistributors, self.affinity)?.enable_own(line.number);
             return Ok(());
         }
         if !self.distributor.has(line.number) {
@@ -126,10 +123,6 @@ impl Gic {
         if self.distributor.has(number) {
             self.distributor.disable(number);
         }
-    }
-
-    fn own_redistributor(&self) -> Result<Redistributor, GicError> {
-        Redistributor::find(&self.redistributors, cpus::own_id())
     }
 
     /// The message by which a function says that one of its events happened, and the interrupt that it raises.
