@@ -187,7 +187,9 @@ impl Machine {
         let windows = self.firmware.windows(&info.memory_map, &areas);
         self.pci.look_again(0, bus);
         let errors = windows.iter().flat_map(|window| self.pci.assign_bars(window));
-        Ok(errors.filter(|error| error.function.bus() == bus).collect())
+        let errors = errors.filter(|error| error.function.bus() == bus).collect();
+        self.pci.isolate();
+        Ok(errors)
     }
 
     /// Maps a memory BAR of a function and turns its memory decoding on.

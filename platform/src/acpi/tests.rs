@@ -47,6 +47,16 @@ fn old_image() -> Image {
     image
 }
 
+/// An image with these tables, and where its root pointer is.
+pub(crate) fn image_with(tables: &[&[u8]]) -> (Image, u64) {
+    let mut image = Image::default();
+    let places: Vec<u32> = (1..).map(|index| 0x6_0000 + index * 0x1_0000).take(tables.len()).collect();
+    image.put(RSDP, &root_pointer(0, 0x6_0000, 0));
+    image.put(0x6_0000, &table(b"RSDT", &pointers32(&places)));
+    places.iter().zip(tables).for_each(|(place, table)| image.put((*place).into(), table));
+    (image, RSDP)
+}
+
 fn names(tables: &Tables<'_>) -> Vec<[u8; 4]> {
     tables.iter().map(|table| table.signature.0).collect()
 }

@@ -22,6 +22,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 pub(crate) enum On {
     /// All of them.
     Every,
+    /// All of some architectures.
+    EveryOf(&'static [Arch]),
     /// One for each architecture: IOMMU on PCI, newest QEMU.
     Home,
     /// Those of some architectures.
@@ -34,6 +36,7 @@ impl On {
     pub(crate) fn includes(self, column: &Column) -> bool {
         match self {
             Self::Every => true,
+            Self::EveryOf(archs) => archs.contains(&column.arch),
             Self::Home => column.newest && column.iommu == Iommu::Pci,
             Self::HomeOf(archs) => Self::Home.includes(column) && archs.contains(&column.arch),
             Self::MmioOf(archs) => {
@@ -106,7 +109,9 @@ impl Case {
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = whole_path();
     cases.extend(disks());
+    cases.extend(interrupts());
     cases.extend(places());
+    cases.extend(groups());
     cases.extend(options());
     cases.push(counted());
     cases.extend(caught());
@@ -143,6 +148,30 @@ fn disks() -> Vec<Case> {
         Case::every("block", "block"),
         Case { extra: chains, ..Case::new("block-without-indirect", "block", Expect::Pass) },
         Case { iommu: Some(Iommu::Off), ..Case::new("block-direct", "block-direct", Expect::Pass) },
+    ]
+}
+
+/// Interrupts: the IOMMU's own by its line everywhere, those of endpoints by messages where a controller takes some.
+fn interrupts() -> Vec<Case> {
+    let refused = Expect::FailNaming(&["a PLIC takes no messages"]);
+    vec![
+        Case::every("interrupts", "interrupts"),
+        Case { on: On::EveryOf(&[Arch::X86_64, Arch::Aarch64]), ..Case::every("messages", "messages") },
+        Case { on: On::HomeOf(&[Arch::Riscv64]), ..Case::new("messages", "messages", refused) },
+    ]
+}
+
+/// Devices that can be kept apart, and devices that cannot.
+fn groups() -> Vec<Case> {
+    let (apart, together): (&[&str], &[&str]) =
+        (&["@@ check groups.reach ok", "blocked"], &["@@ check groups.reach ok", "together"]);
+    let case = |name, place, words| Case { place, ..Case::new(name, "groups", Expect::PassNaming(words)) };
+    vec![
+        case("groups-root-bus", Place::RootBus, apart),
+        case("groups-root-ports", Place::RootPorts, apart),
+        case("groups-functions", Place::Functions, together),
+        case("groups-switch", Place::Switch, together),
+        Case { on: On::Every, ..case("groups-pci-bridge", Place::PciBridge, together) },
     ]
 }
 
