@@ -140,6 +140,8 @@ fn whole_path() -> Vec<Case> {
         Case::every("hot-plug", "hot-plug"),
         Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
         Case { extra: "-device pci-testdev", ..Case::default("default-with-testdev", Expect::Pass) },
+        // In 64-bit mode with a Linux zero page, as loaders without PVH enter.
+        Case { words: "entry=zero-page", on: ACPI, ..Case::default("by-zero-page", Expect::Pass) },
         Case { words: deferred, ..Case::new("devices-deferred", "devices", Expect::Pass) },
         Case { words: "soak.seconds=5 policy=deferred", ..Case::new("soak-deferred", "soak", Expect::Pass) },
     ]
