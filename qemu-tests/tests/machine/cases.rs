@@ -46,6 +46,9 @@ impl On {
     }
 }
 
+/// A machine whose kernel is entered at EL2.
+const EL2: &str = "-machine virtualization=on";
+
 /// Where ACPI's tables say what is behind the IOMMU.
 const ACPI: On = On::HomeOf(&[Arch::X86_64]);
 
@@ -112,6 +115,7 @@ pub(crate) fn all() -> Vec<Case> {
     cases.extend(interrupts());
     cases.extend(places());
     cases.extend(groups());
+    cases.extend(from_el2());
     cases.extend(options());
     cases.push(counted());
     cases.extend(caught());
@@ -188,6 +192,15 @@ fn places() -> Vec<Case> {
             place: Place::BypassingRoot,
             ..Case::default("bypassing-root", Expect::FailNaming(&["the IOMMU does not know the function"]))
         },
+    ]
+}
+
+/// Kernels that are entered at EL2, on each of their CPUs.
+fn from_el2() -> Vec<Case> {
+    let entered = |case| Case { on: On::HomeOf(&[Arch::Aarch64]), extra: EL2, ..case };
+    vec![
+        entered(Case::default("from-el2", Expect::Pass)),
+        entered(Case { cpus: 4, ..Case::new("smp-from-el2", "smp", Expect::Pass) }),
     ]
 }
 

@@ -125,7 +125,6 @@ fn run(case: &Case, column: &Column, host: &Host) -> Result<(), Failed> {
     let mut machine = column.machine(host);
     machine.iommu = case.iommu.unwrap_or(machine.iommu);
     machine.place = case.place;
-    machine.cpus = case.cpus;
     machine.reserved = case.reserved.to_vec();
     machine.cpus = case.cpus;
     machine.extra = case.extra.split_whitespace().map(Into::into).collect();
