@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use spin::Mutex;
+use spin::{Mutex, Once};
 
 use crate::acpi::madt;
 use crate::arch::cpus::{self as arch, Stacks, StartError};
@@ -18,6 +18,7 @@ use crate::firmware::device_tree::{DeviceTree, Node};
 use crate::machine::Firmware;
 use crate::memory::frames::{self, FRAME_BYTES, OutOfFrames};
 use crate::memory::phys_to_virt;
+use crate::range::PhysRange;
 use crate::time::Deadline;
 
 /// The most CPUs of a team, the first one included.
@@ -119,6 +120,9 @@ struct Board {
 
 static BOARD: Board = Board { round: AtomicUsize::new(0), work: Mutex::new(None), done: AtomicUsize::new(0) };
 
+/// Both stacks of each CPU, by its index.
+static STACKS: [Once<PhysRange>; MAX_CPUS] = [const { Once::new() }; MAX_CPUS];
+
 /// CPUs that wait for work, with this one at their head.
 #[derive(Debug)]
 pub struct Team {
@@ -139,7 +143,7 @@ impl Team {
         }
         let others = ids.into_iter().filter(|id| *id != arch::own_id());
         for (index, id) in (1..wanted).zip(others) {
-            let stacks = stacks().map_err(CpuError::Memory)?;
+            let stacks = allocate_stacks(index).map_err(CpuError::Memory)?;
             // SAFETY: the frames were just allocated, and are never given back.
             unsafe { arch::start(id, index, stacks, wait_for_work) }.map_err(CpuError::Start)?;
         }
@@ -193,9 +197,20 @@ fn wait_for_work(index: usize) -> ! {
     }
 }
 
-/// Stacks of their own, the one for exceptions below the other.
-fn stacks() -> Result<Stacks, OutOfFrames> {
-    let bottom = phys_to_virt(frames::allocate(STACK_FRAMES + FAULT_STACK_FRAMES, 1)?).addr() as u64;
+/// Where the stacks of the other CPUs lie, each with the one for exceptions: what a report may look into.
+pub fn stacks() -> impl Iterator<Item = PhysRange> {
+    STACKS.iter().filter_map(|stacks| stacks.get().copied())
+}
+
+/// Stacks of a CPU's own, the one for exceptions below the other.
+fn allocate_stacks(index: usize) -> Result<Stacks, OutOfFrames> {
+    let count = STACK_FRAMES + FAULT_STACK_FRAMES;
+    let bottom = phys_to_virt(frames::allocate(count, 1)?).addr() as u64;
+    if let Some((place, range)) =
+        STACKS.get(index).zip(PhysRange::from_len(bottom, count as u64 * FRAME_BYTES))
+    {
+        place.call_once(|| range);
+    }
     let fault_top = bottom + FAULT_STACK_FRAMES as u64 * FRAME_BYTES;
     Ok(Stacks { top: fault_top + STACK_FRAMES as u64 * FRAME_BYTES, fault_top })
 }

@@ -15,6 +15,7 @@ use crate::boot::BootInfo;
 use crate::iommu::topology::{self, Topology};
 use crate::iommu::{self, BringUpError, Iommu, KernelPlatform, Wrap};
 use crate::machine::{DiscoverError, Firmware, Machine};
+use crate::memory::frames::FRAME_BYTES;
 use crate::pci::function::Function;
 
 /// The name of the table.
@@ -167,6 +168,8 @@ pub(super) fn open_in(
 ) -> Result<Opened, OpenFailure> {
     let id = iommu.endpoint(function).ok_or(OpenFailure::NotBehind)?;
     let domain = iommu.viommu.create_domain(options).map_err(OpenFailure::Domain)?;
+    // Its length is for granules of a frame. With larger ones each buffer takes more.
+    let bounce_bytes = bounce_bytes * (iommu.viommu.granule() / FRAME_BYTES).max(1) as usize;
     let options = EndpointOptions { bounce_bytes, ..EndpointOptions::default() };
     let endpoint = iommu.viommu.open(id, &domain, options).map_err(OpenFailure::Open)?;
     Ok(Opened { id, domain, endpoint })

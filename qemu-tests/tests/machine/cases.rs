@@ -196,7 +196,7 @@ fn places() -> Vec<Case> {
         behind("switch", Place::Switch),
         Case { on: two_roots, ..behind("second-root", Place::SecondRoot) },
         Case {
-            on: On::HomeOf(&[Arch::X86_64]),
+            on: two_roots,
             place: Place::BypassingRoot,
             ..Case::default("bypassing-root", Expect::FailNaming(&["the IOMMU does not know the function"]))
         },
@@ -233,6 +233,7 @@ fn options() -> Vec<Case> {
         width("aw-bits-48", "-global virtio-iommu-pci.aw-bits=48", &["input range", "0x0..=0xffffffffffff"]),
         // All but the last granule, whose last byte no request can name.
         width("aw-bits-64", "-global virtio-iommu-pci.aw-bits=64", &["input range", "..=0xffffffffffffefff"]),
+        width("granule-64k", "-global virtio-iommu-pci.granule=64k", &["granule", "0x10000 bytes"]),
         // The driver has no packed ring, and declines.
         option("packed-offered", "-global virtio-iommu-pci.packed=on"),
         option("no-queue-reset", "-global virtio-iommu-pci.queue_reset=off"),

@@ -16,6 +16,7 @@ mod messages;
 mod redistributor;
 
 use alloc::vec::Vec;
+use core::mem::ManuallyDrop;
 
 use virtio_iommu::topology::fdt::{IommuMap, Phandle};
 
@@ -23,6 +24,7 @@ use super::cpus;
 use crate::firmware::device_tree::pci::HostBridge;
 use crate::firmware::device_tree::{DeviceTree, DeviceTreeError};
 use crate::interrupts::Line;
+use crate::memory::dma::DmaPages;
 use crate::memory::map_registers;
 use crate::pci::message::Message;
 use crate::range::PhysRange;
@@ -42,6 +44,14 @@ const ITS_COMPATIBLE: &str = "arm,gic-v3-its";
 /// by which numbers it knows the functions.
 const MESSAGE_MAP: &str = "msi-map";
 const MESSAGE_MASK: &str = "msi-map-mask";
+
+/// Memory that the controller was given. It is never freed: a controller that could not be started may have begun to use it.
+type Given = ManuallyDrop<DmaPages>;
+
+/// Takes zeroed frames for the controller, at a multiple of `align` frames.
+fn give(count: usize, align: usize) -> Result<Given, GicError> {
+    DmaPages::allocate_aligned(count, align).map(ManuallyDrop::new).map_err(GicError::Memory)
+}
 
 /// The controller, at work.
 #[derive(Debug)]
