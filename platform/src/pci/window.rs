@@ -203,13 +203,13 @@ fn find(
         return left.find(need.len_bytes, need.align, window);
     }
     let left = host.left(&used);
-    let low = || host.low_parts().find_map(|part| left.find_last(need.len_bytes, need.align, part));
-    match kind {
-        Kind::Memory => low(),
-        Kind::Prefetchable => {
-            host.high_part().and_then(|part| left.find(need.len_bytes, need.align, part)).or_else(low)
-        }
-    }
+    let low = host.low_parts().find_map(|part| left.find_last(need.len_bytes, need.align, part));
+    // Below 4 GiB first, as for BARs: where a host's upper window is, not every firmware says.
+    let high = || {
+        let part = host.high_part().filter(|_| kind == Kind::Prefetchable)?;
+        left.find(need.len_bytes, need.align, part)
+    };
+    low.or_else(high)
 }
 
 /// Writes both windows of a bridge, closed where there is none, and remembers what the registers then say.

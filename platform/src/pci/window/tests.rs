@@ -72,14 +72,25 @@ fn windows_hold_what_is_behind() {
     assert_eq!(pci.assign_bars(&host()), []);
     let of = |address| windows(pci.at(address).expect("found"));
     // 1 MiB for the inner window, and 2 MiB for the BAR at a multiple of that.
-    assert_eq!(of(at(0, 1)), (Some((0x7fc0_0000, 0x7fff_ffff)), Some((0x4_0000_0000, 0x4_000f_ffff))));
-    assert_eq!(of(at(1, 0)), (Some((0x7fc0_0000, 0x7fcf_ffff)), Some((0x4_0000_0000, 0x4_000f_ffff))));
+    assert_eq!(of(at(0, 1)), (Some((0x7fc0_0000, 0x7fff_ffff)), Some((0x7f90_0000, 0x7f9f_ffff))));
+    assert_eq!(of(at(1, 0)), (Some((0x7fc0_0000, 0x7fcf_ffff)), Some((0x7f90_0000, 0x7f9f_ffff))));
     assert_eq!(of(at(0, 2)), (None, None));
     assert_eq!(of(at(0, 3)), (Some((0x7fa0_0000, 0x7fbf_ffff)), None));
     let again = Pci::scan(pci.config());
     for address in [at(0, 1), at(1, 0), at(0, 2), at(0, 3)] {
         assert_eq!(windows(again.at(address).expect("found")), of(address), "the registers hold them");
     }
+}
+
+#[test]
+fn what_does_not_fit_below_goes_above() {
+    let mut pci = Pci::scan(FakeSpace::new([
+        (at(0, 1), port(1, 1)),
+        (at(1, 0), FakeFunction::endpoint(1, 1).with_bar64(0, 0, 1 << 31).with_bar32(2, 0, 0x1000)),
+    ]));
+    assert_eq!(pci.assign_bars(&host()), []);
+    let expected = (Some((0x7ff0_0000, 0x7fff_ffff)), Some((0x4_0000_0000, 0x4_7fff_ffff)));
+    assert_eq!(windows(pci.at(at(0, 1)).expect("found")), expected);
 }
 
 #[test]
