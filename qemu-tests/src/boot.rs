@@ -150,7 +150,7 @@ impl Boot {
         let deadline = deadline.map(|deadline| deadline + self.soak_time());
         let server = Server::start(self.seed, self.peer, deadline)?;
         self.machine.cmdline = self.cmdline(&disk, &nvme, &server);
-        if !self.machine.iommu.claims().is_empty() {
+        if !self.machine.iommu.claims(self.machine.arch).is_empty() {
             self.machine.device_tree = Some(device_tree::describe(qemu, &self.machine, &self.directory)?);
         }
 
@@ -205,9 +205,10 @@ impl Boot {
         if self.nvme == DiskDevice::Present {
             line.push_str(&format!(" nvme.sha256={}", nvme.sha256));
         }
-        if !self.words.is_empty() {
+        let told = self.machine.iommu.words(self.machine.arch);
+        for words in [told, &self.words].into_iter().filter(|words| !words.is_empty()) {
             line.push(' ');
-            line.push_str(&self.words);
+            line.push_str(words);
         }
         line
     }
