@@ -14,7 +14,7 @@ pub(crate) fn table(signature: &[u8; 4], body: &[u8]) -> Vec<u8> {
 }
 
 /// A root pointer of revision 0 or 2.
-fn root_pointer(revision: u8, rsdt: u32, xsdt: u64) -> Vec<u8> {
+pub(crate) fn root_pointer(revision: u8, rsdt: u32, xsdt: u64) -> Vec<u8> {
     let mut bytes = [&b"RSD PTR "[..], &[0], b"UNIT  ", &[revision], &rsdt.to_le_bytes()].concat();
     bytes[8] = 0u8.wrapping_sub(sum(&bytes));
     if revision >= 2 {
@@ -30,7 +30,7 @@ fn pointers32(pointers: &[u32]) -> Vec<u8> {
     pointers.iter().flat_map(|pointer| pointer.to_le_bytes()).collect()
 }
 
-fn pointers64(pointers: &[u64]) -> Vec<u8> {
+pub(crate) fn pointers64(pointers: &[u64]) -> Vec<u8> {
     pointers.iter().flat_map(|pointer| pointer.to_le_bytes()).collect()
 }
 

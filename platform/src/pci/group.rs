@@ -9,11 +9,11 @@
 //! below a switch with a port without           whose requests get in to all the other ports
 //! inside of a device of several functions      unless each of them is isolated
 //! ```
-//! Isolation is Access Control Services (PCI Express Base Specification, 6.12): ports that have them are told by [`isolate`]
+//! Isolation is Access Control Services (PCI Express Base Specification, 6.12): ports that have them are told by `isolate`
 //! to send everything up, and not to believe in foreign numbers. Bridges are in no group: they do no DMA but messages.
 //!
 //! A function with a cache of translations (Address Translation Services) would go past all of this with the addresses in
-//! it: [`isolate`] turns that off, whoever turned it on.
+//! it: `isolate` turns that off, whoever turned it on.
 
 use alloc::vec::Vec;
 
