@@ -51,8 +51,9 @@ fn qemu(directory: &Path, script: &str) -> Qemu {
     Qemu { path, version: Version { major: 10, minor: 0, micro: 0 } }
 }
 
+/// Boots a scenario that has one disk, and writes to it.
 fn boot(directory: &Path) -> Boot {
-    let mut boot = Boot::new(Machine::new(Arch::X86_64, "kernel".into()), "default", directory);
+    let mut boot = Boot::new(Machine::new(Arch::X86_64, "kernel".into()), "block", directory);
     boot.deadline = Some(Duration::from_secs(20));
     boot
 }
@@ -133,7 +134,7 @@ fn the_kernel_is_told_scenario_seed_and_digest() {
     boot.words = "viot=cut".into();
     let outcome = boot.run(&qemu, &mut |_| {}).unwrap();
     let words: Vec<&str> = outcome.lines[0].split(' ').collect();
-    assert_eq!(words[0], "scenario=default");
+    assert_eq!(words[0], "scenario=block");
     assert_eq!(words[1], format!("seed={DEFAULT_SEED:#x}"));
     assert_eq!(words[2].strip_prefix("disk.sha256=").unwrap().len(), 64);
     assert!(words[3].strip_prefix("net.port=").unwrap().parse::<u16>().unwrap() > 0);

@@ -8,7 +8,7 @@ use alloc::string::{String, ToString};
 
 use virtio_iommu::{Domain, DomainOptions, Endpoint, EndpointOptions, Iova, Options, PhysAddr, Prot};
 
-use super::attack::{Arena, LEN, OFFSET, PAGE, SECRET};
+use super::attack::{Arena, LEN, OFFSET, SECRET, granule};
 use super::default::{close, copy_through, text};
 use super::setup::{self, Opened, find};
 use super::{give_up, show};
@@ -25,7 +25,7 @@ use crate::report::Report;
 const CHECKS: usize = 8;
 
 /// What the entropy source's domain has mapped. Nothing else is there in any domain.
-const SHARED_IOVA: u64 = 0x1234_5000;
+const SHARED_IOVA: u64 = 0x1234_0000;
 
 /// Whether two functions can be kept apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +151,7 @@ fn entropy(
 
 /// `edu` reaches for memory that the other device's domain has mapped.
 fn reach(arena: Arena<'_>, relation: Relation) -> Result<String, String> {
-    let mut page = DmaPages::allocate(1).map_err(text)?;
+    let mut page = granule(arena.iommu).map_err(text)?;
     page.fill(SECRET);
     let told = reach_page(arena, relation, &mut page);
     if told.is_err() {
@@ -163,9 +163,9 @@ fn reach(arena: Arena<'_>, relation: Relation) -> Result<String, String> {
 
 fn reach_page(mut arena: Arena<'_>, relation: Relation, page: &mut DmaPages) -> Result<String, String> {
     let (iova, at) = (Iova::new(SHARED_IOVA), SHARED_IOVA + OFFSET);
-    let phys = PhysAddr::new(page.phys());
+    let (phys, len) = (PhysAddr::new(page.phys()), arena.iommu.viommu.granule());
     // SAFETY: the page is the caller's, who keeps it for good unless it was unmapped with success.
-    unsafe { arena.other.map_at(iova, phys, PAGE, Prot::READ | Prot::WRITE) }.map_err(text)?;
+    unsafe { arena.other.map_at(iova, phys, len, Prot::READ | Prot::WRITE) }.map_err(text)?;
     let told = match relation {
         Relation::Together => {
             arena.write_allowed(at, page)?;
@@ -181,7 +181,7 @@ fn reach_page(mut arena: Arena<'_>, relation: Relation, page: &mut DmaPages) -> 
         }
     };
     // SAFETY: our own mapping.
-    unsafe { arena.other.unmap(iova, PAGE) }.map_err(text)?;
+    unsafe { arena.other.unmap(iova, len) }.map_err(text)?;
     Ok(told)
 }
 

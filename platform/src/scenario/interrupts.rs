@@ -13,7 +13,7 @@ use core::task::{Context, Poll, Waker};
 
 use virtio_iommu::{DmaDevice, Iova, Options, PhysAddr, Prot};
 
-use super::attack::{LEN, OFFSET, PAGE};
+use super::attack::{LEN, OFFSET, granule};
 use super::default::{close, text};
 use super::setup::{self, Opened, find};
 use super::tamper::{Arm, Tamper, Tampered};
@@ -151,7 +151,7 @@ impl Sleeper<'_> {
 
     /// A MAP whose answer the device has only after the CPU went on.
     fn answer(&self, arm: &Arm, opened: &Opened) -> Result<String, String> {
-        let page = DmaPages::allocate(1).map_err(text)?;
+        let page = granule(self.iommu).map_err(text)?;
         let mapped = self.map_slowly(arm, opened, &page);
         if mapped.is_err() {
             // It may be mapped: nobody gets it any more.
@@ -165,9 +165,10 @@ impl Sleeper<'_> {
         let waker = Waker::from(Arc::clone(&woken));
         let mut context = Context::from_waker(&waker);
         let (phys, limit) = (PhysAddr::new(page.phys()), opened.endpoint.limit());
+        let len = self.iommu.viommu.granule();
         arm.arm();
         // SAFETY: `answer` keeps the page for good unless it was unmapped with success.
-        let mut map = pin!(unsafe { opened.domain.map_async(phys, PAGE, Prot::READ, limit) });
+        let mut map = pin!(unsafe { opened.domain.map_async(phys, len, Prot::READ, limit) });
         let early = map.as_mut().poll(&mut context);
         let before = self.signal.taken();
         arm.release();
@@ -180,7 +181,7 @@ impl Sleeper<'_> {
         };
         let iova = result.map_err(text)?;
         // SAFETY: our own mapping.
-        unsafe { opened.domain.unmap(iova, PAGE) }.map_err(text)?;
+        unsafe { opened.domain.unmap(iova, len) }.map_err(text)?;
         let interrupts = self.signal.taken() - before;
         Ok(format!("MAP at {iova} answered after the CPU went on: {interrupts} interrupts, {polls} polls"))
     }

@@ -69,6 +69,7 @@ const KNOWN: &[&str] = &[
     "viot",
     "iommu",
     "ecam",
+    "queue",
     // How x86_64 is entered.
     "entry",
     "log",

@@ -26,6 +26,8 @@ const VIOT: Signature = Signature(*b"VIOT");
 pub(super) enum SetupError {
     Machine(DiscoverError),
     Iommu(BringUpError),
+    /// A word on the command line that makes no sense.
+    Word(String),
 }
 
 impl fmt::Display for SetupError {
@@ -33,6 +35,7 @@ impl fmt::Display for SetupError {
         match self {
             Self::Machine(error) => error.fmt(f),
             Self::Iommu(error) => error.fmt(f),
+            Self::Word(error) => error.fmt(f),
         }
     }
 }
@@ -55,6 +58,7 @@ pub(super) fn bring_up_wrapped(
 pub(super) fn bring_up_all(info: &BootInfo, options: Options) -> Result<(Machine, Vec<Iommu>), SetupError> {
     let (machine, found) = discover(info)?;
     machine.pci.quiesce_all();
+    let options = told(info, options)?;
     let up = |found| iommu::bring_up(&machine, found, options, None).map_err(SetupError::Iommu);
     let iommus = found.iter().map(up).collect::<Result<_, _>>()?;
     Ok((machine, iommus))
@@ -82,8 +86,19 @@ fn bring_up_first(
     let (machine, found) = discover(info)?;
     let first = found.first().ok_or(SetupError::Iommu(BringUpError::NoDevice))?;
     machine.pci.quiesce_all();
+    let options = told(info, options)?;
     let iommu = iommu::bring_up(&machine, first, options, wrap).map_err(SetupError::Iommu)?;
     Ok((machine, iommu))
+}
+
+/// The options, after what the command line has to say to them: `queue=n` makes queues as deep as that, where the device
+/// can.
+fn told(info: &BootInfo, options: Options) -> Result<Options, SetupError> {
+    let Some(word) = info.command_line.get("queue") else { return Ok(options) };
+    match word.parse() {
+        Ok(queue_size) if queue_size > 0 => Ok(Options { queue_size, ..options }),
+        _ => Err(SetupError::Word(format!("queue={word} is not how deep a queue can be"))),
+    }
 }
 
 /// The machine's VIOT, after what the command line wants done to it: `hide=VIOT`, `viot=cut` (its last node

@@ -15,7 +15,6 @@ use virtio_iommu::{
     Viommu,
 };
 
-use super::attack::PAGE;
 use super::default::{close, text};
 use super::setup::{self, Opened, find};
 use super::{give_up, show};
@@ -25,7 +24,7 @@ use crate::devices::edu::{self, BUFFER_BYTES, Edu};
 use crate::iommu::{Iommu, KernelPlatform};
 use crate::machine::Machine;
 use crate::memory::dma::DmaPages;
-use crate::memory::frames;
+use crate::memory::frames::{self, FRAME_BYTES};
 use crate::pci::PciAddress;
 use crate::pci::function::{BusMaster, Function};
 use crate::report::Report;
@@ -133,6 +132,7 @@ impl Round {
         let work = Arc::new(Mappers {
             domains: opened.iter().map(|opened| opened.domain.clone()).collect(),
             limit: limit.ok_or("no domain")?,
+            granule: iommu.viommu.granule(),
             mapped: AtomicU64::new(0),
             failure: Mutex::new(None),
             attacker: Arc::clone(attacker),
@@ -162,6 +162,7 @@ impl Round {
 struct Mappers {
     domains: Vec<Domain<KernelPlatform>>,
     limit: Iova,
+    granule: u64,
     mapped: AtomicU64,
     /// The first thing that went wrong.
     failure: Mutex<Option<String>>,
@@ -179,9 +180,10 @@ impl Mappers {
 
     fn try_work(&self, index: usize) -> Result<(), String> {
         let domain = &self.domains[index % self.domains.len()];
+        let frames = (self.granule / FRAME_BYTES).max(1) as usize;
         let mut pages = Vec::new();
         for _ in 0..PAGES {
-            pages.push(DmaPages::allocate(1).map_err(text)?);
+            pages.push(DmaPages::allocate_aligned(frames, frames).map_err(text)?);
         }
         let done = self.map_in_turns(index, domain, &pages).and_then(|()| domain.flush().map_err(text));
         if done.is_err() {
@@ -219,8 +221,8 @@ impl Mappers {
         for page in pages {
             let phys = PhysAddr::new(page.phys());
             // SAFETY: `try_work` keeps the pages for good unless they were unmapped and flushed with success.
-            let iova =
-                unsafe { domain.map(phys, PAGE, Prot::READ | Prot::WRITE, self.limit) }.map_err(text)?;
+            let iova = unsafe { domain.map(phys, self.granule, Prot::READ | Prot::WRITE, self.limit) };
+            let iova = iova.map_err(text)?;
             mapped.push((iova, phys));
         }
         for (iova, phys) in &mapped {
@@ -231,7 +233,7 @@ impl Mappers {
         }
         for (iova, _) in &mapped {
             // SAFETY: our own mappings, made just now.
-            unsafe { domain.unmap(*iova, PAGE) }.map_err(text)?;
+            unsafe { domain.unmap(*iova, self.granule) }.map_err(text)?;
         }
         self.mapped.fetch_add(mapped.len() as u64, Ordering::Relaxed);
         Ok(())
@@ -286,7 +288,7 @@ impl Attacker {
         self.viommu.poll();
         while let Some(fault) = self.viommu.next_fault() {
             let at = fault.address.map_or(0, Iova::get);
-            if fault.endpoint != self.id || !(UNMAPPED..UNMAPPED + PAGE).contains(&at) {
+            if fault.endpoint != self.id || !(UNMAPPED..UNMAPPED + FRAME_BYTES).contains(&at) {
                 return Err(format!("a fault of somebody else: {fault}"));
             }
             self.faults.fetch_add(1, Ordering::Relaxed);

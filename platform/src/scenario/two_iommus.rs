@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 
 use virtio_iommu::{Iova, Options, PhysAddr, Prot};
 
-use super::attack::{Arena, LEN, OFFSET, PAGE, SECRET};
+use super::attack::{Arena, LEN, OFFSET, SECRET, granule};
 use super::default::{close, text};
 use super::setup::{self, Opened};
 use super::{give_up, show};
@@ -28,7 +28,7 @@ const NAMES: [&str; COUNT] = ["first", "second"];
 const CHECKS: usize = 2 + 3 * COUNT;
 
 /// What both `edu` devices use, for different memory.
-const SHARED_IOVA: u64 = 0x1234_5000;
+const SHARED_IOVA: u64 = 0x1234_0000;
 
 /// One IOMMU, with the `edu` behind it.
 struct Side<'m> {
@@ -109,7 +109,7 @@ fn refuses_foreign(own: &Side<'_>, other: &Side<'_>) -> Result<String, String> {
 /// Both map a page of their own at the same address. This one reaches its own, and once that is unmapped nothing; and the
 /// fault is told by its own IOMMU.
 fn same_address(own: &mut Side<'_>, other: &Side<'_>) -> Result<&'static str, String> {
-    let mut pages = [DmaPages::allocate(1).map_err(text)?, DmaPages::allocate(1).map_err(text)?];
+    let mut pages = [granule(&own.iommu).map_err(text)?, granule(&other.iommu).map_err(text)?];
     pages.iter_mut().for_each(|page| page.fill(SECRET));
     let [page, others_page] = &mut pages;
     let done = try_same_address(own, other, page, others_page);
@@ -131,11 +131,12 @@ fn try_same_address(
     let iova = Iova::new(SHARED_IOVA);
     let at = SHARED_IOVA + OFFSET;
     let (domain, others_domain) = (&own.opened.domain, &other.opened.domain);
+    let (len, others_len) = (own.iommu.viommu.granule(), other.iommu.viommu.granule());
     let both = Prot::READ | Prot::WRITE;
     // SAFETY: the pages are the caller's, who keeps them for good unless both were unmapped with success.
     unsafe {
-        domain.map_at(iova, PhysAddr::new(page.phys()), PAGE, both).map_err(text)?;
-        others_domain.map_at(iova, PhysAddr::new(others_page.phys()), PAGE, both).map_err(text)?;
+        domain.map_at(iova, PhysAddr::new(page.phys()), len, both).map_err(text)?;
+        others_domain.map_at(iova, PhysAddr::new(others_page.phys()), others_len, both).map_err(text)?;
     }
     let mut arena =
         Arena { iommu: &own.iommu, edu: &mut own.edu, attacker: &own.opened, other: others_domain };
@@ -145,7 +146,7 @@ fn try_same_address(
     }
     page.fill(SECRET);
     // SAFETY: our own mapping.
-    unsafe { domain.unmap(iova, PAGE) }.map_err(text)?;
+    unsafe { domain.unmap(iova, len) }.map_err(text)?;
     arena.drain_faults();
     arena.edu.copy_out(0, at, LEN).map_err(text)?;
     if !page.all_bytes_are(SECRET) || !others_page.all_bytes_are(SECRET) {
@@ -157,6 +158,6 @@ fn try_same_address(
         return Err(format!("the other IOMMU tells of a fault: {fault}"));
     }
     // SAFETY: our own mapping.
-    unsafe { others_domain.unmap(iova, PAGE) }.map_err(text)?;
+    unsafe { others_domain.unmap(iova, others_len) }.map_err(text)?;
     Ok("its own memory alone, then nothing; its own IOMMU tells of it, and the other does not")
 }

@@ -120,6 +120,7 @@ pub(crate) fn all() -> Vec<Case> {
     cases.extend(groups());
     cases.extend(from_el2());
     cases.extend(options());
+    cases.extend(queues());
     cases.push(counted());
     cases.extend(caught());
     cases.extend(bad_input());
@@ -254,6 +255,25 @@ fn options() -> Vec<Case> {
             on: On::MmioOf(&[Arch::Aarch64]),
             iommu: Some(Iommu::TwoMmio),
             ..Case::new("two-iommus", "two-iommus", Expect::Pass)
+        },
+    ]
+}
+
+/// How deep the IOMMU's queues are. Over PCI the device has 256 at most, which is what the driver takes without a word.
+fn queues() -> Vec<Case> {
+    let mmio = |name, words, traced| Case {
+        on: On::MmioOf(&[Arch::Aarch64, Arch::Riscv64]),
+        words,
+        extra: "-trace virtio_mmio_write_offset",
+        ..Case::default(name, Expect::PassTracing(traced))
+    };
+    vec![
+        mmio("queue-256", "queue=256", &["virtio_mmio_write offset 0x38 value 0x100"]),
+        mmio("queue-1024", "queue=1024", &["virtio_mmio_write offset 0x38 value 0x400"]),
+        Case { words: "queue=1024", ..Case::default("queue-1024", Expect::Pass) },
+        Case {
+            words: "queue=65536",
+            ..Case::default("queue-too-deep", Expect::FailNaming(&["queue=65536"]))
         },
     ]
 }

@@ -1,5 +1,6 @@
 //! How a case may end.
 
+use std::fs;
 use std::path::Path;
 
 use qemu_tests::bench::{Asked, asked};
@@ -12,6 +13,8 @@ pub(crate) enum Expect {
     Pass,
     /// PASS as above, and one line of the guest that holds each of these.
     PassNaming(&'static [&'static str]),
+    /// PASS as above, and one line of QEMU's trace that holds each of these.
+    PassTracing(&'static [&'static str]),
     /// PASS as above, of a guest that measured, with nothing to say against what it asked of the device.
     Counts(fn(&[Asked]) -> Result<(), String>),
     /// An orderly FAIL with exactly this failed check, all planned checks being there.
@@ -36,7 +39,13 @@ impl Expect {
                 let named = outcome.lines.iter().any(names);
                 named.then_some(()).ok_or_else(|| format!("it must print a line that names {words:?}"))
             }
-            Self::PassNaming(_) => Err("it must pass".to_owned()),
+            Self::PassTracing(words) if outcome.passed() => {
+                let log = fs::read(trace).map_err(|error| format!("QEMU's trace: {error}"))?;
+                let log = String::from_utf8_lossy(&log);
+                let traced = log.lines().any(|line| words.iter().all(|word| line.contains(word)));
+                traced.then_some(()).ok_or_else(|| format!("QEMU's trace must have a line with {words:?}"))
+            }
+            Self::PassNaming(_) | Self::PassTracing(_) => Err("it must pass".to_owned()),
             Self::Counts(_) if !outcome.passed() => Err("it must pass".to_owned()),
             Self::Counts(judge) => {
                 let asked = asked(&outcome.verdict.values, trace).map_err(|error| format!("{error:#}"))?;

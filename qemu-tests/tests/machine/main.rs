@@ -99,15 +99,16 @@ fn trial(row: &Row, column: &Column, note: impl Fn(Mark) + Send + 'static) -> Tr
         let host = match &column.host {
             Ok(host) => host,
             Err(reason) => {
-                note(Mark::Skipped);
+                note(Mark::Skipped(None));
                 return Ok(Completion::ignored_with(reason));
             }
         };
         if let Kind::Case(case) = &kind
             && host.qemu.version < case.since
         {
-            note(Mark::Skipped);
-            return Ok(Completion::ignored_with(format!("QEMU before {} lacks the option", case.since)));
+            let reason = format!("QEMU before {} lacks the option", case.since);
+            note(Mark::Skipped(Some(reason.clone())));
+            return Ok(Completion::ignored_with(reason));
         }
         // Until it is known to have passed, even if it panics.
         note(Mark::Failed);
