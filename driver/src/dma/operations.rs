@@ -1,7 +1,7 @@
 //! The operations of an endpoint's view as futures.
 
 use super::endpoint::View;
-use super::scatter::{Runs, place, rounded, total_len};
+use super::scatter::{Extent, Runs, place, rounded, survey};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose};
@@ -125,7 +125,8 @@ impl<P: Platform> Endpoint<P> {
             }
             let run = Run { phys: place.phys, len: place.len as u64 };
             let (runs, prot) = (iter::once(run), direction.prot());
-            match self.map_runs(run.len, runs, prot, within, &mut lent.memory).await {
+            let extent = Extent { len: run.len, runs: 1 };
+            match self.map_runs(extent, runs, prot, within, &mut lent.memory).await {
                 Ok(mapped) => {
                     self.view.domain.flush_if_overdue_for(mapped.range).await;
                     Ok(self.mapping(mapped, mapped.range.start(), place.len))
@@ -250,14 +251,14 @@ impl<P: Platform> Endpoint<P> {
             return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
         }
         let granule = self.view.viommu.granule();
-        let len = total_len(segments, granule)?;
-        let runs = Runs { segments, granule };
         self.check_open()?;
+        let extent = survey(segments, granule, iovas)?;
+        let runs = Runs { segments, granule };
         let within = Placement::up_to(self.view.limit);
-        let mapped = self.map_runs(len, runs, direction.prot(), within, &mut None).await?;
+        let mapped = self.map_runs(extent, runs, direction.prot(), within, &mut None).await?;
         self.view.domain.flush_if_overdue_for(mapped.range).await;
-        place(segments, granule, mapped.range, iovas);
-        Ok(self.mapping(mapped, mapped.range.start(), len as usize))
+        place(mapped.range, iovas);
+        Ok(self.mapping(mapped, mapped.range.start(), extent.len as usize))
     }
 
     /// [`DmaDevice::flush`](super::DmaDevice::flush) as a future.
@@ -361,10 +362,10 @@ impl<P: Platform> Endpoint<P> {
         Ok(self.mapping_within(mapped, phys, len))
     }
 
-    /// Maps runs of `len` bytes in all, where both the endpoint's constraints and `within` allow.
+    /// Maps runs, where both the endpoint's constraints and `within` allow.
     async fn map_runs(
         &self,
-        len: u64,
+        Extent { len, runs: parts }: Extent,
         runs: impl Iterator<Item = Run> + Clone + Send,
         prot: Prot,
         within: Placement,
@@ -374,15 +375,15 @@ impl<P: Platform> Endpoint<P> {
         let Placement { limit, align } = view.placement(len);
         let placement = Placement { limit: limit.min(within.limit), align: align.max(within.align) };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let one = runs.clone().next().filter(|run| run.len == len && run.is_whole(view.granule));
-        let first = match one {
+        let one = if parts == 1 { runs.clone().next() } else { None };
+        let first = match one.filter(|run| run.is_whole(view.granule)) {
             Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
             None => First::No,
         };
         if let First::Done(mapped) = first {
             return Ok(mapped);
         }
-        let place = Place::Anywhere { len, placement, parts: runs.clone().count() };
+        let place = Place::Anywhere { len, placement, parts };
         exchange::map(shared, key, place, runs, purpose, held, first).await.map(Mapped::of)
     }
 

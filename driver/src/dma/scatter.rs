@@ -1,13 +1,29 @@
 //! From a list of segments to as few runs of granules as possible.
 
 use super::PhysSegment;
-use crate::addr::{IovaRange, PhysAddr};
+use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::MapError;
 use crate::exchange::Run;
 
 /// The whole granules around a segment.
+#[inline(always)]
 pub(super) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapError> {
-    let (phys, len) = (segment.phys, segment.len as u64);
+    let run = Run { phys: segment.phys, len: segment.len as u64 };
+    match is_rounded(run, granule) {
+        true => Ok(run),
+        false => round(run, granule),
+    }
+}
+
+/// Whether it is whole granules already, at least one.
+#[inline(always)]
+fn is_rounded(run: Run, granule: u64) -> bool {
+    let phys = run.phys.get();
+    (phys | run.len) & (granule - 1) == 0 && run.len != 0 && phys.checked_add(run.len - 1).is_some()
+}
+
+#[inline(never)]
+fn round(Run { phys, len }: Run, granule: u64) -> Result<Run, MapError> {
     if len == 0 {
         return Err(MapError::Empty);
     }
@@ -34,8 +50,9 @@ impl Iterator for Runs<'_> {
         let (first, mut rest) = self.segments.split_first()?;
         let mut run = rounded(*first, self.granule).ok()?;
         while let Some((segment, after)) = rest.split_first() {
+            // What begins in the middle of a granule does not touch what ends with one, unless it is rounded.
             let Ok(next) = rounded(*segment, self.granule) else { break };
-            if run.phys.checked_add(run.len) != Some(next.phys) {
+            if !touches(run, next) {
                 break;
             }
             run.len += next.len;
@@ -46,28 +63,51 @@ impl Iterator for Runs<'_> {
     }
 }
 
-/// The bytes of IOVA that a list takes.
-pub(super) fn total_len(segments: &[PhysSegment], granule: u64) -> Result<u64, MapError> {
-    segments.iter().try_fold(0u64, |total, segment| {
-        let run = rounded(*segment, granule)?;
-        total.checked_add(run.len).ok_or(MapError::PhysicalWraps { phys: run.phys, len: run.len })
-    })
+/// Whether a run begins where another one ends.
+#[inline(always)]
+fn touches(low: Run, high: Run) -> bool {
+    low.phys.checked_add(low.len) == Some(high.phys)
 }
 
-/// Gives each segment its address in `range`, which is as long as [`total_len`] says.
-pub(super) fn place(segments: &[PhysSegment], granule: u64, range: IovaRange, iovas: &mut [crate::Iova]) {
-    let mut at = range.start().get();
-    for (segment, iova) in segments.iter().zip(iovas) {
-        let Ok(run) = rounded(*segment, granule) else { return };
-        *iova = crate::Iova::new(at + (segment.phys.get() - run.phys.get()));
-        at += run.len;
+/// What a list comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    /// The bytes of IOVA that it takes.
+    pub len: u64,
+    /// How many [`Runs`] it has.
+    pub runs: usize,
+}
+
+/// Looks at each segment once. Where each lies in the addresses of the list goes to `offsets`, which are as many.
+pub(super) fn survey(
+    segments: &[PhysSegment],
+    granule: u64,
+    offsets: &mut [Iova],
+) -> Result<Extent, MapError> {
+    let mut extent = Extent { len: 0, runs: 0 };
+    // It touches nothing.
+    let mut last = Run { phys: PhysAddr::new(u64::MAX), len: u64::MAX };
+    for (segment, offset) in segments.iter().zip(offsets) {
+        let run = rounded(*segment, granule)?;
+        extent.runs += usize::from(!touches(last, run));
+        last = run;
+        *offset = Iova::new(extent.len + (segment.phys.get() - run.phys.get()));
+        let wraps = MapError::PhysicalWraps { phys: run.phys, len: run.len };
+        extent.len = extent.len.checked_add(run.len).ok_or(wraps)?;
+    }
+    Ok(extent)
+}
+
+/// Turns offsets into the addresses of `range`, which is as long as [`survey`] said.
+pub(super) fn place(range: IovaRange, offsets: &mut [Iova]) {
+    for offset in offsets {
+        *offset = Iova::new(range.start().get() + offset.get());
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Iova;
     use alloc::vec::Vec;
 
     fn segment(phys: u64, len: usize) -> PhysSegment {
@@ -80,7 +120,9 @@ mod tests {
         let runs: Vec<_> =
             Runs { segments: &list, granule: 0x1000 }.map(|run| (run.phys.get(), run.len)).collect();
         assert_eq!(runs, [(0x1000, 0x2000), (0x8000, 0x2000)]);
-        assert_eq!(total_len(&list, 0x1000), Ok(0x4000));
+        let mut offsets = [Iova::new(0); 4];
+        assert_eq!(survey(&list, 0x1000, &mut offsets), Ok(Extent { len: 0x4000, runs: 2 }));
+        assert_eq!(offsets.map(Iova::get), [0, 0x1000, 0x2000, 0x3000]);
     }
 
     #[test]
@@ -88,7 +130,8 @@ mod tests {
         let list = [segment(0x1100, 0x10), segment(0x1200, 0x10)];
         let range = IovaRange::from_len(Iova::new(0x10000), 0x2000).unwrap();
         let mut iovas = [Iova::new(0); 2];
-        place(&list, 0x1000, range, &mut iovas);
+        assert_eq!(survey(&list, 0x1000, &mut iovas), Ok(Extent { len: 0x2000, runs: 2 }));
+        place(range, &mut iovas);
         assert_eq!(iovas, [Iova::new(0x10100), Iova::new(0x11200)]);
         assert_eq!(Runs { segments: &list, granule: 0x1000 }.count(), 2);
     }
@@ -97,5 +140,12 @@ mod tests {
     fn the_end_of_memory_is_an_error() {
         assert!(matches!(rounded(segment(u64::MAX, 2), 0x1000), Err(MapError::PhysicalWraps { .. })));
         assert_eq!(rounded(segment(0, 0), 0x1000), Err(MapError::Empty));
+        let top = segment(u64::MAX - 0xfff, 0x1000);
+        assert_eq!(rounded(top, 0x1000).map(|run| run.len), Ok(0x1000), "the last granule");
+        // What ends with the last granule touches nothing, least of all the first one.
+        let list = [top, segment(0, 0x1000)];
+        let extent = survey(&list, 0x1000, &mut [Iova::new(0); 2]);
+        assert_eq!(extent, Ok(Extent { len: 0x2000, runs: 2 }));
+        assert_eq!(Runs { segments: &list, granule: 0x1000 }.count(), 2);
     }
 }

@@ -206,32 +206,6 @@ impl Engine {
         Ok((record, domain.id))
     }
 
-    /// [`begin_map`](Self::begin_map) for a part of a list: the beginning of what is left of its addresses, whose record the
-    /// handle may name. Also says where the record of the rest is, if there is any.
-    #[inline(always)]
-    pub(crate) fn begin_part(
-        &mut self,
-        key: DomainKey,
-        (part, rest): (IovaRange, Mapped),
-        phys: PhysAddr,
-        (purpose, list): (Purpose, ListId),
-        held: &mut Option<HeldMemory>,
-    ) -> Result<(MappingHandle, MappingHandle, DomainId), MapError> {
-        let run = Run { phys, len: part.len_minus_one().wrapping_add(1) };
-        if run.is_whole(self.geometry.granule)
-            && purpose.prot.is_plain()
-            && held.is_none()
-            && let Some(domain) = self.domain_mut(key)
-            && domain.takes_mappings()
-            && let Some((record, behind)) = domain.space.begin_part(part, rest, phys, (purpose, list))
-        {
-            domain.stats.requests += 1;
-            return Ok((record, behind, domain.id));
-        }
-        let (record, domain) = self.begin_map(key, (list, part), phys, purpose, held)?;
-        Ok((record, MappingHandle::UNKNOWN, domain))
-    }
-
     /// Marks whole neighbouring mappings as being unmapped, and gives the one request for them (I6).
     pub(crate) fn begin_unmap(&mut self, key: DomainKey, range: IovaRange) -> Result<UnmapPlan, UnmapError> {
         self.begin_unmap_of(key, range, MappingState::Live)

@@ -4,12 +4,14 @@
 //! the words for what is wrong, and know the rare states.
 
 use super::deferred::Deferral;
-use super::domain::DomainRecord;
+use super::domain::{DomainRecord, DomainStats};
 use super::mapping::{ListId, MappingHandle, Purpose};
+use super::space::Parts;
 use super::{DomainKey, Engine, Placement};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
+use crate::id::DomainId;
 use crate::options::DomainKind;
 
 impl DomainRecord {
@@ -47,6 +49,23 @@ impl Engine {
         }
         let mapped = domain.space.make(run, placement, (purpose, list), held)?;
         Some((domain, mapped))
+    }
+
+    /// Begins to map a list for reading, writing or both at addresses that were taken for it. With the number that its
+    /// requests carry, and where they are counted.
+    #[inline(always)]
+    pub(crate) fn begin_parts(
+        &mut self,
+        key: DomainKey,
+        rest: Mapped,
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<(DomainId, &mut DomainStats, Parts<'_>)> {
+        let domain = self.domain_mut(key)?;
+        if !purpose.prot.is_plain() || !domain.takes_mappings() {
+            return None;
+        }
+        let parts = domain.space.begin_parts(rest, (purpose, list))?;
+        Some((domain.id, &mut domain.stats, parts))
     }
 
     /// Begins the unmapping of live mappings that touch each other, the first of which the handle may name. The request for
@@ -105,8 +124,9 @@ impl Engine {
         }
     }
 
+    /// The same for whole mappings that were made together and hold no memory.
     #[inline(never)]
-    fn unmapped_run(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+    pub(crate) fn unmapped_run(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
         if !domain.space.end_unmapped_run(record, range) {
             return false;

@@ -120,40 +120,63 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             }
         };
         let mut begun = Ok(());
-        let State { engine, requests, sent, .. } = &mut *state;
-        while let Some(free) = self.free
-            && let Some(slot) = requests.free_slot()
-        {
-            let mut runs = self.runs.clone();
-            let Some(Run { phys, len }) = runs.next() else { break };
-            let part = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
-            let made = part.ok_or(MapError::Empty).and_then(|part| {
-                let rest = Mapped { range: free, record: self.free_record };
-                let made = engine.begin_part(self.key, (part, rest), phys, (purpose, name), held)?;
-                Ok((part, made))
-            });
-            match made {
-                Ok((range, (record, behind, domain))) => {
-                    let request = Request::Map { domain, range, phys, prot: purpose.prot };
-                    requests.queue_one(
-                        slot,
-                        &request,
-                        Op::Map { domain: self.key, range, record },
-                        &mut batch,
-                    );
-                    *sent += 1;
-                    self.runs = runs;
-                    self.free = free.after(range);
-                    self.free_record = behind;
-                }
-                Err(error) => {
-                    begun = Err(error);
-                    break;
-                }
+        while self.free.is_some() && begun.is_ok() && state.requests.free_slot().is_some() {
+            if held.is_none() {
+                self.submit_parts(state, (purpose, name), &mut batch);
             }
+            begun = self.submit_next(state, (purpose, name), held, &mut batch);
         }
         state.publish(Some(self.key), &self.shared.doorbell);
         (batch, begun)
+    }
+
+    /// Begins and submits runs as long as there is nothing special about them.
+    #[inline]
+    fn submit_parts(&mut self, state: &mut State, (purpose, name): (Purpose, ListId), batch: &mut Batch) {
+        let State { engine, requests, sent, .. } = state;
+        let (key, granule) = (self.key, engine.geometry.granule);
+        let Some(range) = self.free else { return };
+        let rest = Mapped { range, record: self.free_record };
+        let Some((domain, stats, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else { return };
+        let before = batch.len();
+        while !parts.is_done()
+            && let Some(slot) = requests.free_slot()
+        {
+            let mut runs = self.runs.clone();
+            let Some(run) = runs.next().filter(|run| run.is_whole(granule)) else { break };
+            let Some(Mapped { range, record }) = parts.push(run) else { break };
+            let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
+            requests.queue_one(slot, &request, Op::Map { domain: key, range, record }, batch);
+            self.runs = runs;
+        }
+        let count = u64::from(batch.len() - before);
+        *sent += count;
+        stats.requests += count;
+        let rest = parts.end();
+        self.free = rest.map(|rest| rest.range);
+        self.free_record = rest.map_or(MappingHandle::UNKNOWN, |rest| rest.record);
+    }
+
+    /// Begins and submits the next run, if there is a slot for it.
+    fn submit_next(
+        &mut self,
+        state: &mut State,
+        (purpose, name): (Purpose, ListId),
+        held: &mut Option<HeldMemory>,
+        batch: &mut Batch,
+    ) -> Result<(), MapError> {
+        let State { engine, requests, sent, .. } = state;
+        let (Some(free), Some(slot)) = (self.free, requests.free_slot()) else { return Ok(()) };
+        let mut runs = self.runs.clone();
+        let Some(Run { phys, len }) = runs.next() else { return Err(MapError::Empty) };
+        let range = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
+        let range = range.ok_or(MapError::Empty)?;
+        let (record, domain) = engine.begin_map(self.key, (name, range), phys, purpose, held)?;
+        let request = Request::Map { domain, range, phys, prot: purpose.prot };
+        requests.queue_one(slot, &request, Op::Map { domain: self.key, range, record }, batch);
+        *sent += 1;
+        (self.runs, self.free, self.free_record) = (runs, free.after(range), MappingHandle::UNKNOWN);
+        Ok(())
     }
 }
 

@@ -156,6 +156,7 @@ pub(crate) fn unmap_first<P: Platform>(
             drop(state);
             shared.release(held);
         }
+        None if state.engine.unmapped_run(key, range, record) => {}
         None => {
             state.succeeded(Op::Unmap { domain: key, range, record });
             drop(state);

@@ -65,15 +65,25 @@ impl State {
     }
 
     /// Takes note of a request that succeeded in time.
-    #[inline(always)]
+    #[cold]
     pub(crate) fn succeeded(&mut self, op: Op) {
-        let done = match op {
-            Op::Map { domain, range, record } => self.engine.mapped_one(domain, range, record),
-            Op::Unmap { domain, range, record } => self.engine.unmapped_plain(domain, range, record),
-            _ => false,
-        };
-        if !done {
-            self.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+        self.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+    }
+
+    /// Takes the first requests of a batch, where all is [usual](Self::is_usual), as far as their successes are the next in
+    /// the ring. Bounded by the batch.
+    #[inline]
+    pub(crate) fn take_successes(&mut self, batch: &mut Batch) {
+        let Self { engine, requests, .. } = self;
+        while let Some(op) = requests.take_next(batch) {
+            let done = match *op {
+                Op::Map { domain, range, record } => engine.mapped_one(domain, range, record),
+                Op::Unmap { domain, range, record } => engine.unmapped_plain(domain, range, record),
+                _ => false,
+            };
+            if !done {
+                engine.settle(&Completion { op: *op, outcome: Ok(()), abandoned: false });
+            }
         }
     }
 

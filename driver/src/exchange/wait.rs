@@ -343,10 +343,7 @@ impl<P: Platform> Shared<P> {
     pub(crate) fn begin(&self, mut batch: Batch) -> Option<InFlight<'_, P>> {
         self.ring();
         if let Some(mut state) = self.state.usual() {
-            // Bounded by the batch.
-            while let Some(op) = state.requests.take_next(&mut batch) {
-                state.succeeded(op);
-            }
+            state.take_successes(&mut batch);
             if batch.is_empty() {
                 return None;
             }

@@ -3,7 +3,7 @@
 use super::Space;
 use super::order::Wanted;
 use super::slab::Index;
-use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::addr::{Iova, IovaRange};
 use crate::dma::HeldMemory;
 use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
 use crate::engine::{Placement, Unheld};
@@ -57,7 +57,7 @@ impl Space {
     #[inline(always)]
     pub(crate) fn confirm(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Some(record) = self.order.get_mut(handle.0) else { return false };
-        let waits = record.holder == Holder::Mapping
+        let waits = record.holder.is_mapping()
             && record.range.start() == range.start()
             && record.state == MappingState::Mapping;
         if waits {
@@ -98,11 +98,14 @@ impl Space {
     #[inline(never)]
     fn begin_unmap_run(&mut self, range: IovaRange) -> Option<MappingHandle> {
         let first = self.find(range.start())?;
+        if self.begin_unmap_list(first, range) {
+            return Some(MappingHandle(first));
+        }
         let mut index = first;
         // Bounded by the records in the range, as below.
         loop {
             let record = self.order.get(index)?;
-            if !is_live(record) || record.range.last() > range.last() {
+            if !(is_live(record) || is_live_part(record)) || record.range.last() > range.last() {
                 return None;
             }
             if record.range.last() == range.last() {
@@ -117,6 +120,7 @@ impl Space {
         let (last, mut index) = (index, first);
         loop {
             let record = &mut self.order[index];
+            Self::touch(&mut self.touched, record.holder);
             // As above.
             (record.state, record.owned) = (MappingState::Unmapping, false);
             if index == last {
@@ -126,34 +130,12 @@ impl Space {
         }
     }
 
-    /// Makes a mapping of the first of the addresses that were taken for a list, whose record the handle may name. Its
-    /// record, and that of the rest, or [`MappingHandle::UNKNOWN`] where there is none. `None`, and nothing changed, where it is not so.
-    #[inline(always)]
-    pub(crate) fn begin_part(
-        &mut self,
-        part: IovaRange,
-        Mapped { range: rest, record: handle }: Mapped,
-        phys: PhysAddr,
-        (purpose, list): (Purpose, ListId),
-    ) -> Option<(MappingHandle, MappingHandle)> {
-        let index = if handle == MappingHandle::UNKNOWN { self.find(rest.start())? } else { handle.0 };
-        let record = self.order.get(index)?;
-        let taken = record.holder == Holder::Taken && record.range == rest && part.start() == rest.start();
-        if !taken || part.last() > rest.last() {
-            return None;
-        }
-        let behind = match part.last() == rest.last() {
-            true => MappingHandle::UNKNOWN,
-            false => MappingHandle(self.split(index, part.last().checked_add(1)?)?),
-        };
-        self.mappings += 1;
-        self.order.get_mut(index)?.begin(phys, purpose, list, None);
-        Some((MappingHandle(index), behind))
-    }
-
     /// The device confirmed the UNMAP of records that wait for that, touch each other and hold no memory: their addresses are
     /// free. False, and nothing changed, where it is not so.
     pub(crate) fn end_unmapped_run(&mut self, first: MappingHandle, range: IovaRange) -> bool {
+        if self.end_unmapped_list(first.0, range) {
+            return true;
+        }
         let Some(count) = self.count_unmapped(first, range) else { return false };
         self.mappings -= count;
         self.outside -= count;
@@ -192,7 +174,7 @@ impl Space {
     /// How many records that is.
     fn count_unmapped(&self, first: MappingHandle, range: IovaRange) -> Option<usize> {
         let waits = |record: &Record| {
-            record.holder == Holder::Mapping
+            record.holder.is_mapping()
                 && record.state == MappingState::Unmapping
                 && record.on_device
                 && record.counted
@@ -262,7 +244,12 @@ impl Space {
     }
 }
 
-/// Whether it is the record of a mapping that is live on the device.
+/// Whether it is the record of a mapping that is live on the device, and is in a list.
+fn is_live_part(record: &Record) -> bool {
+    record.holder.is_mapping() && record.state == MappingState::Live && record.on_device
+}
+
+/// Whether it is the record of a mapping that is live on the device, and no part of a list.
 #[inline(always)]
 fn is_live(record: &Record) -> bool {
     record.holder == Holder::Mapping && record.state == MappingState::Live && record.on_device

@@ -1,0 +1,199 @@
+//! Lists: mappings of addresses that were taken together, made in one go and unmapped in one go.
+//!
+//! ```text
+//!   taken     [A              T              ]
+//!   made      [A    ][B ][C     ][D ]  T          A: Head, B, C, D: Part, T: the rest, still taken
+//!   whole     [A    ][B ][C     ][D ][T      ]    B knows that T is the last, and how many there are
+//!   free      [A                             ]    the places of B to T go back as the chain that they are
+//! ```
+//! Each part has a record of its own, which says at any time what has become of it. That all of a list is as its making
+//! left it needs no look at them: the space counts how often anything happened to a part by itself, and a list whose
+//! making saw the same count is whole.
+
+use super::Space;
+use super::order::MAX_BEHIND;
+use super::slab::{Index, NIL};
+use crate::addr::IovaRange;
+use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
+use crate::exchange::{Mapped, Run};
+
+/// A list that is being made. Until its [end](Self::end) the space is not in order.
+#[must_use = "the space is not in order before the end"]
+pub(crate) struct Parts<'a> {
+    space: &'a mut Space,
+    purpose: Purpose,
+    list: ListId,
+    /// The record that had the addresses, which is the first part's then.
+    first: Index,
+    /// The record that follows the list.
+    following: Index,
+    /// The last part so far.
+    last: Index,
+    /// How many there are.
+    count: usize,
+    /// The addresses that are left.
+    rest: Option<IovaRange>,
+    rank: i8,
+}
+
+impl Space {
+    /// Begins to make mappings of addresses that were taken for a list, whose record the handle may name.
+    #[inline(always)]
+    pub(crate) fn begin_parts(
+        &mut self,
+        Mapped { range, record: handle }: Mapped,
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<Parts<'_>> {
+        let first = if handle == MappingHandle::UNKNOWN { self.find(range.start())? } else { handle.0 };
+        let record = self.order.get(first)?;
+        if record.holder != Holder::Taken || record.range != range {
+            return None;
+        }
+        let (following, rank) = (record.next, record.rank.min(0));
+        let rest = Some(range);
+        Some(Parts { space: self, purpose, list, first, following, last: NIL, count: 0, rest, rank })
+    }
+
+    /// The last part of a list of exactly this range, and how many there are, if nothing happened to it but what happened
+    /// to all of it.
+    #[inline]
+    fn whole_list(&self, first: Index, range: IovaRange) -> Option<(Index, usize)> {
+        let head = self.order.get(first)?;
+        if head.holder != Holder::Head || head.range.start() != range.start() {
+            return None;
+        }
+        // The second part has no other use for these, as it is not in the tree.
+        let second = self.order.get(head.next)?;
+        let whole = second.holder == Holder::Part && second.rank < 0 && second.gap == self.touched;
+        let last = self.order.get(second.left).filter(|_| whole)?;
+        (last.range.last() == range.last()).then_some((second.left, second.right as usize))
+    }
+
+    /// Takes note of a list that was made in one go.
+    fn note_list(&mut self, first: Index, last: Index, count: usize) {
+        if count == 1 {
+            // It is like any other mapping.
+            self.order[first].holder = Holder::Mapping;
+        } else if self.touched < u32::MAX {
+            let touched = self.touched;
+            let second = self.order[first].next;
+            let second = &mut self.order[second];
+            (second.left, second.right, second.gap) = (last, count as u32, touched);
+        }
+    }
+
+    /// Takes note that something happened to a part of a list by itself. Once it is not known any more how often that was,
+    /// no list counts as whole.
+    #[inline]
+    pub(super) fn touch(touched: &mut u32, holder: Holder) {
+        if holder != Holder::Mapping {
+            *touched = touched.saturating_add(1);
+        }
+    }
+
+    /// Marks a list of exactly this range, all of which is live, as being unmapped.
+    pub(super) fn begin_unmap_list(&mut self, first: Index, range: IovaRange) -> bool {
+        let Some((_, count)) = self.whole_list(first, range) else { return false };
+        let mut index = first;
+        for marked in 0..count {
+            let record = &mut self.order[index];
+            // It is not before its MAP was answered.
+            if record.state != MappingState::Live {
+                self.unmark(first, marked);
+                return false;
+            }
+            (record.state, record.owned) = (MappingState::Unmapping, false);
+            index = record.next;
+        }
+        true
+    }
+
+    #[cold]
+    fn unmark(&mut self, first: Index, count: usize) {
+        let mut index = first;
+        for _ in 0..count {
+            let record = &mut self.order[index];
+            (record.state, record.owned) = (MappingState::Live, true);
+            index = record.next;
+        }
+    }
+
+    /// The device confirmed the UNMAP of a list of exactly this range: its addresses are free. False, and nothing changed,
+    /// where it is not so, or more is to be looked at.
+    pub(super) fn end_unmapped_list(&mut self, first: Index, range: IovaRange) -> bool {
+        let Some((last, count)) = self.whole_list(first, range) else { return false };
+        // It is marked as all of them are.
+        if self.order[first].state != MappingState::Unmapping {
+            return false;
+        }
+        self.mappings -= count;
+        self.outside -= count;
+        self.order.merge_parts(first, last, count);
+        let Self { order, magazines, .. } = self;
+        let granules = order.granules(range);
+        let record = &mut order[first];
+        (record.holder, record.counted) = (Holder::Taken, false);
+        if !magazines.keep(first, record, granules) {
+            self.free(first);
+        }
+        true
+    }
+}
+
+impl Parts<'_> {
+    /// Whether anything is left of the addresses.
+    #[inline(always)]
+    pub(crate) fn is_done(&self) -> bool {
+        self.rest.is_none()
+    }
+
+    /// Makes a mapping of the first of the addresses that are left. `None`, and nothing changed, where that cannot be: too
+    /// few are left, or there is no record at hand.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, run: Run) -> Option<Mapped> {
+        let rest = self.rest?;
+        let range = IovaRange::from_len(rest.start(), run.len)?;
+        // What is left needs a record too.
+        if !rest.contains(range) || self.space.is_full() || !self.space.order.has_room_for(2) {
+            return None;
+        }
+        let order = &mut self.space.order;
+        let index = if self.count == 0 {
+            let record = &mut order[self.first];
+            record.range = range;
+            record.begin(run.phys, self.purpose, self.list, None);
+            record.holder = Holder::Head;
+            self.first
+        } else if self.rank > -MAX_BEHIND {
+            let place = (self.last, self.rank - 1);
+            let index =
+                order.append_part(|| Record::part((range, run.phys), self.purpose, self.list, place))?;
+            order[self.last].next = index;
+            self.rank -= 1;
+            index
+        } else {
+            return None;
+        };
+        self.last = index;
+        self.count += 1;
+        self.space.mappings += 1;
+        self.rest = rest.after(range);
+        Some(Mapped { range, record: MappingHandle(index) })
+    }
+
+    /// Puts the space in order. What is left is still taken: with its record.
+    pub(crate) fn end(self) -> Option<Mapped> {
+        let Self { space, first, following, last, count, rest, rank, .. } = self;
+        if count == 0 {
+            return rest.map(|range| Mapped { range, record: MappingHandle(first) });
+        }
+        let Some(range) = rest else {
+            space.order.join(last, following);
+            space.note_list(first, last, count);
+            return None;
+        };
+        let rest = space.order.append_rest(range, (last, following), rank);
+        debug_assert!(rest.is_some(), "there was room");
+        Some(Mapped { range, record: rest.map_or(MappingHandle::UNKNOWN, MappingHandle) })
+    }
+}
