@@ -253,7 +253,7 @@ impl<P: Platform> Endpoint<P> {
         let granule = self.view.viommu.granule();
         self.check_open()?;
         let extent = survey(segments, granule, iovas)?;
-        let runs = Runs { segments, granule };
+        let runs = Runs { segments: segments.iter(), granule };
         let within = Placement::up_to(self.view.limit);
         let mapped = self.map_runs(extent, runs, direction.prot(), within, &mut None).await?;
         self.view.domain.flush_if_overdue_for(mapped.range).await;

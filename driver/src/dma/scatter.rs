@@ -18,8 +18,8 @@ pub(super) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapErro
 /// Whether it is whole granules already, at least one.
 #[inline(always)]
 fn is_rounded(run: Run, granule: u64) -> bool {
-    let phys = run.phys.get();
-    (phys | run.len) & (granule - 1) == 0 && run.len != 0 && phys.checked_add(run.len - 1).is_some()
+    // The last is below 2^64 - 1. An empty one seems to be as long as can be.
+    (run.phys.get() | run.len) & (granule - 1) == 0 && run.len.wrapping_sub(1) < !run.phys.get()
 }
 
 #[inline(never)]
@@ -35,38 +35,38 @@ fn round(Run { phys, len }: Run, granule: u64) -> Result<Run, MapError> {
     Ok(Run { phys: PhysAddr::new(start), len })
 }
 
-/// The runs of a list: segments that touch in physical space share one. Each segment was checked by
-/// [`rounded`]; one that was not ends the list.
+/// The runs of a list: segments that touch in physical space share one. Each segment was looked at by [`survey`], which
+/// counts the same; one that is none ends the list.
 #[derive(Clone)]
 pub(super) struct Runs<'a> {
-    pub segments: &'a [PhysSegment],
+    pub segments: core::slice::Iter<'a, PhysSegment>,
     pub granule: u64,
 }
 
 impl Iterator for Runs<'_> {
     type Item = Run;
 
+    #[inline(always)]
     fn next(&mut self) -> Option<Run> {
-        let (first, mut rest) = self.segments.split_first()?;
-        let mut run = rounded(*first, self.granule).ok()?;
-        while let Some((segment, after)) = rest.split_first() {
-            // What begins in the middle of a granule does not touch what ends with one, unless it is rounded.
-            let Ok(next) = rounded(*segment, self.granule) else { break };
-            if !touches(run, next) {
+        let mut run = rounded(*self.segments.next()?, self.granule).ok()?;
+        while let Some(next) = self.segments.as_slice().first() {
+            // Ends are multiples of the granule, so that only a rounded one touches: most do not, and are not rounded for it.
+            let start = next.phys.get() & !(self.granule - 1);
+            if start != end(run) {
                 break;
             }
-            run.len += next.len;
-            rest = after;
+            let Ok(next) = rounded(*next, self.granule) else { break };
+            run.len = run.len.saturating_add(next.len);
+            self.segments.next();
         }
-        self.segments = rest;
         Some(run)
     }
 }
 
-/// Whether a run begins where another one ends.
+/// Where a run ends. One that ends with the last granule of all touches the first: as a run it wraps, and is refused.
 #[inline(always)]
-fn touches(low: Run, high: Run) -> bool {
-    low.phys.checked_add(low.len) == Some(high.phys)
+fn end(run: Run) -> u64 {
+    run.phys.get().wrapping_add(run.len)
 }
 
 /// What a list comes to.
@@ -85,12 +85,11 @@ pub(super) fn survey(
     offsets: &mut [Iova],
 ) -> Result<Extent, MapError> {
     let mut extent = Extent { len: 0, runs: 0 };
-    // It touches nothing.
-    let mut last = Run { phys: PhysAddr::new(u64::MAX), len: u64::MAX };
+    let mut last = None;
     for (segment, offset) in segments.iter().zip(offsets) {
         let run = rounded(*segment, granule)?;
-        extent.runs += usize::from(!touches(last, run));
-        last = run;
+        extent.runs += usize::from(last != Some(run.phys.get()));
+        last = Some(end(run));
         *offset = Iova::new(extent.len + (segment.phys.get() - run.phys.get()));
         let wraps = MapError::PhysicalWraps { phys: run.phys, len: run.len };
         extent.len = extent.len.checked_add(run.len).ok_or(wraps)?;
@@ -110,6 +109,10 @@ mod tests {
     use super::*;
     use alloc::vec::Vec;
 
+    fn runs(segments: &[PhysSegment]) -> Runs<'_> {
+        Runs { segments: segments.iter(), granule: 0x1000 }
+    }
+
     fn segment(phys: u64, len: usize) -> PhysSegment {
         PhysSegment { phys: PhysAddr::new(phys), len }
     }
@@ -117,8 +120,7 @@ mod tests {
     #[test]
     fn touching_segments_share_a_run() {
         let list = [segment(0x1000, 0x1000), segment(0x2000, 0x800), segment(0x8000, 1), segment(0x9000, 16)];
-        let runs: Vec<_> =
-            Runs { segments: &list, granule: 0x1000 }.map(|run| (run.phys.get(), run.len)).collect();
+        let runs: Vec<_> = runs(&list).map(|run| (run.phys.get(), run.len)).collect();
         assert_eq!(runs, [(0x1000, 0x2000), (0x8000, 0x2000)]);
         let mut offsets = [Iova::new(0); 4];
         assert_eq!(survey(&list, 0x1000, &mut offsets), Ok(Extent { len: 0x4000, runs: 2 }));
@@ -133,7 +135,7 @@ mod tests {
         assert_eq!(survey(&list, 0x1000, &mut iovas), Ok(Extent { len: 0x2000, runs: 2 }));
         place(range, &mut iovas);
         assert_eq!(iovas, [Iova::new(0x10100), Iova::new(0x11200)]);
-        assert_eq!(Runs { segments: &list, granule: 0x1000 }.count(), 2);
+        assert_eq!(runs(&list).count(), 2);
     }
 
     #[test]
@@ -142,10 +144,10 @@ mod tests {
         assert_eq!(rounded(segment(0, 0), 0x1000), Err(MapError::Empty));
         let top = segment(u64::MAX - 0xfff, 0x1000);
         assert_eq!(rounded(top, 0x1000).map(|run| run.len), Ok(0x1000), "the last granule");
-        // What ends with the last granule touches nothing, least of all the first one.
+        // What goes on from there at 0 is a run that wraps.
         let list = [top, segment(0, 0x1000)];
         let extent = survey(&list, 0x1000, &mut [Iova::new(0); 2]);
-        assert_eq!(extent, Ok(Extent { len: 0x2000, runs: 2 }));
-        assert_eq!(Runs { segments: &list, granule: 0x1000 }.count(), 2);
+        assert_eq!(extent, Ok(Extent { len: 0x2000, runs: 1 }));
+        assert!(runs(&list).all(|run| !run.is_whole(0x1000)));
     }
 }

@@ -7,7 +7,7 @@ use super::deferred::Deferral;
 use super::domain::{DomainRecord, DomainStats};
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::Parts;
-use super::{DomainKey, Engine, Placement};
+use super::{Confirmed, DomainKey, Engine, Op, Placement};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
@@ -22,6 +22,70 @@ impl DomainRecord {
             && self.attached > 0
             && !self.in_transition
             && !self.space.is_full()
+    }
+}
+
+/// Successes of one domain's requests, which are counted together.
+#[must_use = "they are counted at the end"]
+pub(crate) struct Confirming<'a> {
+    key: DomainKey,
+    domain: &'a mut DomainRecord,
+    confirmed: &'a mut Confirmed,
+    maps: Sum,
+    unmaps: Sum,
+}
+
+#[derive(Default)]
+struct Sum {
+    count: u64,
+    bytes: u64,
+}
+
+impl Sum {
+    #[inline(always)]
+    fn add(&mut self, range: IovaRange) {
+        self.count += 1;
+        self.bytes += range.len_minus_one() + 1;
+    }
+}
+
+impl Confirming<'_> {
+    /// Takes note of a MAP, or of an UNMAP of whole mappings that hold no memory. False, and nothing done, where it is
+    /// another request, or there is more to it.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, op: &Op) -> bool {
+        match *op {
+            Op::Map { domain, range, record } if domain == self.key => {
+                let done = self.domain.space.confirm(record, range);
+                if done {
+                    self.maps.add(range);
+                }
+                done
+            }
+            Op::Unmap { domain, range, record } if domain == self.key => {
+                let space = &mut self.domain.space;
+                let done = space.end_unmapped_plain(record, range) || space.end_unmapped_run(record, range);
+                if done {
+                    self.unmaps.add(range);
+                }
+                done
+            }
+            _ => false,
+        }
+    }
+
+    /// Counts what was taken.
+    #[inline(always)]
+    pub(crate) fn end(self) {
+        let Self { domain, confirmed, maps, unmaps, .. } = self;
+        let stats = &mut domain.stats;
+        stats.maps += maps.count;
+        confirmed.maps += maps.count;
+        stats.mapped_bytes += maps.bytes;
+        stats.peak_bytes = stats.peak_bytes.max(stats.mapped_bytes);
+        stats.unmaps += unmaps.count;
+        confirmed.unmaps += unmaps.count;
+        stats.mapped_bytes -= unmaps.bytes;
     }
 }
 
@@ -113,15 +177,13 @@ impl Engine {
         Some(held)
     }
 
-    /// The same for what may be several mappings: false where it is more than whole mappings that were made together and
-    /// hold no memory.
-    #[inline(always)]
-    pub(crate) fn unmapped_plain(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
-        let Some(domain) = self.domain_mut(key) else { return false };
-        match domain.space.is_all_of(record, range) {
-            true => self.unmapped_one(key, range, record).is_some(),
-            false => self.unmapped_run(key, range, record),
-        }
+    /// Begins to take note of successes of one domain's requests. `None` where there is more to it than to its records.
+    #[inline]
+    pub(crate) fn confirming(&mut self, key: DomainKey) -> Option<Confirming<'_>> {
+        let Self { domains, confirmed, .. } = self;
+        let domain = domains.get_mut(key.place())?.as_mut()?;
+        let usual = domain.generation == key.generation && domain.possible > 0;
+        usual.then_some(Confirming { key, domain, confirmed, maps: Sum::default(), unmaps: Sum::default() })
     }
 
     /// The same for whole mappings that were made together and hold no memory.

@@ -75,14 +75,22 @@ impl State {
     #[inline]
     pub(crate) fn take_successes(&mut self, batch: &mut Batch) {
         let Self { engine, requests, .. } = self;
-        while let Some(op) = requests.take_next(batch) {
-            let done = match *op {
-                Op::Map { domain, range, record } => engine.mapped_one(domain, range, record),
-                Op::Unmap { domain, range, record } => engine.unmapped_plain(domain, range, record),
-                _ => false,
+        while let Some(op) = requests.next_op(batch) {
+            let mut confirming = op.domain().and_then(|key| engine.confirming(key));
+            // Why it ends: what more there is to do.
+            let rest = loop {
+                let Some(op) = requests.take_next(batch) else { break None };
+                let done = confirming.as_mut().is_some_and(|confirming| confirming.take(op));
+                if !done {
+                    break Some(*op);
+                }
             };
-            if !done {
-                engine.settle(&Completion { op: *op, outcome: Ok(()), abandoned: false });
+            if let Some(confirming) = confirming {
+                confirming.end();
+            }
+            match rest {
+                Some(op) => engine.settle(&Completion { op, outcome: Ok(()), abandoned: false }),
+                None => return,
             }
         }
     }

@@ -13,7 +13,7 @@
 use super::Space;
 use super::order::MAX_BEHIND;
 use super::slab::{Index, NIL};
-use crate::addr::IovaRange;
+use crate::addr::{Iova, IovaRange};
 use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
 use crate::exchange::{Mapped, Run};
 
@@ -29,10 +29,12 @@ pub(crate) struct Parts<'a> {
     following: Index,
     /// The last part so far.
     last: Index,
-    /// How many there are.
+    /// How many there are, and how many more there can be.
     count: usize,
-    /// The addresses that are left.
-    rest: Option<IovaRange>,
+    room: usize,
+    /// The addresses that are left: the next one, and the last one as long as there are any.
+    next: u64,
+    end: u64,
     rank: i8,
 }
 
@@ -50,8 +52,23 @@ impl Space {
             return None;
         }
         let (following, rank) = (record.next, record.rank.min(0));
-        let rest = Some(range);
-        Some(Parts { space: self, purpose, list, first, following, last: NIL, count: 0, rest, rank })
+        // The first one has a record, and what is left at the end needs one.
+        let in_a_row = (MAX_BEHIND + rank) as usize + 1;
+        let room = (self.room.mappings - self.mappings).min(self.order.room()).min(in_a_row);
+        let (next, end) = (range.start().get(), range.last().get());
+        Some(Parts {
+            space: self,
+            purpose,
+            list,
+            first,
+            following,
+            last: NIL,
+            count: 0,
+            room,
+            next,
+            end,
+            rank,
+        })
     }
 
     /// The last part of a list of exactly this range, and how many there are, if nothing happened to it but what happened
@@ -141,22 +158,15 @@ impl Space {
 }
 
 impl Parts<'_> {
-    /// Whether anything is left of the addresses.
-    #[inline(always)]
-    pub(crate) fn is_done(&self) -> bool {
-        self.rest.is_none()
-    }
-
     /// Makes a mapping of the first of the addresses that are left. `None`, and nothing changed, where that cannot be: too
-    /// few are left, or there is no record at hand.
+    /// few are left, or there is no record for it.
     #[inline(always)]
     pub(crate) fn push(&mut self, run: Run) -> Option<Mapped> {
-        let rest = self.rest?;
-        let range = IovaRange::from_len(rest.start(), run.len)?;
-        // What is left needs a record too.
-        if !rest.contains(range) || self.space.is_full() || !self.space.order.has_room_for(2) {
+        let fits = self.count < self.room && self.next <= self.end && run.len - 1 <= self.end - self.next;
+        if !fits {
             return None;
         }
+        let range = IovaRange::from_len(Iova::new(self.next), run.len)?;
         let order = &mut self.space.order;
         let index = if self.count == 0 {
             let record = &mut order[self.first];
@@ -164,26 +174,26 @@ impl Parts<'_> {
             record.begin(run.phys, self.purpose, self.list, None);
             record.holder = Holder::Head;
             self.first
-        } else if self.rank > -MAX_BEHIND {
-            let place = (self.last, self.rank - 1);
+        } else {
+            self.rank -= 1;
+            let place = (self.last, self.rank);
             let index =
                 order.append_part(|| Record::part((range, run.phys), self.purpose, self.list, place))?;
             order[self.last].next = index;
-            self.rank -= 1;
             index
-        } else {
-            return None;
         };
         self.last = index;
         self.count += 1;
-        self.space.mappings += 1;
-        self.rest = rest.after(range);
+        // No range ends with the last address of all.
+        self.next = range.last().get() + 1;
         Some(Mapped { range, record: MappingHandle(index) })
     }
 
     /// Puts the space in order. What is left is still taken: with its record.
     pub(crate) fn end(self) -> Option<Mapped> {
-        let Self { space, first, following, last, count, rest, rank, .. } = self;
+        let Self { space, first, following, last, count, next, end, rank, .. } = self;
+        let rest = IovaRange::new(Iova::new(next), Iova::new(end));
+        space.mappings += count;
         if count == 0 {
             return rest.map(|range| Mapped { range, record: MappingHandle(first) });
         }

@@ -81,12 +81,13 @@ impl Order {
 
     /// Whether a record can be added.
     pub(super) fn has_room(&self) -> bool {
-        self.has_room_for(1)
+        self.room() > 0
     }
 
+    /// How many records can be added.
     #[inline(always)]
-    pub(super) fn has_room_for(&self, records: usize) -> bool {
-        self.slab.room() >= records
+    pub(super) fn room(&self) -> usize {
+        self.slab.room()
     }
 
     pub(super) fn add_chunk(&mut self, chunk: Vec<Record>) -> Option<Vec<Record>> {

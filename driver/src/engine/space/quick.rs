@@ -203,45 +203,52 @@ impl Space {
     /// held for it. `None` where it is not there, or not so.
     #[inline(always)]
     pub(crate) fn end_unmapped(&mut self, handle: MappingHandle, range: IovaRange) -> Option<Unheld> {
+        match self.end_unmapped_plain(handle, range) {
+            true => Some(Unheld::Nothing),
+            false => self.end_unmapped_held(handle, range).map(Unheld::Memory),
+        }
+    }
+
+    /// The same for a record that holds no memory. False where it is not there, or not so.
+    #[inline(always)]
+    pub(crate) fn end_unmapped_plain(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Self { order, magazines, .. } = self;
         let granules = order.granules(range);
-        let record = order.get_mut(handle.0)?;
-        let waits = record.holder == Holder::Mapping
-            && record.range == range
-            && record.state == MappingState::Unmapping
-            && record.counted;
-        if !waits {
-            return None;
+        let Some(record) = order.get_mut(handle.0) else { return false };
+        if !was_unmapped(record, range) || record.holds_memory() {
+            return false;
         }
-        debug_assert!(record.on_device && !record.owned);
         self.mappings -= 1;
         self.outside -= 1;
-        record.counted = false;
-        if record.holds_memory() {
-            return Some(self.take_held(handle));
-        }
-        record.holder = Holder::Taken;
+        (record.holder, record.counted) = (Holder::Taken, false);
         if !magazines.keep(handle.0, record, granules) {
             self.free(handle.0);
         }
-        Some(Unheld::Nothing)
+        true
     }
 
-    /// Whether this one record is all of the range, and there is no memory that goes back with it.
-    #[inline(always)]
-    pub(crate) fn is_all_of(&self, handle: MappingHandle, range: IovaRange) -> bool {
-        self.order.get(handle.0).is_some_and(|record| record.range == range && !record.holds_memory())
-    }
-
-    #[cold]
-    fn take_held(&mut self, handle: MappingHandle) -> Unheld {
+    #[inline(never)]
+    fn end_unmapped_held(&mut self, handle: MappingHandle, range: IovaRange) -> Option<HeldMemory> {
         let granule = self.order.granule();
-        let record = &mut self.order[handle.0];
-        let held = record.take_held(granule);
-        record.holder = Holder::Taken;
+        let record = self.order.get_mut(handle.0).filter(|record| was_unmapped(record, range))?;
+        let held = record.take_held(granule)?;
+        self.mappings -= 1;
+        self.outside -= 1;
+        (record.holder, record.counted) = (Holder::Taken, false);
         self.free(handle.0);
-        held.map_or(Unheld::Nothing, Unheld::Memory)
+        Some(held)
     }
+}
+
+/// Whether it is the record of exactly this range, and waited for an UNMAP's answer.
+#[inline(always)]
+fn was_unmapped(record: &Record, range: IovaRange) -> bool {
+    let waited = record.holder == Holder::Mapping
+        && record.range == range
+        && record.state == MappingState::Unmapping
+        && record.counted;
+    debug_assert!(!waited || record.on_device && !record.owned);
+    waited
 }
 
 /// Whether it is the record of a mapping that is live on the device, and is in a list.
