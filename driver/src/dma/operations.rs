@@ -190,7 +190,7 @@ impl<P: Platform> Endpoint<P> {
         }
         self.check_open()?;
         let (view, purpose) = (&*self.view, Purpose { prot: direction.prot(), tag: self.tag });
-        let granule = view.viommu.granule();
+        let granule = view.granule;
         let wanted = |index: usize| {
             let run = rounded(segments[index], granule)?;
             let placement = Placement { limit: view.limit, align: alignment(run.len, view.boundary) };

@@ -130,25 +130,8 @@ impl Engine {
 
     /// Takes addresses where `placement` allows, and begins a mapping there, whose request is then sent in any case. With
     /// the number that it carries.
-    #[inline(always)]
-    pub(crate) fn begin_anywhere(
-        &mut self,
-        key: DomainKey,
-        (run, placement): (Run, Placement),
-        (purpose, list): (Purpose, ListId),
-    ) -> Result<(Mapped, DomainId), MapError> {
-        if run.is_whole(self.geometry.granule)
-            && purpose.prot.is_plain()
-            && let Some((domain, mapped)) = self.begin_one(key, (run, placement), (purpose, list), &mut None)
-        {
-            domain.stats.requests += 1;
-            return Ok((mapped, domain.id));
-        }
-        self.begin_anywhere_slowly(key, (run, placement), (purpose, list))
-    }
-
     #[cold]
-    fn begin_anywhere_slowly(
+    pub(crate) fn begin_anywhere(
         &mut self,
         key: DomainKey,
         (run, placement): (Run, Placement),

@@ -11,6 +11,7 @@ mod domain;
 mod endpoint;
 mod fault;
 mod group;
+mod join;
 mod map;
 mod mapping;
 mod quick;

@@ -13,6 +13,7 @@ use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::id::DomainId;
 use crate::options::DomainKind;
+use crate::prot::Prot;
 
 impl DomainRecord {
     /// Whether [`check`](Self::check) has nothing against a mapping of whole granules for reading, writing or both.
@@ -115,6 +116,13 @@ impl Engine {
         Some((domain, mapped))
     }
 
+    /// The domain, where it takes mappings of whole granules for this. Whoever makes some, one by one, looks whether it is
+    /// full before each.
+    #[inline(always)]
+    pub(crate) fn usual_domain(&mut self, key: DomainKey, prot: Prot) -> Option<&mut DomainRecord> {
+        self.domain_mut(key).filter(|domain| prot.is_plain() && domain.takes_mappings())
+    }
+
     /// Begins to map a list for reading, writing or both at addresses that were taken for it. With the number that its
     /// requests carry, and where they are counted.
     #[inline(always)]
@@ -124,10 +132,7 @@ impl Engine {
         rest: Mapped,
         (purpose, list): (Purpose, ListId),
     ) -> Option<(DomainId, &mut DomainStats, Parts<'_>)> {
-        let domain = self.domain_mut(key)?;
-        if !purpose.prot.is_plain() || !domain.takes_mappings() {
-            return None;
-        }
+        let domain = self.usual_domain(key, purpose.prot)?;
         let parts = domain.space.begin_parts(rest, (purpose, list))?;
         Some((domain.id, &mut domain.stats, parts))
     }
