@@ -3,7 +3,7 @@
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::Unmapped;
 use crate::engine::{
-    Deferral, DomainKey, DomainRecord, DomainStats, Engine, MappingHandle, Placement, Purpose,
+    Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose,
 };
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, First, FirstUnmap, Owned, Place, Run, Shared};
@@ -198,7 +198,7 @@ impl<P: Platform> Domain<P> {
             _ => First::No,
         };
         let range = match first {
-            First::Done(mapped) => mapped.range,
+            First::Done((mapped, _)) => mapped.range,
             first => {
                 exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None, first).await?
             }
@@ -297,11 +297,14 @@ impl<P: Platform> Domain<P> {
         self.with(|engine| engine.is_flush_overdue(self.0.key, now_ns))
     }
 
-    /// Flushes what waits for longer than it should.
+    /// Flushes what waits for longer than it should, by what was read just now.
     #[inline]
-    pub(crate) fn flush_if_overdue(&self) {
-        if self.defers() && self.is_overdue() {
-            self.0.shared.block_on(exchange::flush_all_the_same(&self.0.shared, self.0.key));
+    pub(crate) fn flush_if_due(&self, FlushDue(due_ns): FlushDue) {
+        let shared = &self.0.shared;
+        if let Some(due_ns) = due_ns
+            && shared.platform.now_ns().is_some_and(|now| now >= due_ns)
+        {
+            shared.block_on(exchange::flush_all_the_same(shared, self.0.key));
         }
     }
 

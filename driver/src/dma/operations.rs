@@ -51,19 +51,23 @@ impl<P: Platform> Endpoint<P> {
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
         let mapped = match first {
-            First::Done(mapped) => mapped,
+            First::Done((mapped, due)) => {
+                view.domain.flush_if_due(due);
+                mapped
+            }
             first => {
                 let place = Place::Anywhere { len: run.len, placement, parts: 1 };
                 let run = iter::once(run);
                 let rest = exchange::map(shared, key, place, run, purpose, &mut held, first);
-                Mapped::of(self.block_on(rest).inspect_err(|_| {
+                let range = self.block_on(rest).inspect_err(|_| {
                     if let Some(held) = held.take() {
                         shared.release(held);
                     }
-                })?)
+                })?;
+                self.block_on(view.domain.flush_if_overdue_for(range));
+                Mapped::of(range)
             }
         };
-        view.domain.flush_if_overdue();
         let mapping = self.mapping(mapped, mapped.range.start(), memory.len);
         Ok(CoherentMemory { mapping, ptr: memory.ptr })
     }
@@ -304,8 +308,8 @@ impl<P: Platform> Endpoint<P> {
             false => First::No,
         };
         match first {
-            First::Done(mapped) => {
-                view.domain.flush_if_overdue();
+            First::Done((mapped, due)) => {
+                view.domain.flush_if_due(due);
                 Ok(self.mapping_within(mapped, phys, len))
             }
             first => self.map_rest(phys, len, (run, placement, purpose), first),
@@ -351,7 +355,7 @@ impl<P: Platform> Endpoint<P> {
     ) -> Result<DmaMapping, DmaError> {
         let domain = &self.view.domain;
         let mapped = match first {
-            First::Done(mapped) => mapped,
+            First::Done((mapped, _)) => mapped,
             first => {
                 let place = Place::Anywhere { len: run.len, placement, parts: 1 };
                 let (shared, key, run) = (domain.shared(), domain.key(), iter::once(run));
@@ -380,7 +384,7 @@ impl<P: Platform> Endpoint<P> {
             Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
             None => First::No,
         };
-        if let First::Done(mapped) = first {
+        if let First::Done((mapped, _)) = first {
             return Ok(mapped);
         }
         let place = Place::Anywhere { len, placement, parts };

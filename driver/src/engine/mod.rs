@@ -27,7 +27,7 @@ pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
-pub(crate) use quick::Unheld;
+pub(crate) use quick::{FlushDue, Unheld};
 pub(crate) use recover::Revival;
 
 use crate::addr::{Iova, IovaRange};

@@ -3,7 +3,7 @@
 //! The same as `map` and `settle` do. Wherever anything is unusual nothing is done here, and they take over: they find
 //! the words for what is wrong, and know the rare states.
 
-use super::deferred::Deferral;
+use super::deferred::{Deferral, DeferredList};
 use super::domain::{DomainRecord, DomainStats};
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::Parts;
@@ -90,6 +90,10 @@ impl Confirming<'_> {
     }
 }
 
+/// When a domain's flush is due for the age of what waits for it, if anything does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FlushDue(pub Option<u64>);
+
 /// What a mapping held that is gone.
 pub(crate) enum Unheld {
     Nothing,
@@ -151,19 +155,25 @@ impl Engine {
         Some((domain, record))
     }
 
-    /// The device confirmed a MAP that somebody waits for. False where there is more to it.
+    /// The device confirmed a MAP that somebody waits for. Says when a flush is due. `None` where there is more to it.
     #[inline(always)]
-    pub(crate) fn mapped_one(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
-        let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
+    pub(crate) fn mapped_one(
+        &mut self,
+        key: DomainKey,
+        range: IovaRange,
+        record: MappingHandle,
+    ) -> Option<FlushDue> {
+        let domain = self.domain_mut(key).filter(|domain| domain.possible > 0)?;
         if !domain.space.confirm(record, range) {
-            return false;
+            return None;
         }
         let stats = &mut domain.stats;
         stats.maps += 1;
         stats.mapped_bytes += range.len_minus_one() + 1;
         stats.peak_bytes = stats.peak_bytes.max(stats.mapped_bytes);
+        let due = domain.deferred.as_ref().and_then(DeferredList::due_ns);
         self.confirmed.maps += 1;
-        true
+        Some(FlushDue(due))
     }
 
     /// The device confirmed an UNMAP that somebody waits for. `None` where there is more to it.
@@ -204,7 +214,25 @@ impl Engine {
         true
     }
 
-    /// Defers the unmapping of one live mapping, which the handle may name. [`Deferral::Strict`] where nothing was done.
+    /// The device confirmed the UNMAP of a run of deferred mappings. False, and nothing done, where there is more to it.
+    #[inline]
+    pub(crate) fn flushed(&mut self, key: DomainKey, range: IovaRange, run: &[Mapped]) -> bool {
+        let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
+        let covers = |first: &Mapped, last: &Mapped| {
+            first.range.start() == range.start() && last.range.last() == range.last()
+        };
+        let covered = run.first().zip(run.last()).is_some_and(|(first, last)| covers(first, last));
+        if !covered || !domain.space.end_flush(run) {
+            return false;
+        }
+        domain.stats.unmaps += 1;
+        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
+        self.confirmed.unmaps += 1;
+        true
+    }
+
+    /// Defers the unmapping of one live mapping, which the handle may name, or of a list. [`Deferral::Strict`] where nothing
+    /// was done.
     #[inline(always)]
     pub(crate) fn defer_one(
         &mut self,
@@ -216,9 +244,9 @@ impl Engine {
         let Some(list) = domain.deferred.as_mut().filter(|list| list.has_room()) else {
             return Deferral::Strict;
         };
-        if !domain.space.defer(record, range) {
-            return Deferral::Strict;
+        match domain.space.defer(record, range) {
+            Some((record, mappings)) => list.push(Mapped { range, record }, mappings, now_ns),
+            None => Deferral::Strict,
         }
-        list.push(range, 1, now_ns)
     }
 }

@@ -344,11 +344,14 @@ impl<P: Platform> Shared<P> {
         self.ring();
         if let Some(mut state) = self.state.usual() {
             state.take_successes(&mut batch);
-            if batch.is_empty() {
-                return None;
-            }
         }
-        Some(InFlight::new(self, batch))
+        self.in_flight(batch)
+    }
+
+    /// What is still to be waited for, if anything is.
+    #[inline]
+    pub(super) fn in_flight(&self, batch: Batch) -> Option<InFlight<'_, P>> {
+        if batch.is_empty() { None } else { Some(InFlight::new(self, batch)) }
     }
 
     /// Rings for the batch, waits for every request of it, and hands over each outcome. Requests that the deadline

@@ -108,30 +108,97 @@ impl Space {
         }
     }
 
-    /// Marks a list of exactly this range, all of which is live, as being unmapped.
-    pub(super) fn begin_unmap_list(&mut self, first: Index, range: IovaRange) -> bool {
-        let Some((_, count)) = self.whole_list(first, range) else { return false };
+    /// Marks a list of exactly this range, whose owner unmaps it, if all of it is in this state. How many it is.
+    pub(super) fn mark_list(
+        &mut self,
+        first: Index,
+        range: IovaRange,
+        from: MappingState,
+        to: MappingState,
+    ) -> Option<usize> {
+        let (_, count) = self.whole_list(first, range)?;
         let mut index = first;
         for marked in 0..count {
             let record = &mut self.order[index];
-            // It is not before its MAP was answered.
-            if record.state != MappingState::Live {
-                self.unmark(first, marked);
+            // It is not live before its MAP was answered.
+            if record.state != from {
+                self.unmark(first, marked, from);
+                return None;
+            }
+            (record.state, record.owned) = (to, false);
+            index = record.next;
+        }
+        Some(count)
+    }
+
+    #[cold]
+    fn unmark(&mut self, first: Index, count: usize, back: MappingState) {
+        let mut index = first;
+        for _ in 0..count {
+            let record = &mut self.order[index];
+            (record.state, record.owned) = (back, back == MappingState::Live);
+            index = record.next;
+        }
+    }
+
+    /// Marks a list of exactly this range, all of which is live, as deferred.
+    #[inline(never)]
+    pub(super) fn defer_list(&mut self, range: IovaRange) -> Option<(MappingHandle, usize)> {
+        let first = self.find(range.start())?;
+        let count = self.mark_list(first, range, MappingState::Live, MappingState::Deferred)?;
+        Some((MappingHandle(first), count))
+    }
+
+    /// Marks deferred mappings, and lists, that touch each other as being unmapped. False, and nothing changed, where any of
+    /// them is not what it was.
+    pub(crate) fn begin_flush(&mut self, run: &[Mapped]) -> bool {
+        for (marked, deferred) in run.iter().enumerate() {
+            if !self.mark_deferred(*deferred, MappingState::Deferred, MappingState::Unmapping) {
+                for deferred in &run[..marked] {
+                    self.mark_deferred(*deferred, MappingState::Unmapping, MappingState::Deferred);
+                }
                 return false;
             }
-            (record.state, record.owned) = (MappingState::Unmapping, false);
-            index = record.next;
         }
         true
     }
 
-    #[cold]
-    fn unmark(&mut self, first: Index, count: usize) {
-        let mut index = first;
-        for _ in 0..count {
-            let record = &mut self.order[index];
-            (record.state, record.owned) = (MappingState::Live, true);
-            index = record.next;
+    #[inline(always)]
+    fn mark_deferred(&mut self, deferred: Mapped, from: MappingState, to: MappingState) -> bool {
+        let Mapped { range, record: handle } = deferred;
+        let Some(record) = self.order.get_mut(handle.0) else { return false };
+        if record.holder != Holder::Mapping {
+            return self.mark_list(handle.0, range, from, to).is_some();
+        }
+        let marked = record.range == range && record.state == from && record.on_device;
+        if marked {
+            record.state = to;
+        }
+        marked
+    }
+
+    /// The device confirmed the UNMAP of such a run: its addresses are free. False, and nothing changed, where it is not so,
+    /// or there is more to it.
+    pub(crate) fn end_flush(&mut self, run: &[Mapped]) -> bool {
+        if !run.iter().all(|deferred| self.is_flushed(*deferred)) {
+            return false;
+        }
+        for Mapped { range, record } in run {
+            let done = self.end_unmapped_plain(*record, *range) || self.end_unmapped_list(record.0, *range);
+            debug_assert!(done, "it was to be unmapped just now");
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn is_flushed(&self, Mapped { range, record: handle }: Mapped) -> bool {
+        let Some(record) = self.order.get(handle.0) else { return false };
+        if record.state != MappingState::Unmapping || record.holds_memory() {
+            return false;
+        }
+        match record.holder {
+            Holder::Mapping => record.range == range && record.counted,
+            _ => self.whole_list(handle.0, range).is_some(),
         }
     }
 

@@ -82,23 +82,29 @@ impl Space {
         self.begin_unmap_run(range)
     }
 
-    /// Marks the one live mapping of exactly this range as deferred. False where the handle does not name it, or it is not
-    /// live.
+    /// Marks the one live mapping of exactly this range, which the handle may name, as deferred, or a list of them. Its
+    /// record, and how many there are. `None`, and nothing changed, where they are not live.
     #[inline(always)]
-    pub(crate) fn defer(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
-        let Some(record) = self.order.get_mut(handle.0) else { return false };
-        let live = record.range == range && is_live(record);
-        if live {
+    pub(crate) fn defer(
+        &mut self,
+        handle: MappingHandle,
+        range: IovaRange,
+    ) -> Option<(MappingHandle, usize)> {
+        if let Some(record) = self.order.get_mut(handle.0)
+            && record.range == range
+            && is_live(record)
+        {
             // As above.
             (record.state, record.owned) = (MappingState::Deferred, false);
+            return Some((handle, 1));
         }
-        live
+        self.defer_list(range)
     }
 
     #[inline(never)]
     fn begin_unmap_run(&mut self, range: IovaRange) -> Option<MappingHandle> {
         let first = self.find(range.start())?;
-        if self.begin_unmap_list(first, range) {
+        if self.mark_list(first, range, MappingState::Live, MappingState::Unmapping).is_some() {
             return Some(MappingHandle(first));
         }
         let mut index = first;
