@@ -51,8 +51,8 @@ impl<P: Platform> Endpoint<P> {
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
         let mapped = match first {
-            First::Done((mapped, due)) => {
-                view.domain.flush_if_due(due);
+            First::Done(mapped) => {
+                view.domain.flush_if_overdue();
                 mapped
             }
             first => {
@@ -251,15 +251,55 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
+        let (prot, extent) = (direction.prot(), self.survey(segments, iovas)?);
+        match extent.as_one(segments, self.view.granule) {
+            Some(PhysSegment { phys, len }) => {
+                let mapping = self.map_in_place_async(phys, len, prot).await?;
+                place(mapping.range, iovas);
+                Ok(mapping)
+            }
+            None => self.map_list(segments, extent, prot, iovas).await,
+        }
+    }
+
+    /// The same for whoever blocks. The caller promises the memory.
+    pub(super) fn map_scatter_now(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        let extent = self.survey(segments, iovas)?;
+        match extent.as_one(segments, self.view.granule) {
+            Some(PhysSegment { phys, len }) => {
+                let mapping = self.map_in_place(phys, len, direction)?;
+                place(mapping.range, iovas);
+                Ok(mapping)
+            }
+            None => self.block_on(self.map_list(segments, extent, direction.prot(), iovas)),
+        }
+    }
+
+    /// Looks at a list before it is mapped.
+    fn survey(&self, segments: &[PhysSegment], iovas: &mut [Iova]) -> Result<Extent, DmaError> {
         if segments.is_empty() || segments.len() != iovas.len() {
             return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
         }
-        let granule = self.view.viommu.granule();
         self.check_open()?;
-        let extent = survey(segments, granule, iovas)?;
-        let runs = Runs { segments: segments.iter(), granule };
+        Ok(survey(segments, self.view.granule, iovas)?)
+    }
+
+    /// Maps a list that was looked at. The caller promises the memory.
+    async fn map_list(
+        &self,
+        segments: &[PhysSegment],
+        extent: Extent,
+        prot: Prot,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        let runs = Runs { segments: segments.iter(), granule: self.view.granule };
         let within = Placement::up_to(self.view.limit);
-        let mapped = self.map_runs(extent, runs, direction.prot(), within, &mut None).await?;
+        let mapped = self.map_runs(extent, runs, prot, within, &mut None).await?;
         self.view.domain.flush_if_overdue_for(mapped.range).await;
         place(mapped.range, iovas);
         Ok(self.mapping(mapped, mapped.range.start(), extent.len as usize))
@@ -308,8 +348,8 @@ impl<P: Platform> Endpoint<P> {
             false => First::No,
         };
         match first {
-            First::Done((mapped, due)) => {
-                view.domain.flush_if_due(due);
+            First::Done(mapped) => {
+                view.domain.flush_if_overdue();
                 Ok(self.mapping_within(mapped, phys, len))
             }
             first => self.map_rest(phys, len, (run, placement, purpose), first),
@@ -355,7 +395,7 @@ impl<P: Platform> Endpoint<P> {
     ) -> Result<DmaMapping, DmaError> {
         let domain = &self.view.domain;
         let mapped = match first {
-            First::Done((mapped, _)) => mapped,
+            First::Done(mapped) => mapped,
             first => {
                 let place = Place::Anywhere { len: run.len, placement, parts: 1 };
                 let (shared, key, run) = (domain.shared(), domain.key(), iter::once(run));
@@ -384,7 +424,7 @@ impl<P: Platform> Endpoint<P> {
             Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
             None => First::No,
         };
-        if let First::Done((mapped, _)) = first {
+        if let First::Done(mapped) = first {
             return Ok(mapped);
         }
         let place = Place::Anywhere { len, placement, parts };

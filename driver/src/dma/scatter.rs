@@ -78,12 +78,45 @@ pub(super) struct Extent {
     pub runs: usize,
 }
 
+impl Extent {
+    /// All of a list that is one run: most lists of pages that touch.
+    pub(super) fn as_one(self, segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
+        let first = segments.first().filter(|_| self.runs == 1)?;
+        let phys = PhysAddr::new(first.phys.get() & !(granule - 1));
+        Some(PhysSegment { phys, len: usize::try_from(self.len).ok()? })
+    }
+}
+
 /// Looks at each segment once. Where each lies in the addresses of the list goes to `offsets`, which are as many.
 pub(super) fn survey(
     segments: &[PhysSegment],
     granule: u64,
     offsets: &mut [Iova],
 ) -> Result<Extent, MapError> {
+    let mut extent = Extent { len: 0, runs: 0 };
+    // What most lists are made of, and no more than has to be looked at.
+    let (mut bits, mut last) = (0, None);
+    for (segment, offset) in segments.iter().zip(&mut *offsets) {
+        let (phys, len) = (segment.phys.get(), segment.len as u64);
+        let (end, total) = (phys.checked_add(len), extent.len.checked_add(len));
+        let (Some(end), Some(total), true) = (end, total, len > 0) else {
+            return survey_any(segments, granule, offsets);
+        };
+        bits |= phys | len;
+        extent.runs += usize::from(last != Some(phys));
+        last = Some(end);
+        *offset = Iova::new(extent.len);
+        extent.len = total;
+    }
+    match bits & (granule - 1) {
+        0 => Ok(extent),
+        _ => survey_any(segments, granule, offsets),
+    }
+}
+
+/// The same for segments that are not whole granules.
+#[inline(never)]
+fn survey_any(segments: &[PhysSegment], granule: u64, offsets: &mut [Iova]) -> Result<Extent, MapError> {
     let mut extent = Extent { len: 0, runs: 0 };
     let mut last = None;
     for (segment, offset) in segments.iter().zip(offsets) {

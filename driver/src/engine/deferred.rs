@@ -17,8 +17,10 @@ use crate::exchange::Mapped;
 use crate::id::EndpointId;
 use crate::options::DeferredBounds;
 use crate::wire::request::Request;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 /// The most ranges that a domain keeps for its flush.
 const MAX_RANGES: usize = 1 << 16;
@@ -40,10 +42,44 @@ pub(crate) struct DeferredList {
     bytes: u64,
     /// When the oldest of them was unmapped, where there is a clock.
     oldest_ns: Option<u64>,
+    due: FlushDue,
     /// A flush took ranges, and did not end yet.
     flushing: bool,
     /// A flush failed, or a recovery came before it, and what it was to unmap may be in quarantine still.
     failed: Option<RequestError>,
+}
+
+/// When a domain's flush is due, for all who hold the domain. A hint: whoever finds it past asks the engine. In units of
+/// 1024 ns, rounded down, as much as fits.
+#[derive(Clone, Debug)]
+pub(crate) struct FlushDue(Arc<AtomicUsize>);
+
+impl FlushDue {
+    const NEVER: usize = usize::MAX;
+
+    fn never() -> Self {
+        Self(Arc::new(AtomicUsize::new(Self::NEVER)))
+    }
+
+    fn units(ns: u64) -> usize {
+        usize::try_from(ns >> 10).unwrap_or(Self::NEVER).min(Self::NEVER - 1)
+    }
+
+    fn set(&self, due_ns: Option<u64>) {
+        self.0.store(due_ns.map_or(Self::NEVER, Self::units), Ordering::Relaxed);
+    }
+
+    /// Whether anything waits for a flush.
+    #[inline]
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != Self::NEVER
+    }
+
+    /// Whether it may be past.
+    #[inline]
+    pub(crate) fn may_be_past(&self, now_ns: u64) -> bool {
+        self.0.load(Ordering::Relaxed) <= Self::units(now_ns)
+    }
 }
 
 /// What became of an unmapping that may be deferred.
@@ -69,6 +105,7 @@ impl DeferredList {
             mappings: 0,
             bytes: 0,
             oldest_ns: None,
+            due: FlushDue::never(),
             flushing: false,
             failed: None,
         }
@@ -90,7 +127,9 @@ impl DeferredList {
         self.waiting.push(deferred);
         self.mappings += mappings;
         self.bytes = self.bytes.saturating_add(deferred.range.len_bytes().unwrap_or(u64::MAX));
-        self.oldest_ns = self.oldest_ns.or(now_ns);
+        if self.oldest_ns.is_none() && now_ns.is_some() {
+            self.set_oldest(now_ns);
+        }
         if self.is_due(now_ns) { Deferral::FlushDue } else { Deferral::Deferred }
     }
 
@@ -106,17 +145,21 @@ impl DeferredList {
         age.is_some_and(|age| age >= self.bounds.age_ns)
     }
 
-    /// When a flush is due for the oldest, unless one is under way.
-    #[inline(always)]
-    pub(super) fn due_ns(&self) -> Option<u64> {
-        let oldest = self.oldest_ns.filter(|_| !self.flushing)?;
-        Some(oldest.saturating_add(self.bounds.age_ns))
+    /// When a flush is due for the oldest, to be looked at without the lock.
+    pub(crate) fn due(&self) -> FlushDue {
+        self.due.clone()
+    }
+
+    fn set_oldest(&mut self, oldest_ns: Option<u64>) {
+        self.oldest_ns = oldest_ns;
+        self.due.set(oldest_ns.map(|oldest| oldest.saturating_add(self.bounds.age_ns)));
     }
 
     fn take(&mut self) -> Vec<Mapped> {
         let spare = mem::take(&mut self.spare);
         let taken = mem::replace(&mut self.waiting, spare);
-        (self.mappings, self.bytes, self.oldest_ns) = (0, 0, None);
+        (self.mappings, self.bytes) = (0, 0);
+        self.set_oldest(None);
         taken
     }
 
@@ -128,7 +171,8 @@ impl DeferredList {
     /// The records went with their domain.
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
-        (self.mappings, self.bytes, self.oldest_ns) = (0, 0, None);
+        (self.mappings, self.bytes) = (0, 0);
+        self.set_oldest(None);
     }
 }
 

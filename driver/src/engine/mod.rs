@@ -20,14 +20,14 @@ mod settle;
 mod space;
 
 pub(crate) use attach::AttachPlan;
-pub(crate) use deferred::{Deferral, DeferredList, MERGED, first_run};
+pub(crate) use deferred::{Deferral, DeferredList, FlushDue, MERGED, first_run};
 pub(crate) use domain::DomainRecord;
 pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
-pub(crate) use quick::{FlushDue, Unheld};
+pub(crate) use quick::Unheld;
 pub(crate) use recover::Revival;
 
 use crate::addr::{Iova, IovaRange};

@@ -3,7 +3,7 @@
 //! The same as `map` and `settle` do. Wherever anything is unusual nothing is done here, and they take over: they find
 //! the words for what is wrong, and know the rare states.
 
-use super::deferred::{Deferral, DeferredList};
+use super::deferred::Deferral;
 use super::domain::{DomainRecord, DomainStats};
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::Parts;
@@ -90,10 +90,6 @@ impl Confirming<'_> {
     }
 }
 
-/// When a domain's flush is due for the age of what waits for it, if anything does.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct FlushDue(pub Option<u64>);
-
 /// What a mapping held that is gone.
 pub(crate) enum Unheld {
     Nothing,
@@ -155,25 +151,19 @@ impl Engine {
         Some((domain, record))
     }
 
-    /// The device confirmed a MAP that somebody waits for. Says when a flush is due. `None` where there is more to it.
+    /// The device confirmed a MAP that somebody waits for. False where there is more to it.
     #[inline(always)]
-    pub(crate) fn mapped_one(
-        &mut self,
-        key: DomainKey,
-        range: IovaRange,
-        record: MappingHandle,
-    ) -> Option<FlushDue> {
-        let domain = self.domain_mut(key).filter(|domain| domain.possible > 0)?;
+    pub(crate) fn mapped_one(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+        let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
         if !domain.space.confirm(record, range) {
-            return None;
+            return false;
         }
         let stats = &mut domain.stats;
         stats.maps += 1;
         stats.mapped_bytes += range.len_minus_one() + 1;
         stats.peak_bytes = stats.peak_bytes.max(stats.mapped_bytes);
-        let due = domain.deferred.as_ref().and_then(DeferredList::due_ns);
         self.confirmed.maps += 1;
-        Some(FlushDue(due))
+        true
     }
 
     /// The device confirmed an UNMAP that somebody waits for. `None` where there is more to it.

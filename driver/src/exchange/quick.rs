@@ -7,7 +7,7 @@
 use super::{InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{Deferral, DomainKey, FlushDue, ListId, MappingHandle, Op, Placement, Purpose, Unheld};
+use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose, Unheld};
 #[cfg(feature = "bench")]
 use crate::error::RequestError;
 use crate::exchange::Run;
@@ -38,8 +38,8 @@ pub(crate) enum First<'a, P: Platform, T, S> {
     No,
 }
 
-/// What became of the first step of mapping one run: when it is done, with when its domain's flush is due.
-pub(crate) type FirstMap<'a, P> = First<'a, P, (Mapped, FlushDue), SentMap>;
+/// What became of the first step of mapping one run.
+pub(crate) type FirstMap<'a, P> = First<'a, P, Mapped, SentMap>;
 /// The same of unmapping.
 pub(crate) type FirstUnmap<'a, P> = First<'a, P, (), ()>;
 
@@ -116,11 +116,10 @@ pub(crate) fn map_first<'a, P: Platform>(
     let Some(mut state) = shared.answer(slot) else {
         return First::Sent(SentMap { range, name, lent }, shared.wait_for(slot));
     };
-    let due = state.engine.mapped_one(key, range, record).unwrap_or_else(|| {
+    if !state.engine.mapped_one(key, range, record) {
         state.succeeded(Op::Map { domain: key, range, record });
-        FlushDue(None)
-    });
-    First::Done((mapped, due))
+    }
+    First::Done(mapped)
 }
 
 /// Unmaps live mappings that touch each other, the first of which `record` may be the record of.

@@ -109,6 +109,7 @@ impl Space {
     }
 
     /// Marks a list of exactly this range, whose owner unmaps it, if all of it is in this state. How many it is.
+    #[inline(always)]
     pub(super) fn mark_list(
         &mut self,
         first: Index,
