@@ -329,7 +329,7 @@ impl<P: Platform> Endpoint<P> {
     }
 
     /// Whole granules around what is asked for. The caller promises the memory.
-    #[inline]
+    #[inline(always)]
     pub(super) fn map_in_place(
         &self,
         phys: PhysAddr,

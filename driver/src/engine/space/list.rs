@@ -54,7 +54,7 @@ impl Space {
         let (following, rank) = (record.next, record.rank.min(0));
         // The first one has a record, and what is left at the end needs one.
         let in_a_row = (MAX_BEHIND + rank) as usize + 1;
-        let room = (self.room.mappings - self.mappings).min(self.order.room()).min(in_a_row);
+        let room = self.room.mappings.saturating_sub(self.mappings).min(self.order.room()).min(in_a_row);
         let (next, end) = (range.start().get(), range.last().get());
         Some(Parts {
             space: self,
@@ -74,7 +74,7 @@ impl Space {
     /// The last part of a list of exactly this range, and how many there are, if nothing happened to it but what happened
     /// to all of it.
     #[inline]
-    fn whole_list(&self, first: Index, range: IovaRange) -> Option<(Index, usize)> {
+    pub(super) fn whole_list(&self, first: Index, range: IovaRange) -> Option<(Index, usize)> {
         let head = self.order.get(first)?;
         if head.holder != Holder::Head || head.range.start() != range.start() {
             return None;

@@ -235,13 +235,16 @@ impl Space {
 
     #[inline(never)]
     fn end_unmapped_held(&mut self, handle: MappingHandle, range: IovaRange) -> Option<HeldMemory> {
-        let granule = self.order.granule();
-        let record = self.order.get_mut(handle.0).filter(|record| was_unmapped(record, range))?;
+        let Self { order, magazines, .. } = self;
+        let (granule, granules) = (order.granule(), order.granules(range));
+        let record = order.get_mut(handle.0).filter(|record| was_unmapped(record, range))?;
         let held = record.take_held(granule)?;
         self.mappings -= 1;
         self.outside -= 1;
         (record.holder, record.counted) = (Holder::Taken, false);
-        self.free(handle.0);
+        if !magazines.keep(handle.0, record, granules) {
+            self.free(handle.0);
+        }
         Some(held)
     }
 }

@@ -1,5 +1,6 @@
 //! Spaces, and the shape of their trees.
 
+mod list;
 mod random;
 mod shape;
 
