@@ -32,8 +32,12 @@ impl EndpointRecord {
 }
 
 impl Engine {
-    fn place_of(&self, id: EndpointId) -> Option<usize> {
-        self.endpoints.binary_search_by_key(&id, |record| record.id).ok()
+    /// The one that was looked for last is likely to be looked for next.
+    fn place_of(&mut self, id: EndpointId) -> Option<usize> {
+        if self.endpoints.get(self.last_place).is_none_or(|record| record.id != id) {
+            self.last_place = self.endpoints.binary_search_by_key(&id, |record| record.id).ok()?;
+        }
+        Some(self.last_place)
     }
 
     /// Begins to attach an endpoint that is in no domain. The request for it is then sent in any case.

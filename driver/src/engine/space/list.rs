@@ -117,25 +117,28 @@ impl Space {
         from: MappingState,
         to: MappingState,
     ) -> Option<usize> {
-        let (_, count) = self.whole_list(first, range)?;
+        let (last, count) = self.whole_list(first, range)?;
         let mut index = first;
-        for marked in 0..count {
+        loop {
             let record = &mut self.order[index];
             // It is not live before its MAP was answered.
             if record.state != from {
-                self.unmark(first, marked, from);
+                self.unmark(first, index, from);
                 return None;
             }
             (record.state, record.owned) = (to, false);
+            if index == last {
+                return Some(count);
+            }
             index = record.next;
         }
-        Some(count)
     }
 
+    /// Takes the marks of the parts from the first to the one before `end` back.
     #[cold]
-    fn unmark(&mut self, first: Index, count: usize, back: MappingState) {
+    fn unmark(&mut self, first: Index, end: Index, back: MappingState) {
         let mut index = first;
-        for _ in 0..count {
+        while index != end {
             let record = &mut self.order[index];
             (record.state, record.owned) = (back, back == MappingState::Live);
             index = record.next;

@@ -53,6 +53,7 @@ fn a_list_is_made_and_unmapped_in_one_step() {
             assert_eq!(ranges, expected.collect::<Vec<_>>());
             assert!(is_whole(&space, range));
             let room = space.order.room();
+            assert!(!space.end_unmapped_run(made[0].record, range), "nobody unmaps it");
             let first = space.begin_unmap(range, MappingHandle::UNKNOWN).expect("all live");
             assert_eq!(states(&space, range), alloc::vec![Unmapping; parts.len()]);
             assert!(space.begin_unmap(range, first).is_none(), "twice");
@@ -201,6 +202,10 @@ fn a_run_is_flushed_as_a_whole_or_not_at_all() {
     assert_eq!(states(&space, IovaRange::WHOLE), [Deferred; 4]);
     assert!(space.iter_from(Iova::new(0)).all(|record| !record.owned));
     assert!(!space.end_flush(&run), "nothing was sent");
+    let mut broken = run;
+    broken[1].range = single;
+    assert!(!space.begin_flush(&broken), "the second is not what it is said to be");
+    assert_eq!(states(&space, IovaRange::WHOLE), [Deferred; 4], "nor is the first begun then");
     assert!(space.begin_flush(&run));
     assert!(!space.begin_flush(&run), "twice");
     assert_eq!(states(&space, IovaRange::WHOLE), [Unmapping; 4]);
