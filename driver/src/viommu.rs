@@ -166,8 +166,9 @@ impl<P: Platform> Viommu<P> {
             UnmapPolicy::Strict => None,
             UnmapPolicy::Deferred(bounds) => Some(DeferredList::new(bounds)),
         };
+        let due = deferred.as_ref().map(DeferredList::due);
         let key = self.shared.state.lock().engine.create_domain(&mut parts, options.kind, &mut deferred)?;
-        Ok(Domain::new(Arc::clone(&self.shared), key, options.unmap))
+        Ok(Domain::new(Arc::clone(&self.shared), key, options.unmap, due))
     }
 
     /// Takes in what the device sent: answers, late ones too, and faults. Wakes futures whose answer is there, or whose
