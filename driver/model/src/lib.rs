@@ -60,6 +60,7 @@ mod record;
 mod request;
 mod ring;
 mod transport;
+pub mod walk;
 
 pub use config::Config;
 pub use device::Device;

@@ -12,3 +12,4 @@ mod rules_mapping;
 mod rules_probe;
 mod transport;
 mod unmap_examples;
+mod walks;

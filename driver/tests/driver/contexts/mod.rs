@@ -1,0 +1,3 @@
+//! The draft extension: page tables, and contexts over the model.
+
+mod tables;
