@@ -14,6 +14,7 @@ use crate::fault::{AccessKind, Doorbell, FaultReason};
 use crate::inject::Injection;
 use crate::iommu::{Crash, Iommu, Target};
 use crate::number::device_status;
+use crate::page::PageRequests;
 use crate::process::HeldRequest;
 use crate::record::{ConfigWrite, Counters, LIST_LIMIT, LogEntry, Violation, push_bounded};
 use crate::ring::{Ring, RingError};
@@ -48,6 +49,7 @@ pub struct Device {
     pub(crate) violations: VecDeque<Violation>,
     pub(crate) config_writes: VecDeque<ConfigWrite>,
     pub(crate) doorbells: VecDeque<Doorbell>,
+    pub(crate) pages: PageRequests,
 }
 
 impl Device {
@@ -75,6 +77,7 @@ impl Device {
             violations: VecDeque::new(),
             config_writes: VecDeque::new(),
             doorbells: VecDeque::new(),
+            pages: PageRequests::default(),
         }
     }
 
@@ -87,6 +90,7 @@ impl Device {
     /// Takes an endpoint away, as a hot-unplug does; it leaves its domain.
     pub fn remove_endpoint(&mut self, endpoint: u32) {
         self.iommu.remove_endpoint(endpoint);
+        self.drop_orphaned_groups();
     }
 
     /// What the device was made with, and what [`change_config`](Self::change_config) made of it.

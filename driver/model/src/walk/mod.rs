@@ -157,6 +157,13 @@ impl Table {
         Cache::default().translate(self, mem, address, kind)
     }
 
+    /// Whether the table can be walked at all: its registers are right, and its first entry is in memory.
+    pub(crate) fn check_root(&self, mem: &dyn GuestMemory) -> Result<(), WalkFault> {
+        let regime = self.regime(0)?;
+        mem.read(regime.root, &mut [0; 8])?;
+        Ok(())
+    }
+
     /// The regime, for an address that it translates.
     fn regime(&self, address: u64) -> Result<Regime, WalkFault> {
         match *self {

@@ -1,6 +1,7 @@
 //! The model through its public face, driven by raw request bytes.
 
 mod bypass;
+mod contexts;
 mod dma;
 mod injection;
 mod qtest_cases;
