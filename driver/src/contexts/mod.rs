@@ -1,13 +1,26 @@
-//! Contexts: address spaces of a domain, told apart by PASID. A draft extension, behind the feature `contexts`.
-//!
-//! None of this is in virtio 1.4. `README.md` beside this file says which draft each number comes from, and what is this
-//! project's own. Nothing here is used unless the embedder asks for it and the device offers the draft's feature bit.
-//!
-//! ```text
-//!  endpoint ---.                     .- no PASID ---- MAP/UNMAP
-//!  endpoint ---+---- domain ----+----+- PASID 1 ----- MAP/UNMAP with a context field
-//!  endpoint ---'                     '- PASID 2 ----- page directory + INVALIDATE
-//! ```
-//! [`table`] builds the page directories.
+#![doc = include_str!("README.md")]
 
+mod anonymous;
+mod descriptors;
+mod error;
+mod handle;
+mod invalidate;
+mod mapped;
+mod owned;
+mod pages;
+mod pasid;
+mod send;
+mod support;
 pub mod table;
+mod wire;
+
+pub use anonymous::Anonymous;
+pub use descriptors::{DescribedContext, DescriptorContexts};
+pub use error::{ContextError, ContextMapError, ContextUnmapError, OwnedMapError, OwnedUnmapError};
+pub use handle::{Contexts, ContextsOptions};
+pub use mapped::MappedContext;
+pub use owned::{NotAdded, OwnedContext};
+pub use pages::{PageAnswer, PageGroup, PageGroups, PageWanted, Taken};
+pub use pasid::{PageGroupId, Pasid};
+pub use support::{ContextSupport, SupportError};
+pub(crate) use wire::Encoded;
