@@ -6,6 +6,7 @@
 use alloc::collections::{BTreeSet, VecDeque};
 use alloc::vec::Vec;
 
+use crate::backend::Behind;
 use crate::chain::Chain;
 use crate::config::Config;
 use crate::domain::Mapping;
@@ -50,6 +51,7 @@ pub struct Device {
     pub(crate) config_writes: VecDeque<ConfigWrite>,
     pub(crate) doorbells: VecDeque<Doorbell>,
     pub(crate) pages: PageRequests,
+    pub(crate) behind: Behind,
 }
 
 impl Device {
@@ -78,6 +80,7 @@ impl Device {
             config_writes: VecDeque::new(),
             doorbells: VecDeque::new(),
             pages: PageRequests::default(),
+            behind: Behind::default(),
         }
     }
 

@@ -146,6 +146,11 @@ impl Device {
         }
     }
 
+    /// Reports a fault that the device did not find itself: one of an endpoint that is behind another IOMMU.
+    pub fn report_fault(&mut self, mem: &mut dyn GuestMemory, fault: &Fault) {
+        self.push_fault(mem, fault, None);
+    }
+
     /// Sends raw bytes on the event queue, as a fault record would go: for tests of drivers with records that this device
     /// would not write. At most 4 KiB are sent.
     pub fn push_event(&mut self, mem: &mut dyn GuestMemory, record: &[u8]) {

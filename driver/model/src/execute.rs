@@ -161,12 +161,13 @@ impl Device {
     fn run(&mut self, request: &Request, mem: &dyn GuestMemory) -> (Outcome, Vec<u8>) {
         let outcome = match *request {
             Request::Attach { domain, endpoint, flags, reserved } => {
-                self.iommu.attach(domain, endpoint, flags, reserved).into()
+                let status = self.iommu.attach(domain, endpoint, flags, reserved);
+                self.attach_behind(domain, endpoint, status).into()
             }
             Request::Detach { domain, endpoint, reserved } => {
                 let status = match self.iommu.detach_pasid(domain, endpoint, reserved) {
                     Some(status) => status,
-                    None => self.iommu.detach(domain, endpoint),
+                    None => self.detach_behind(domain, endpoint),
                 };
                 self.drop_orphaned_groups();
                 status.into()
@@ -182,10 +183,10 @@ impl Device {
             Request::Map { domain, virt_start, virt_end, phys_start, flags } => {
                 let mapping =
                     Mapping { virt_first: virt_start, virt_last: virt_end, phys_first: phys_start, flags };
-                self.iommu.map(domain, mapping)
+                self.map_behind(domain, mapping)
             }
             Request::Unmap { domain, virt_start, virt_end, reserved } => {
-                self.iommu.unmap(domain, virt_start, virt_end, reserved)
+                self.unmap_behind(domain, virt_start, virt_end, reserved)
             }
             Request::Probe { endpoint, .. } => {
                 let (status, properties) = self.iommu.probe(endpoint);

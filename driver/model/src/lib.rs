@@ -38,6 +38,7 @@
 
 extern crate alloc;
 
+mod backend;
 mod bytes;
 mod chain;
 mod check;
@@ -63,6 +64,7 @@ mod ring;
 mod transport;
 pub mod walk;
 
+pub use backend::Backend;
 pub use config::Config;
 pub use device::Device;
 pub use domain::Mapping;

@@ -22,17 +22,28 @@ pub struct DescriptorContexts<P: Platform, M: TableMemory> {
     table: ContextTable<M>,
 }
 
+/// A table of context descriptors was not taken.
+#[derive(Debug)]
+pub struct NotAttached<M: TableMemory> {
+    /// Why.
+    pub error: ContextError,
+    /// The table, unless the device may use it.
+    pub table: Option<ContextTable<M>>,
+}
+
 impl<P: Platform> Contexts<P> {
     /// Gives the domain a table of context descriptors in place of single contexts (ATTACH_TABLE, format 2). The domain
     /// has no default context and no contexts. Waits for the device.
     ///
     /// # Errors
-    /// [`ContextError`], with the table unless the device may use it.
+    /// [`NotAttached`], with the table unless the device may use it.
     pub fn attach_descriptors<M: TableMemory>(
         &self,
         table: ContextTable<M>,
-    ) -> Result<DescriptorContexts<P, M>, (ContextError, Option<ContextTable<M>>)> {
-        let Some(endpoint) = self.member() else { return Err((ContextError::NoEndpoint, Some(table))) };
+    ) -> Result<DescriptorContexts<P, M>, NotAttached<M>> {
+        let Some(endpoint) = self.member() else {
+            return Err(NotAttached { error: ContextError::NoEndpoint, table: Some(table) });
+        };
         // The device refuses a domain with a default context, whatever is said here.
         let s1dss = self.anonymous().map_or(0, |anonymous| anonymous.s1dss());
         let description = DescriptorsDescription::of(&table, s1dss);
@@ -40,7 +51,7 @@ impl<P: Platform> Contexts<P> {
             Ok(()) => Ok(DescriptorContexts { contexts: self.clone(), table }),
             Err(error) => {
                 let table = (!error.outcome_unknown()).then_some(table);
-                Err((ContextError::DescriptorsRefused(error), table))
+                Err(NotAttached { error: ContextError::DescriptorsRefused(error), table })
             }
         }
     }
@@ -57,6 +68,7 @@ impl<P: Platform, M: TableMemory> DescriptorContexts<P, M> {
     ///
     /// # Errors
     /// [`NotAdded`], with the table unless the device may walk it.
+    #[expect(clippy::result_large_err, reason = "what the caller lent comes back")]
     pub fn add<T: TableMemory>(
         &mut self,
         pasid: Pasid,
@@ -106,6 +118,7 @@ impl<P: Platform, M: TableMemory> DescriptorContexts<P, M> {
     ///
     /// # Errors
     /// The context, and why: what is mapped in it counts as mapped. Try again.
+    #[expect(clippy::result_large_err, reason = "what the caller lent comes back")]
     pub fn remove<T: TableMemory>(
         &mut self,
         context: DescribedContext<T>,

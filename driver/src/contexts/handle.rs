@@ -130,6 +130,7 @@ impl<P: Platform> Contexts<P> {
     ///
     /// # Errors
     /// [`NotAdded`], with the table unless the device may walk it.
+    #[expect(clippy::result_large_err, reason = "what the caller lent comes back")]
     pub fn add_owned<M: TableMemory>(
         &self,
         pasid: Pasid,

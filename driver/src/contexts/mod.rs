@@ -6,6 +6,7 @@ mod error;
 mod handle;
 mod invalidate;
 mod mapped;
+pub mod nested;
 mod owned;
 mod pages;
 mod pasid;
@@ -15,7 +16,7 @@ pub mod table;
 mod wire;
 
 pub use anonymous::Anonymous;
-pub use descriptors::{DescribedContext, DescriptorContexts};
+pub use descriptors::{DescribedContext, DescriptorContexts, NotAttached};
 pub use error::{ContextError, ContextMapError, ContextUnmapError, OwnedMapError, OwnedUnmapError};
 pub use handle::{Contexts, ContextsOptions};
 pub use mapped::MappedContext;

@@ -119,6 +119,7 @@ impl<P: Platform, M: TableMemory> OwnedContext<P, M> {
     ///
     /// # Errors
     /// The context, and why: what is mapped in it counts as mapped.
+    #[expect(clippy::result_large_err, reason = "what the caller lent comes back")]
     pub fn remove(self) -> Result<(), (Self, ContextError)> {
         match self.contexts.detach(self.pasid) {
             Ok(()) => {

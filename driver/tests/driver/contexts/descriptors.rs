@@ -17,7 +17,7 @@ fn contexts_come_and_go_by_their_descriptors() {
     {
         let (machine, viommu, contexts) = attached(Some(Anonymous::Pasid0));
         let descriptors = ContextTable::new(arrangement, 8, viommu.clone()).unwrap();
-        let mut contexts = contexts.attach_descriptors(descriptors).map_err(|(error, _)| error).unwrap();
+        let mut contexts = contexts.attach_descriptors(descriptors).map_err(|refused| refused.error).unwrap();
         let memory = machine.memory(0x2000);
         // The device looks, finds none, and remembers that.
         assert!(!reaches(&machine, Some(70), 0x1000) && !reaches(&machine, None, 0x1000));
@@ -47,13 +47,13 @@ fn what_is_refused_comes_back() {
     let (machine, viommu, contexts) = attached(None);
     let descriptors = ContextTable::new(ContextDescriptors::Linear, 4, viommu.clone()).unwrap();
     // A domain with a default context.
-    let (error, descriptors) = contexts.attach_descriptors(descriptors).unwrap_err();
-    assert_eq!(error, ContextError::DescriptorsRefused(RequestError::Refused(Status::Inval)));
-    assert!(descriptors.is_some());
+    let refused = contexts.attach_descriptors(descriptors).unwrap_err();
+    assert_eq!(refused.error, ContextError::DescriptorsRefused(RequestError::Refused(Status::Inval)));
+    assert!(refused.table.is_some());
 
     let (machine2, viommu, contexts) = attached(Some(Anonymous::Blocked));
     let descriptors = ContextTable::new(ContextDescriptors::Linear, 4, viommu.clone()).unwrap();
-    let mut contexts = contexts.attach_descriptors(descriptors).map_err(|(error, _)| error).unwrap();
+    let mut contexts = contexts.attach_descriptors(descriptors).map_err(|refused| refused.error).unwrap();
     let not_added = contexts.add(pasid(1), table(&viommu, TableFormat::Sv39), 1).unwrap_err();
     assert_eq!(not_added.error, ContextError::NotArm { pasid: pasid(1) });
     assert!(contexts.add(pasid(16), table(&viommu, ARM), 1).unwrap_err().table.is_some());
