@@ -21,6 +21,7 @@ use crate::pci::function::{BusMaster, Function};
 use crate::time;
 
 mod error;
+mod group;
 pub mod interrupt;
 mod registers;
 pub mod topology;

@@ -1,7 +1,8 @@
 //! A small kernel, and the library that it is made of: everything that the virtio-iommu driver needs from a kernel, and
 //! nothing more.
 //!
-//! One CPU, one address space, no interrupts: the kernel polls. What differs between architectures is in [`arch`]; the
+//! One address space; one CPU, unless a scenario starts the others; the kernel polls, unless a scenario sleeps until an
+//! interrupt comes. What differs between architectures is in [`arch`]; the
 //! rest also builds on a host, where its logic is tested.
 //!
 //! ```text
@@ -11,6 +12,8 @@
 //! firmware    what the boot loader hands over: start info, device tree
 //! image       where the kernel itself lies
 //! pci         configuration space, functions, BARs, capabilities, bus mastering
+//! interrupts  handlers of devices' lines and messages
+//! cpus        the other CPUs, as a team
 //! devices     drivers of test devices
 //! machine     all of the above, discovered in order
 //! iommu       the virtio-iommu: what its driver needs, and bring-up
@@ -27,6 +30,7 @@ pub mod arch;
 pub mod boot;
 pub mod command_line;
 pub mod console;
+pub mod cpus;
 pub mod devices;
 pub mod firmware;
 #[cfg(target_os = "none")]

@@ -1,11 +1,13 @@
 //! The machine, discovered: ACPI tables or device tree, configuration space, functions with their BARs.
 
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 
 use crate::acpi::{AcpiError, Tables, mcfg};
 use crate::arch::mmu;
 use crate::boot::BootInfo;
+use crate::command_line::CommandLine;
 use crate::firmware::device_tree::pci::{HostBridge, host_bridges};
 use crate::firmware::device_tree::{DeviceTree, DeviceTreeError};
 use crate::memory::map::MemoryMap;
@@ -60,8 +62,12 @@ impl Firmware {
         }
     }
 
-    /// Where configuration space is.
-    fn configuration_space(&self) -> Result<Vec<EcamArea>, DiscoverError> {
+    /// Where configuration space is. The word `ecam=` on the command line says it where firmware does in AML only.
+    fn configuration_space(&self, command_line: &CommandLine) -> Result<Vec<EcamArea>, DiscoverError> {
+        if let Some(word) = command_line.get("ecam") {
+            let area = EcamArea::from_word(word);
+            return Ok(alloc::vec![area.ok_or_else(|| DiscoverError::Word { word: word.into() })?]);
+        }
         match self {
             Self::Acpi(tables) => {
                 tables.find(mcfg::SIGNATURE).and_then(mcfg::parse).map_err(DiscoverError::Acpi)
@@ -95,6 +101,11 @@ pub enum DiscoverError {
     Acpi(AcpiError),
     /// The device tree, or the node that says where configuration space is.
     DeviceTree(DeviceTreeError),
+    /// The word on the command line describes no configuration space.
+    Word {
+        /// The word's value.
+        word: String,
+    },
     /// Configuration space could not be mapped.
     Ecam(MapRegistersError),
 }
@@ -104,6 +115,11 @@ impl fmt::Display for DiscoverError {
         match self {
             Self::Acpi(error) => error.fmt(f),
             Self::DeviceTree(error) => error.fmt(f),
+            Self::Word { word } => write!(
+                f,
+                "command line: ecam={word} describes no PCI configuration space; it can be 0xBASE, a multiple of 1 MiB, \
+                 with :FIRST-LAST for its buses"
+            ),
             Self::Ecam(error) => write!(f, "PCI configuration space: {error}"),
         }
     }
@@ -150,13 +166,30 @@ impl Machine {
     /// [`DiscoverError`].
     pub fn discover(info: &BootInfo) -> Result<Self, DiscoverError> {
         let firmware = Firmware::find(info)?;
-        let areas = firmware.configuration_space()?;
+        let areas = firmware.configuration_space(&info.command_line)?;
         // SAFETY: firmware says that configuration space is there, and the page tables refuse RAM.
         let ecam = unsafe { Ecam::map(&areas) }.map_err(DiscoverError::Ecam)?;
         let mut pci = Pci::scan(ecam);
         let windows = firmware.windows(&info.memory_map, &areas);
         let unassigned = windows.iter().flat_map(|window| pci.assign_bars(window)).collect();
+        pci.isolate();
         Ok(Self { firmware, pci, unassigned })
+    }
+
+    /// Looks again at a bus whose devices may have come or gone, and gives addresses to the BARs of new ones; gives those
+    /// that could not be assigned. Bus mastering of a new device is off.
+    ///
+    /// # Errors
+    ///
+    /// [`DiscoverError`].
+    pub fn look_again(&mut self, info: &BootInfo, bus: u8) -> Result<Vec<AssignError>, DiscoverError> {
+        let areas = self.firmware.configuration_space(&info.command_line)?;
+        let windows = self.firmware.windows(&info.memory_map, &areas);
+        self.pci.look_again(0, bus);
+        let errors = windows.iter().flat_map(|window| self.pci.assign_bars(window));
+        let errors = errors.filter(|error| error.function.bus() == bus).collect();
+        self.pci.isolate();
+        Ok(errors)
     }
 
     /// Maps a memory BAR of a function and turns its memory decoding on.

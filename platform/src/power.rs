@@ -23,7 +23,8 @@ impl ExitCode {
     }
 }
 
-/// Ends the machine with `code`. On a machine without an exit device it stops the CPU for good.
+/// Ends the machine with `code`. On a machine without an exit device it turns the machine off, or, where that cannot be
+/// done, stops the CPU for good.
 pub fn exit(code: ExitCode) -> ! {
     arch::power::exit(code)
 }

@@ -6,6 +6,7 @@
 //! @@ check heap ok 1024 bytes written and read back
 //! @@ check edu FAIL liveness register reads 0x0 instead of 0xfffffffe
 //! @@ value boot_ns 1200345 ns
+//! @@ ask plug                what the host is to do now
 //! @@ end FAIL
 //! ```
 //!
@@ -112,6 +113,12 @@ impl<W: Write> Report<W> {
     pub fn value(&mut self, name: &str, number: u64, unit: &str) {
         let (name, unit) = (Word(&name), Word(&unit));
         let _ = writeln!(self.out, "  {name} = {number} {unit}\n@@ value {name} {number} {unit}");
+    }
+
+    /// Asks the host to do something with the machine: `plug` or `unplug`.
+    pub fn ask(&mut self, what: &str) {
+        let what = Word(&what);
+        let _ = writeln!(self.out, "@@ ask {what}");
     }
 
     /// The number of checks so far.

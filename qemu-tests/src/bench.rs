@@ -33,6 +33,8 @@ pub const ICOUNT: &str = "-icount shift=0,sleep=off";
 /// Words for the kernel of a run that is traced: few operations, since each is several lines, but as many as a domain
 /// defers between two flushes. It takes [`ICOUNT`] too, so that no flush comes from the time that a trace takes.
 pub const COUNT: &str = "bench=count operations=256 warm-up=256 live=1000";
+/// CPUs of the machine of that run. All but one row have but one at work.
+pub const COUNT_CPUS: u32 = 4;
 
 /// What the operations of one name took in instructions, as the guest states.
 #[derive(Clone, Debug, PartialEq, Eq)]

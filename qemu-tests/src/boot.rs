@@ -11,6 +11,7 @@ use crate::console;
 use crate::device_tree;
 use crate::disk::Disk;
 use crate::firmware::{Listener, Speaker};
+use crate::hot_plug::{self, HotPlug};
 use crate::machine::{Gdb, Iommu, Machine};
 use crate::process::{Ended, Process};
 use crate::protocol::{Reason, Verdict};
@@ -26,7 +27,7 @@ pub const DEFAULT_SCENARIO: &str = "default";
 /// The scenarios that leave on the disk what must be there.
 const WRITES_DISK: [&str; 6] = [DEFAULT_SCENARIO, "devices", "bridge", "soak", "block", "block-direct"];
 /// The scenarios that have an NVMe disk, and leave there what must be.
-const WRITES_NVME: [&str; 3] = ["nvme", "devices", "soak"];
+const WRITES_NVME: [&str; 4] = [DEFAULT_SCENARIO, "nvme", "devices", "soak"];
 /// The scenario that has one, and leaves it as it is.
 const STARTS_NVME: &str = "messages";
 /// What makes the seed of the NVMe disk's image from that of the machine: the letters of NVME.
@@ -60,7 +61,7 @@ pub enum Witness {
 /// A boot to be done.
 #[derive(Clone, Debug)]
 pub struct Boot {
-    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree` and, where there is none, `trace` are filled in here.
+    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree`, `monitor` and, where there is none, `trace` are filled in here.
     pub machine: Machine,
     /// The scenario's name.
     pub scenario: String,
@@ -149,28 +150,34 @@ impl Boot {
         let deadline = deadline.map(|deadline| deadline + self.soak_time());
         let server = Server::start(self.seed, self.peer, deadline)?;
         self.machine.cmdline = self.cmdline(&disk, &nvme, &server);
-        if !self.machine.iommu.claims().is_empty() {
+        if !self.machine.iommu.claims(self.machine.arch).is_empty() {
             self.machine.device_tree = Some(device_tree::describe(qemu, &self.machine, &self.directory)?);
         }
+
+        let mut hot_plug = (self.scenario == hot_plug::SCENARIO).then(HotPlug::new);
+        self.machine.monitor = hot_plug.as_ref().map(|hot_plug| hot_plug.path().to_owned());
 
         let mut command = Command::new(&qemu.path);
         command.args(self.machine.arguments());
         let mut process = Process::start(&mut command)?;
         let (mut lines, mut firmware) = (Vec::new(), Vec::new());
         let mut listener = Listener::default();
+        let mut objections = Vec::new();
         let ended = process.follow(deadline, &mut |line| match listener.line(line) {
             Speaker::Firmware => firmware.push(line.to_owned()),
             Speaker::Guest => {
                 observer(line);
                 lines.push(line.to_owned());
+                if let Some(Err(error)) = hot_plug.as_mut().map(|hot_plug| hot_plug.answer(line)) {
+                    objections.push(format!("{error:#}"));
+                }
             }
         });
         let wall = process.elapsed();
         let stderr = process.into_stderr();
 
         let verdict = Verdict::read(lines.iter().map(String::as_str), self.machine.arch, ended);
-        let (seen, objections) = (None, Vec::new());
-        let mut outcome = Outcome { lines, firmware, verdict, ended, seen, objections, stderr, wall };
+        let mut outcome = Outcome { lines, firmware, verdict, ended, seen: None, objections, stderr, wall };
         let transfers = server.stop();
         if outcome.verdict.passed() {
             self.cross_examine(&disk, &nvme, &trace, &transfers, &mut outcome);
@@ -198,9 +205,10 @@ impl Boot {
         if self.nvme == DiskDevice::Present {
             line.push_str(&format!(" nvme.sha256={}", nvme.sha256));
         }
-        if !self.words.is_empty() {
+        let told = self.machine.iommu.words(self.machine.arch);
+        for words in [told, &self.words].into_iter().filter(|words| !words.is_empty()) {
             line.push(' ');
-            line.push_str(&self.words);
+            line.push_str(words);
         }
         line
     }
@@ -217,7 +225,7 @@ impl Boot {
         if self.machine.iommu != Iommu::Off && self.witness == Witness::Trace {
             match Counts::read(trace, self.machine.iommu.count()) {
                 Ok(seen) => {
-                    outcome.objections = witness::differences(&outcome.verdict.values, &seen);
+                    outcome.objections.extend(witness::differences(&outcome.verdict.values, &seen));
                     outcome.seen = Some(seen);
                 }
                 Err(error) => outcome.objections.push(format!("{error:#}")),

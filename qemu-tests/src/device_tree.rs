@@ -57,7 +57,8 @@ pub(crate) fn describe(qemu: &Qemu, machine: &Machine, directory: &Path) -> Resu
         let said = String::from_utf8_lossy(&output.stderr);
         anyhow!("QEMU did not write its device tree: {}", said.lines().next().unwrap_or("it said nothing"))
     })?;
-    let tree = patch(&bytes, &machine.iommu.claims()).context("in the device tree that QEMU wrote")?;
+    let tree =
+        patch(&bytes, &machine.iommu.claims(machine.arch)).context("in the device tree that QEMU wrote")?;
     fs::write(&patched, tree).with_context(|| format!("cannot write {}", patched.display()))?;
     Ok(patched)
 }

@@ -12,6 +12,8 @@
 //!                  console     what came out of the console   /
 //! ```
 //!
+//! While it runs, `hot_plug` does what the guest asks for, by QEMU's monitor (`qmp`).
+//!
 //! `bench` reads what a measuring guest states beside its checks, and the trace to it.
 //!
 //! The guest is not trusted. It passes only if it printed a complete protocol, QEMU ended with the status that fits
@@ -25,10 +27,12 @@ pub mod console;
 mod device_tree;
 pub mod disk;
 mod firmware;
+mod hot_plug;
 pub mod machine;
 pub mod process;
 pub mod protocol;
 pub mod qemu;
+mod qmp;
 pub mod server;
 pub mod trace;
 pub mod witness;

@@ -19,6 +19,7 @@ pub use self::place::Place;
 
 use self::arguments::Arguments;
 use crate::device_tree::Claim;
+use crate::hot_plug;
 use crate::trace;
 
 /// The slots of the endpoints.
@@ -46,15 +47,25 @@ pub enum Iommu {
 }
 
 impl Iommu {
-    /// What the device tree has to be told of it. The one on PCI it knows by itself.
-    pub(crate) fn claims(self) -> Vec<Claim> {
+    /// What the device tree has to be told of it. The one on PCI it knows by itself, and x86_64 has none.
+    pub(crate) fn claims(self, arch: Arch) -> Vec<Claim> {
         match self {
+            _ if arch == Arch::X86_64 => Vec::new(),
             Self::Pci | Self::Off => Vec::new(),
             Self::Mmio => vec![Claim { slot: 0, functions: 0..=0xffff }],
             Self::TwoMmio => vec![
                 Claim { slot: 0, functions: 0..=APART - 1 },
                 Claim { slot: 1, functions: APART..=0xffff },
             ],
+        }
+    }
+
+    /// The words by which the kernel is told what firmware does not say. `microvm` has its PCI host in AML alone, and says
+    /// nothing of the IOMMU in the first of its slots.
+    pub(crate) fn words(self, arch: Arch) -> &'static str {
+        match (arch, self) {
+            (Arch::X86_64, Self::Mmio) => "ecam=0xe0000000 iommu=mmio:0xfeb00000",
+            _ => "",
         }
     }
 
@@ -126,6 +137,8 @@ pub struct Machine {
     pub cmdline: String,
     /// The device tree that QEMU hands over instead of its own.
     pub device_tree: Option<PathBuf>,
+    /// Where QEMU opens its monitor. There is an empty root port for what is plugged in through it.
+    pub monitor: Option<PathBuf>,
     /// Where QEMU writes its trace; none switches it off.
     pub trace: Option<PathBuf>,
     /// Arguments for QEMU that come last.
@@ -151,6 +164,7 @@ impl Machine {
             kernel,
             cmdline: String::new(),
             device_tree: None,
+            monitor: None,
             trace: None,
             extra: Vec::new(),
             gdb: Gdb::Off,
@@ -161,7 +175,7 @@ impl Machine {
     #[must_use]
     pub fn arguments(&self) -> Vec<OsString> {
         let mut arguments = Arguments::default();
-        arguments.words(self.arch.machine());
+        arguments.words(self.arch.machine(self.iommu));
         arguments.words("-smp").word(self.cpus.to_string());
         arguments.words("-m").word(self.memory_mib.to_string());
         arguments.words("-nodefaults -no-reboot -display none -serial stdio");
@@ -171,6 +185,11 @@ impl Machine {
             arguments.words("-device").word(self.with_reserved());
         }
         self.devices(&mut arguments);
+        if let Some(monitor) = &self.monitor {
+            for word in hot_plug::arguments(self.arch, monitor) {
+                arguments.word(word);
+            }
+        }
         if let Some(file) = &self.trace {
             arguments.words("-D").word(file);
             for event in trace::EVENTS {

@@ -5,6 +5,7 @@
 //! @@ plan N                            once: how many checks there will be
 //! @@ check NAME ok|FAIL DETAIL         N times, each name once; a failed one says why
 //! @@ value NAME NUMBER UNIT            any number of times, each name once
+//! @@ ask plug|unplug                   any number of times: the host is to do this (see `hot_plug`)
 //! @@ end PASS|FAIL                     once, last
 //! ```
 //!

@@ -71,6 +71,8 @@ enum Transport {
 enum Place {
     #[default]
     RootBus,
+    /// On the root bus, as functions of one device
+    Functions,
     /// Each behind a root port of its own
     RootPorts,
     /// All below one PCIe switch
@@ -87,6 +89,7 @@ impl From<Place> for machine::Place {
     fn from(place: Place) -> Self {
         match place {
             Place::RootBus => Self::RootBus,
+            Place::Functions => Self::Functions,
             Place::RootPorts => Self::RootPorts,
             Place::Switch => Self::Switch,
             Place::PciBridge => Self::PciBridge,

@@ -248,6 +248,10 @@ impl Transport for alloc::boxed::Box<dyn Transport> {
         (**self).notify(queue);
     }
 
+    fn doorbell(&self, queue: u16) -> Option<Doorbell> {
+        (**self).doorbell(queue)
+    }
+
     fn acknowledge_interrupt(&self) -> InterruptCause {
         (**self).acknowledge_interrupt()
     }

@@ -2,8 +2,8 @@
 //!
 //! From the root pointer (given by the boot loader, or found in the BIOS area) by the XSDT or the RSDT to every table
 //! that these list. Tables may lie at any byte, inside or outside of the memory map. A table that is cut, whose checksum
-//! is wrong or that lies nowhere is remembered as broken and does not hide the others. Tables that hang below another
-//! one (the DSDT below the FADT) are not looked for: the kernel runs no AML.
+//! is wrong or that lies nowhere is remembered as broken and does not hide the others. Of tables that hang below another
+//! one there is only the DSDT below the FADT; the kernel runs no AML.
 //!
 //! Bounds: a table has at most [`MAX_TABLE_BYTES`], the list at most [`MAX_TABLES`].
 
@@ -13,6 +13,7 @@ use core::fmt;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
+pub mod fadt;
 pub mod madt;
 pub mod mcfg;
 pub mod root;

@@ -14,7 +14,7 @@ pub(crate) fn table(signature: &[u8; 4], body: &[u8]) -> Vec<u8> {
 }
 
 /// A root pointer of revision 0 or 2.
-fn root_pointer(revision: u8, rsdt: u32, xsdt: u64) -> Vec<u8> {
+pub(crate) fn root_pointer(revision: u8, rsdt: u32, xsdt: u64) -> Vec<u8> {
     let mut bytes = [&b"RSD PTR "[..], &[0], b"UNIT  ", &[revision], &rsdt.to_le_bytes()].concat();
     bytes[8] = 0u8.wrapping_sub(sum(&bytes));
     if revision >= 2 {
@@ -30,7 +30,7 @@ fn pointers32(pointers: &[u32]) -> Vec<u8> {
     pointers.iter().flat_map(|pointer| pointer.to_le_bytes()).collect()
 }
 
-fn pointers64(pointers: &[u64]) -> Vec<u8> {
+pub(crate) fn pointers64(pointers: &[u64]) -> Vec<u8> {
     pointers.iter().flat_map(|pointer| pointer.to_le_bytes()).collect()
 }
 
@@ -45,6 +45,16 @@ fn old_image() -> Image {
     image.put(0x7fe_0001, &table(b"FACP", &[1, 2, 3]));
     image.put(0x7fe_0101, &table(b"VIOT", &[4; 52]));
     image
+}
+
+/// An image with these tables, and where its root pointer is.
+pub(crate) fn image_with(tables: &[&[u8]]) -> (Image, u64) {
+    let mut image = Image::default();
+    let places: Vec<u32> = (1..).map(|index| 0x6_0000 + index * 0x1_0000).take(tables.len()).collect();
+    image.put(RSDP, &root_pointer(0, 0x6_0000, 0));
+    image.put(0x6_0000, &table(b"RSDT", &pointers32(&places)));
+    places.iter().zip(tables).for_each(|(place, table)| image.put((*place).into(), table));
+    (image, RSDP)
 }
 
 fn names(tables: &Tables<'_>) -> Vec<[u8; 4]> {

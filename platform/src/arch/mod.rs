@@ -6,6 +6,7 @@
 //! | `mmu` | page tables: RAM, device registers, firmware tables |
 //! | `exceptions` | the exception vectors, which report and end the machine |
 //! | `interrupts` | the CPU's mask; the controller: `init` by firmware's word, `line` of a device tree's specifier, `enable`, `disable`; `message` for a function's event; `wait_until` an interrupt comes or a time; calls [`dispatch`](crate::interrupts::dispatch) |
+//! | `cpus` | starting the other CPUs, one after the other |
 //! | `console` | bytes out of the serial port |
 //! | `clock` | the monotonic clock |
 //! | `diagnostic` | a port that does nothing, whose writes a trace of the machine shows |

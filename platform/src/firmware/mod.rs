@@ -2,3 +2,4 @@
 
 pub mod device_tree;
 pub mod start_info;
+pub mod zero_page;

@@ -143,11 +143,9 @@ pub fn read(memory: &impl PhysicalMemory, phys: u64) -> Result<BootInfo, StartIn
 
 fn read_map(memory: &impl PhysicalMemory, pointer: &MapPointer) -> Result<MemoryMap, StartInfoError> {
     let region_count = pointer.region_count.get();
-    let phys = pointer.regions.get();
     let mut regions = Vec::new();
-    for index in 0..region_count.min(MAX_REGIONS) {
-        let offset = u64::from(index) * size_of::<MapEntry>() as u64;
-        let entry: &MapEntry = get(memory, phys.wrapping_add(offset), "memory map")?;
+    for phys in entries(pointer.regions.get(), region_count) {
+        let entry: &MapEntry = get(memory, phys, "memory map")?;
         // An entry that is empty or that passes the end of the address space says nothing.
         if let Some(range) = PhysRange::from_len(entry.start.get(), entry.len_bytes.get()) {
             regions.push(Region { range, kind: RegionKind::from_acpi(entry.kind.get()) });
@@ -160,7 +158,49 @@ fn read_map(memory: &impl PhysicalMemory, pointer: &MapPointer) -> Result<Memory
     Ok(map)
 }
 
-fn read_command_line(memory: &impl PhysicalMemory, phys: u64) -> CommandLine {
+/// Where the entries of a map are.
+fn entries(start: u64, count: u32) -> impl Iterator<Item = u64> {
+    let bytes = size_of::<MapEntry>() as u64;
+    (0..u64::from(count.min(MAX_REGIONS))).map(move |index| start.wrapping_add(index * bytes))
+}
+
+/// What a start info points to, for who has no heap.
+#[derive(Clone, Copy, Debug)]
+pub struct Raw {
+    /// The command line, which ends with a zero.
+    pub command_line: u64,
+    /// The ACPI root pointer.
+    pub rsdp: u64,
+    regions: u64,
+    region_count: u32,
+}
+
+/// Reads only that; `None` where there is no start info with a memory map.
+pub fn raw(memory: &impl PhysicalMemory, phys: u64) -> Option<Raw> {
+    let info: &StartInfo = get(memory, phys, "content").ok()?;
+    let pointer: &MapPointer = get(memory, phys.checked_add(size_of::<StartInfo>() as u64)?, "map").ok()?;
+    let good = info.magic.get() == MAGIC && info.version.get() != 0;
+    good.then(|| Raw {
+        command_line: info.command_line.get(),
+        rsdp: info.rsdp.get(),
+        regions: pointer.regions.get(),
+        region_count: pointer.region_count.get(),
+    })
+}
+
+/// The memory map's regions, each with the number of its kind, as far as they can be reached.
+pub fn regions<'m>(
+    memory: &'m impl PhysicalMemory,
+    raw: &Raw,
+) -> impl Iterator<Item = (PhysRange, u32)> + 'm {
+    entries(raw.regions, raw.region_count).filter_map(|phys| {
+        let entry: &MapEntry = get(memory, phys, "memory map").ok()?;
+        Some((PhysRange::from_len(entry.start.get(), entry.len_bytes.get())?, entry.kind.get()))
+    })
+}
+
+/// The text at `phys`, up to its first zero; none where it cannot be reached.
+pub(super) fn read_command_line(memory: &impl PhysicalMemory, phys: u64) -> CommandLine {
     let mut bytes = Vec::new();
     if phys != 0 {
         let characters = (0..command_line::MAX_LEN_BYTES as u64).map_while(|offset| {

@@ -4,10 +4,10 @@
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use virtio_iommu::Interrupt;
+use virtio_iommu::{Interrupt, Viommu};
 
-use super::Iommu;
 use super::topology::Place;
+use super::{Iommu, KernelPlatform};
 use crate::interrupts::{self, Claim, InterruptError, Line};
 use crate::machine::Machine;
 use crate::pci::function::LineInterrupt;
@@ -29,6 +29,18 @@ impl Signal {
     pub fn taken(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
+
+    /// Asks the device whether it interrupts, and leaves a note.
+    fn look_at(&self, viommu: &Viommu<KernelPlatform>) -> Claim {
+        match viommu.on_interrupt() {
+            Interrupt::NotOurs => Claim::NotMine,
+            Interrupt::Handled | Interrupt::Wake => {
+                self.taken.fetch_add(1, Ordering::Relaxed);
+                self.due.store(true, Ordering::Release);
+                Claim::Mine
+            }
+        }
+    }
 }
 
 impl Iommu {
@@ -44,17 +56,12 @@ impl Iommu {
         };
         let signal = Arc::new(Signal::default());
         let (viommu, noted) = (self.viommu.clone(), Arc::clone(&signal));
-        interrupts::connect(line, move || match viommu.on_interrupt() {
-            Interrupt::NotOurs => Claim::NotMine,
-            Interrupt::Handled | Interrupt::Wake => {
-                noted.taken.fetch_add(1, Ordering::Relaxed);
-                noted.due.store(true, Ordering::Release);
-                Claim::Mine
-            }
-        })?;
+        interrupts::connect(line, move || noted.look_at(&viommu))?;
         if let Place::Pci(address) = self.place {
             machine.pci.set_line_interrupt(address, LineInterrupt::On);
         }
+        // What came before the line was on: one that comes by its edges does not tell of it again.
+        signal.look_at(&self.viommu);
         Ok((line, signal))
     }
 }

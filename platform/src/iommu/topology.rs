@@ -97,4 +97,6 @@ pub fn find(
 }
 
 #[cfg(test)]
+mod machines;
+#[cfg(test)]
 mod tests;

@@ -27,6 +27,22 @@ pub struct EcamArea {
     pub range: PhysRange,
 }
 
+impl EcamArea {
+    /// The area that a word describes, of segment 0: `0xBASE` for all buses, or `0xBASE:FIRST-LAST` with bus numbers in
+    /// hexadecimal. As in MCFG the base is that of bus 0.
+    pub fn from_word(word: &str) -> Option<Self> {
+        let (base, buses) = word.split_once(':').unwrap_or((word, "0-ff"));
+        let base = u64::from_str_radix(base.strip_prefix("0x")?, 16).ok()?;
+        let (first, last) = buses.split_once('-')?;
+        let (first_bus, last_bus) = (u8::from_str_radix(first, 16).ok()?, u8::from_str_radix(last, 16).ok()?);
+        let count = u64::from(last_bus.checked_sub(first_bus)?) + 1;
+        let start = base.checked_add(u64::from(first_bus) * BUS_BYTES)?;
+        let range = PhysRange::from_len(start, count * BUS_BYTES)?;
+        let usable = base != 0 && base.is_multiple_of(BUS_BYTES);
+        usable.then_some(Self { segment: 0, first_bus, last_bus, range })
+    }
+}
+
 #[derive(Clone, Copy, Debug)]
 struct MappedArea {
     area: EcamArea,
@@ -101,5 +117,35 @@ impl ConfigSpace for Ecam {
             last: mapped.area.last_bus,
         };
         self.areas.iter().map(range).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_describe_areas() {
+        let all = EcamArea::from_word("0xe0000000").expect("a good word");
+        assert_eq!((all.segment, all.first_bus, all.last_bus), (0, 0, 255));
+        assert_eq!(Some(all.range), PhysRange::from_len(0xe000_0000, 256 * BUS_BYTES));
+        let some = EcamArea::from_word("0xe0000000:2-1f").expect("a good word");
+        assert_eq!((some.first_bus, some.last_bus), (2, 31));
+        assert_eq!(Some(some.range), PhysRange::from_len(0xe020_0000, 30 * BUS_BYTES));
+        let others = [
+            "",
+            "e0000000",
+            "0x",
+            "0x0",
+            "0xe0000001",
+            "0xe0000000:",
+            "0xe0000000:2",
+            "0xe0000000:3-2",
+            "0xe0000000:0-100",
+        ];
+        for word in others {
+            assert_eq!(EcamArea::from_word(word), None, "{word}");
+        }
+        assert_eq!(EcamArea::from_word("0xfffffffffff00000:1-1"), None, "passes the end");
     }
 }

@@ -10,11 +10,12 @@
 //!               host's or the bridge's window
 //! quiesce_all   bus mastering off everywhere but on bridges
 //! set_memory_decode, set_bus_master   per function, with the bridges above it
+//! slot, look_again   what comes and goes while the machine runs
 //! pin_at_root   where a function's interrupt comes out
 //! ```
 //!
 //! Promises that no loop depends on what a device says: buses, devices, functions, capabilities have their bounds.
-//! Leaves out: expansion ROMs, I/O ports, hot-plug.
+//! Leaves out: expansion ROMs, I/O ports, and hot-plug of bridges.
 
 use alloc::vec::Vec;
 
@@ -24,10 +25,12 @@ pub mod capability;
 pub mod config;
 pub mod ecam;
 pub mod function;
+pub mod group;
 pub mod message;
 pub mod number;
 mod requester;
 pub mod scan;
+pub mod slot;
 pub mod virtio_drivers;
 mod window;
 
@@ -37,6 +40,7 @@ use assign::{AssignError, HostWindow};
 use capability::{Capability, ExtendedCapability};
 use config::ConfigSpace;
 use function::{BusMaster, Function, LineInterrupt, MemoryDecode};
+use group::Group;
 use number::Numbering;
 
 /// The interrupt pins of a bus.
@@ -73,6 +77,20 @@ impl<C: ConfigSpace> Pci<C> {
         assign::assign(&self.config, &mut self.functions, host)
     }
 
+    /// Looks again at a bus whose devices may have come or gone. New ones have no addresses yet.
+    pub fn look_again(&mut self, segment: u16, bus: u8) {
+        let is_there =
+            |function: &Function| (function.address.segment(), function.address.bus()) == (segment, bus);
+        let found = scan::scan_bus(&self.config, segment, bus);
+        let now = |function: &Function| found.iter().any(|found| found.address == function.address);
+        self.functions.retain(|function| !is_there(function) || now(function));
+        let known =
+            |found: &Function| self.functions.iter().any(|function| function.address == found.address);
+        let new: Vec<Function> = found.into_iter().filter(|found| !known(found)).collect();
+        self.functions.extend(new);
+        self.functions.sort_by_key(|function| function.address);
+    }
+
     /// The way to configuration space.
     pub fn config(&self) -> &C {
         &self.config
@@ -102,6 +120,16 @@ impl<C: ConfigSpace> Pci<C> {
     /// behind a bridge to conventional PCI share one.
     pub fn requester(&self, address: PciAddress) -> u16 {
         requester::requester(&self.config, &self.functions, address)
+    }
+
+    /// Turns on, wherever it can be, what keeps functions apart below the IOMMU, and off what goes past it; see [`group`].
+    pub fn isolate(&self) {
+        group::isolate(&self.config, &self.functions);
+    }
+
+    /// The functions that are no bridges, by what can be kept apart.
+    pub fn groups(&self) -> Vec<Group> {
+        group::groups(&self.config, &self.functions)
     }
 
     /// Turns a function's memory decoding on or off. On turns it on for the bridges above too.

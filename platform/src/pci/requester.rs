@@ -24,9 +24,11 @@ const EXPRESS_FLAGS: u16 = 2;
 
 /// What a bridge has on its two sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// PCI Express on both: a port.
+pub(super) enum Kind {
+    /// PCI Express on both: a root port, or one of the ports at the lower end of a switch.
     Port,
+    /// PCI Express on both: the upper end of a switch.
+    UpstreamPort,
     /// PCI Express above, conventional PCI below.
     ExpressToPci,
     /// Conventional PCI above.
@@ -42,7 +44,7 @@ pub(super) fn requester(config: &impl ConfigSpace, functions: &[Function], addre
         let Some(above) = bridge_above(functions, at) else { break };
         let secondary = above.bridge.map_or(0, |bridge| bridge.secondary_bus);
         match kind(config, above.address) {
-            Kind::Port => {}
+            Kind::Port | Kind::UpstreamPort => {}
             Kind::ExpressToPci => seen = u16::from(secondary) << 8,
             Kind::Conventional => seen = bdf(above.address),
         }
@@ -55,14 +57,15 @@ fn bdf(address: PciAddress) -> u16 {
     u16::from(address.bus()) << 8 | u16::from(address.device()) << 3 | u16::from(address.function())
 }
 
-fn kind(config: &impl ConfigSpace, bridge: PciAddress) -> Kind {
+/// What a bridge has on its two sides, by its own word.
+pub(super) fn kind(config: &impl ConfigSpace, bridge: PciAddress) -> Kind {
     let capabilities = capability::list(config, bridge);
     let Some(express) = capabilities.iter().find(|capability| capability.id == EXPRESS) else {
         return Kind::Conventional;
     };
     match config.read16(bridge, express.offset + EXPRESS_FLAGS) >> 4 & 0xf {
-        // A root port, and the ports of a switch.
-        4..=6 => Kind::Port,
+        4 | 6 => Kind::Port,
+        5 => Kind::UpstreamPort,
         7 => Kind::ExpressToPci,
         // From PCI to PCI Express, and what is not known: what is behind passes a conventional bus.
         _ => Kind::Conventional,

@@ -30,15 +30,18 @@ pub(super) fn scan(config: &impl ConfigSpace) -> Vec<Function> {
     let mut functions = Vec::new();
     for range in config.buses() {
         for bus in range.first..=range.last {
-            for device in 0..DEVICES {
-                functions.extend(scan_device(config, range.segment, bus, device));
-            }
+            functions.extend(scan_bus(config, range.segment, bus));
         }
     }
     functions.sort_by_key(|function| function.address);
     // Two MCFG entries may cover the same bus.
     functions.dedup_by_key(|function| function.address);
     functions
+}
+
+/// Finds the functions of one bus.
+pub(super) fn scan_bus(config: &impl ConfigSpace, segment: u16, bus: u8) -> Vec<Function> {
+    (0..DEVICES).flat_map(|device| scan_device(config, segment, bus, device)).collect()
 }
 
 fn scan_device(

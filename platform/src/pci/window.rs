@@ -15,9 +15,10 @@ use core::cmp::Reverse;
 
 use super::assign::{HostWindow, alignment, order, prefers_prefetchable};
 use super::bar::{Bar, BarKind};
-use super::capability;
+
 use super::config::{ConfigSpace, offset};
 use super::function::{Bridge, Function, bridge_above};
+use super::slot::Slot;
 use crate::range::{PhysRange, RangeSet};
 
 const WINDOW_BYTES: u64 = 1 << 20;
@@ -25,13 +26,6 @@ const WINDOW_BYTES: u64 = 1 << 20;
 const SLOT_BYTES: u64 = 2 << 20;
 /// Where a rehearsal ends: more than any window can hold.
 const REHEARSAL_BYTES: u64 = 1 << 52;
-
-/// The PCI Express capability: flags at 2, slot capabilities at 20.
-const EXPRESS: u8 = 0x10;
-const EXPRESS_FLAGS: u16 = 2;
-const EXPRESS_SLOT: u16 = 20;
-const FLAGS_SLOT_IMPLEMENTED: u16 = 1 << 8;
-const SLOT_HOT_PLUG: u32 = 1 << 6;
 
 /// Which of the two windows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +89,7 @@ pub(super) fn open(config: &impl ConfigSpace, functions: &mut [Function], host: 
         })
         .collect();
     let wide = closed.iter().all(|bridge| is_wide(config, &functions[bridge.at]));
-    let is_slot = |bridge: &Closed| takes_devices_later(config, &functions[bridge.at]);
+    let is_slot = |bridge: &Closed| Slot::of(config, &functions[bridge.at]).is_some();
 
     // Numbers grow downwards, so that what is behind a bridge is rehearsed before it.
     closed.sort_by_key(|bridge| Reverse(bridge.secondary));
@@ -259,15 +253,6 @@ fn write(config: &impl ConfigSpace, functions: &mut [Function], at: usize) {
 /// Whether a bridge has a prefetchable window of 64 bits.
 fn is_wide(config: &impl ConfigSpace, function: &Function) -> bool {
     config.read16(function.address, offset::PREFETCH_BASE) & 0xf == 1
-}
-
-/// Whether a bridge is a slot in which devices may be plugged while the machine runs.
-fn takes_devices_later(config: &impl ConfigSpace, function: &Function) -> bool {
-    let capabilities = capability::list(config, function.address);
-    let Some(express) = capabilities.iter().find(|capability| capability.id == EXPRESS) else { return false };
-    let flags = config.read16(function.address, express.offset + EXPRESS_FLAGS);
-    let slot = config.read32(function.address, (express.offset + EXPRESS_SLOT) & !3);
-    flags & FLAGS_SLOT_IMPLEMENTED != 0 && slot & SLOT_HOT_PLUG != 0
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use super::setup::Opened;
 use crate::devices::edu::{BUFFER_BYTES, Edu};
 use crate::iommu::{Iommu, KernelPlatform};
 use crate::memory::dma::DmaPages;
+use crate::memory::frames::{FRAME_BYTES, OutOfFrames};
 use crate::println;
 use crate::report::Report;
 
@@ -130,12 +131,25 @@ impl fmt::Display for Blocked {
     }
 }
 
+/// Memory that takes the smallest mapping that there is.
+pub(super) fn granule(iommu: &Iommu) -> Result<DmaPages, OutOfFrames> {
+    granules(iommu, 1)
+}
+
+/// Memory for so many of them.
+pub(super) fn granules(iommu: &Iommu, count: usize) -> Result<DmaPages, OutOfFrames> {
+    // A granule below a frame's length makes no smaller memory.
+    let frames = (iommu.viommu.granule() / FRAME_BYTES).max(1) as usize;
+    DmaPages::allocate_aligned(count * frames, frames)
+}
+
 impl Arena<'_> {
     /// Sets one attack up, sees that the address works where it may, attacks, and looks at the damage.
     fn attack(&mut self, kind: Kind, way: Way) -> Result<Blocked, String> {
-        let mut page = DmaPages::allocate(1).map_err(text)?;
+        let mut page = granule(self.iommu).map_err(text)?;
         page.fill(SECRET);
         let phys = PhysAddr::new(page.phys());
+        let len = self.iommu.viommu.granule();
         let limit = self.attacker.endpoint.limit();
         let domain = &self.attacker.domain;
 
@@ -145,15 +159,14 @@ impl Arena<'_> {
             match kind {
                 Kind::Unmapped => {
                     let iova = Iova::new(phys.get());
-                    domain.map_at(iova, phys, PAGE, Prot::READ | Prot::WRITE).map(|()| iova)
+                    domain.map_at(iova, phys, len, Prot::READ | Prot::WRITE).map(|()| iova)
                 }
-                Kind::OtherDirection => domain.map(phys, PAGE, way.other().prot(), limit),
-                Kind::JustUnmapped => domain.map(phys, PAGE, Prot::READ | Prot::WRITE, limit),
-                Kind::OtherDomain => {
-                    self.other.map(phys, PAGE, Prot::READ | Prot::WRITE, limit).and_then(|iova| {
-                        domain.map_at(iova, phys, PAGE, Prot::READ | Prot::WRITE).map(|()| iova)
-                    })
-                }
+                Kind::OtherDirection => domain.map(phys, len, way.other().prot(), limit),
+                Kind::JustUnmapped => domain.map(phys, len, Prot::READ | Prot::WRITE, limit),
+                Kind::OtherDomain => self
+                    .other
+                    .map(phys, len, Prot::READ | Prot::WRITE, limit)
+                    .and_then(|iova| domain.map_at(iova, phys, len, Prot::READ | Prot::WRITE).map(|()| iova)),
             }
         };
         let result = prepared.map_err(text).and_then(|iova| self.attack_at(kind, way, iova, &mut page));
@@ -172,6 +185,7 @@ impl Arena<'_> {
         page: &mut DmaPages,
     ) -> Result<Blocked, String> {
         let at = iova.get() + OFFSET;
+        let len = self.iommu.viommu.granule();
         let domain = &self.attacker.domain;
         let allowed = if kind == Kind::OtherDirection { way.other() } else { way };
         self.control(allowed, at, page)?;
@@ -181,7 +195,7 @@ impl Arena<'_> {
         }
         if kind != Kind::OtherDirection {
             // SAFETY: our own mapping, made by `attack`.
-            unsafe { domain.unmap(iova, PAGE) }.map_err(text)?;
+            unsafe { domain.unmap(iova, len) }.map_err(text)?;
         }
 
         self.drain_faults();
@@ -201,8 +215,8 @@ impl Arena<'_> {
         // SAFETY: our own mappings, made by `attack`.
         unsafe {
             match kind {
-                Kind::OtherDirection => domain.unmap(iova, PAGE).map_err(text)?,
-                Kind::OtherDomain => self.other.unmap(iova, PAGE).map_err(text)?,
+                Kind::OtherDirection => domain.unmap(iova, len).map_err(text)?,
+                Kind::OtherDomain => self.other.unmap(iova, len).map_err(text)?,
                 Kind::Unmapped | Kind::JustUnmapped => {}
             }
         }

@@ -3,6 +3,7 @@
 use alloc::format;
 use alloc::string::String;
 use alloc::vec;
+use alloc::vec::Vec;
 
 use fastrand::Rng;
 use sha2::{Digest, Sha256};
@@ -11,6 +12,7 @@ use virtio_iommu::{DmaDevice, Endpoint, Options};
 use super::attack::{self, Arena};
 use super::setup::{self, Opened, find};
 use super::show::{self, Worker, hex};
+use super::work::{self, Bench};
 use super::{give_up, scatter, word};
 use crate::boot::BootInfo;
 use crate::devices::edu::{self, BUFFER_BYTES, Edu};
@@ -21,7 +23,10 @@ use crate::pci::function::BusMaster;
 use crate::report::Report;
 
 /// Checks before the attacks, and after them.
-const CHECKS: usize = 12;
+const CHECKS: usize = 12 + WORKERS.len();
+
+/// Devices that do their work, and are closed again, before the attacks: the name of the check, and rounds of work.
+const WORKERS: [(&str, work::Open, u64); 2] = [("net", work::net::open, 1), ("nvme", work::nvme::open, 4)];
 
 /// The disk's first half is given, and its second half is written to: sectors of 512 bytes.
 pub(super) const DISK_HALF_BYTES: usize = 1 << 20;
@@ -51,6 +56,10 @@ pub(super) fn run(info: &BootInfo) -> ! {
         Ok(worker) => worker,
         Err(error) => give_up(report, "entropy", error),
     };
+    let done = match workers(&machine, &iommu, info, &mut report) {
+        Ok(done) => done,
+        Err((name, error)) => give_up(report, name, error),
+    };
     let (edu, opened) = match edu(&machine, &iommu, &disk, &mut report) {
         Ok(done) => done,
         Err(error) => give_up(report, "edu", error),
@@ -77,13 +86,17 @@ pub(super) fn run(info: &BootInfo) -> ! {
             stats.faults.malformed
         ),
     );
-    let others = [&disk, &entropy].map(|worker| iommu.viommu.fault_count(worker.id));
+    let mut workers = vec![&disk, &entropy];
+    workers.extend(&done);
+    let others: Vec<_> = workers.iter().map(|worker| iommu.viommu.fault_count(worker.id)).collect();
     report.check(
         "only-edu-faults",
-        others == [0, 0] && stats.faults.delivered == iommu.viommu.fault_count(edu.id),
+        others.iter().all(|faults| *faults == 0)
+            && stats.faults.delivered == iommu.viommu.fault_count(edu.id),
         format_args!("{} faults are edu's, {others:?} the others'", iommu.viommu.fault_count(edu.id)),
     );
-    show::table(&iommu, &[&disk, &entropy, &edu]);
+    workers.push(&edu);
+    show::table(&iommu, &workers);
     show::totals(&iommu, &mut report);
     report.end()
 }
@@ -138,6 +151,25 @@ fn entropy(machine: &Machine, iommu: &Iommu, report: &mut Report) -> Result<Work
     Ok(Worker { id, address: function.address, name: "virtio-rng", domain })
 }
 
+/// Puts the network card and the NVMe disk to work, each in a domain of its own, and closes them again.
+fn workers(
+    machine: &Machine,
+    iommu: &Iommu,
+    info: &BootInfo,
+    report: &mut Report,
+) -> Result<Vec<Worker>, (&'static str, String)> {
+    let bench = Bench::new(machine, iommu, info).map_err(|error| ("net", error))?;
+    let mut done = Vec::new();
+    for (name, open, rounds) in WORKERS {
+        let row = work::run(&bench, open, rounds).map_err(|error| (name, error))?;
+        report.check(name, true, &row);
+        // The server compares.
+        report.value(&format!("{name}.rounds"), row.done.rounds, "rounds");
+        done.push(row.worker);
+    }
+    Ok(done)
+}
+
 /// Copies out and in, then attacks.
 fn edu(
     machine: &Machine,
@@ -168,7 +200,7 @@ fn edu(
 }
 
 /// Memory to `edu`, `edu` to other memory, and compares.
-fn copy_through(device: &dyn DmaDevice, edu: &mut Edu) -> Result<(), String> {
+pub(super) fn copy_through(device: &dyn DmaDevice, edu: &mut Edu) -> Result<(), String> {
     let from = device.alloc_coherent(BUFFER_BYTES).map_err(text)?;
     let to = device.alloc_coherent(BUFFER_BYTES).map_err(text)?;
     let pattern = |index: usize| (index * 7 + index / 256) as u8;

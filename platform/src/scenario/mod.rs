@@ -12,6 +12,9 @@
 //! block-direct  that driver on a machine without an IOMMU                      |
 //! interrupts    faults and answers wake a CPU that sleeps                      |
 //! messages      endpoints interrupt by MSI and MSI-X, translated and blocked   |
+//! smp           mapping from four CPUs at once, during a storm of faults         |
+//! groups        devices that can be kept apart, or else only together          |
+//! hot-plug      a device comes and goes, twice                                 |
 //! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
@@ -29,6 +32,8 @@ mod bridge;
 mod default;
 mod defect;
 mod devices;
+mod groups;
+mod hot_plug;
 mod interrupts;
 mod messages;
 mod misbehave;
@@ -37,6 +42,7 @@ mod policies;
 mod scatter;
 mod setup;
 mod show;
+mod smp;
 mod soak;
 mod storage;
 mod tamper;
@@ -62,6 +68,9 @@ const KNOWN: &[&str] = &[
     "hide",
     "viot",
     "iommu",
+    "ecam",
+    // How x86_64 is entered.
+    "entry",
     "log",
     // How long devices work, and how much.
     "soak.seconds",
@@ -95,6 +104,9 @@ pub fn run(info: &BootInfo) -> ! {
         "block" => block::run(info),
         "block-direct" => block::direct(info),
         "messages" => messages::run(info),
+        "smp" => smp::run(info),
+        "groups" => groups::run(info),
+        "hot-plug" => hot_plug::run(info),
         "two-iommus" => two_iommus::run(info),
         "interrupts" => interrupts::run(info),
         "leak" => defect::leak(info),
@@ -110,8 +122,8 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             interrupts messages two-iommus bench bench-direct leak early lie panic page-fault overflow write-code \
-             silent half babble"
+             interrupts messages smp groups hot-plug two-iommus bench bench-direct leak early lie panic page-fault \
+             overflow write-code silent half babble"
         )),
     }
 }

@@ -120,7 +120,9 @@ fn show_stage(
     let shown =
         (stage.run)(&mut Arena { iommu, edu: &mut edu, attacker: &opened, other: &other.domain }, other);
     machine.pci.set_bus_master(function.address, BusMaster::Off);
-    close(iommu, opened.endpoint).and(shown)
+    let closed = close(iommu, opened.endpoint);
+    // What went wrong first says more.
+    shown.and_then(|shown| closed.map(|()| shown))
 }
 
 /// How many pages came back from the IOMMU's driver and were not asked for yet.

@@ -6,12 +6,12 @@ use alloc::vec::Vec;
 
 use virtio_iommu::{Direction, DmaDevice, Iova, PhysAddr, PhysSegment};
 
+use super::attack::granules;
 use super::default::text;
 use super::setup::Opened;
 use crate::devices::edu::Edu;
 use crate::iommu::Iommu;
 use crate::memory::dma::DmaPages;
-use crate::memory::frames::FRAME_BYTES;
 
 /// Pages of the list. No two touch, so that each takes a MAP.
 const PAGES: usize = 16;
@@ -20,14 +20,14 @@ const LEN: usize = 32;
 
 /// Maps the list, lets `edu` read its first and last page, and unmaps it. Says how many requests and doorbells that took.
 pub(super) fn run(iommu: &Iommu, opened: &Opened, edu: &mut Edu) -> Result<String, String> {
-    // Of each pair of frames only the first is used.
-    let pairs = (0..PAGES).map(|_| DmaPages::allocate(2));
+    // Of each pair of granules only the first is used.
+    let pairs = (0..PAGES).map(|_| granules(iommu, 2));
     let mut pairs = pairs.collect::<Result<Vec<_>, _>>().map_err(text)?;
     for (index, pair) in pairs.iter_mut().enumerate() {
         pair.fill(index as u8 + 1);
     }
     let segment =
-        |pair: &DmaPages| PhysSegment { phys: PhysAddr::new(pair.phys()), len: FRAME_BYTES as usize };
+        |pair: &DmaPages| PhysSegment { phys: PhysAddr::new(pair.phys()), len: pair.len_bytes() / 2 };
     let list: Vec<_> = pairs.iter().map(segment).collect();
     let mut iovas = [Iova::new(0); PAGES];
 

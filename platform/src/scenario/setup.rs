@@ -15,6 +15,7 @@ use crate::boot::BootInfo;
 use crate::iommu::topology::{self, Topology};
 use crate::iommu::{self, BringUpError, Iommu, KernelPlatform, Wrap};
 use crate::machine::{DiscoverError, Firmware, Machine};
+use crate::memory::frames::FRAME_BYTES;
 use crate::pci::function::Function;
 
 /// The name of the table.
@@ -62,10 +63,15 @@ pub(super) fn bring_up_all(info: &BootInfo, options: Options) -> Result<(Machine
 /// Discovers the machine and its IOMMUs.
 fn discover(info: &BootInfo) -> Result<(Machine, Vec<Topology>), SetupError> {
     let machine = Machine::discover(info).map_err(SetupError::Machine)?;
-    let viot = firmware_viot(info, &machine);
-    let viot = viot.as_deref().map_err(Clone::clone);
-    let found = topology::find(&machine, &info.command_line, viot).map_err(SetupError::Iommu)?;
+    let found = find_again(info, &machine)?;
     Ok((machine, found))
+}
+
+/// The IOMMUs of the machine, and what is behind them now.
+pub(super) fn find_again(info: &BootInfo, machine: &Machine) -> Result<Vec<Topology>, SetupError> {
+    let viot = firmware_viot(info, machine);
+    let viot = viot.as_deref().map_err(Clone::clone);
+    topology::find(machine, &info.command_line, viot).map_err(SetupError::Iommu)
 }
 
 fn bring_up_first(
@@ -162,6 +168,8 @@ pub(super) fn open_in(
 ) -> Result<Opened, OpenFailure> {
     let id = iommu.endpoint(function).ok_or(OpenFailure::NotBehind)?;
     let domain = iommu.viommu.create_domain(options).map_err(OpenFailure::Domain)?;
+    // Its length is for granules of a frame. With larger ones each buffer takes more.
+    let bounce_bytes = bounce_bytes * (iommu.viommu.granule() / FRAME_BYTES).max(1) as usize;
     let options = EndpointOptions { bounce_bytes, ..EndpointOptions::default() };
     let endpoint = iommu.viommu.open(id, &domain, options).map_err(OpenFailure::Open)?;
     Ok(Opened { id, domain, endpoint })

@@ -1,11 +1,12 @@
 //! The architectures that there are machines for, and what the harness has to know of each.
 
+use super::Iommu;
 use crate::protocol::Statuses;
 
 /// An architecture that there is a machine for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Arch {
-    /// QEMU's `q35`.
+    /// QEMU's `q35`; with an IOMMU on virtio over MMIO, its `microvm`, which has slots for that.
     X86_64,
     /// QEMU's `virt` for Arm, with a GICv3.
     Aarch64,
@@ -78,9 +79,13 @@ impl Arch {
         }
     }
 
-    /// The arguments that make the bare machine.
-    pub(super) fn machine(self) -> &'static str {
+    /// The arguments that make the bare machine for such an IOMMU.
+    pub(super) fn machine(self, iommu: Iommu) -> &'static str {
         match self {
+            Self::X86_64 if iommu == Iommu::Mmio => {
+                "-M microvm,pcie=on,acpi=on,isa-serial=on,rtc=on,pit=on,pic=on -accel tcg \
+                 -device isa-debug-exit,iobase=0xf4,iosize=4"
+            }
             Self::X86_64 => "-M q35 -accel tcg -device isa-debug-exit,iobase=0xf4,iosize=4",
             Self::Aarch64 => {
                 "-M virt,gic-version=3 -cpu cortex-a72 -accel tcg -semihosting-config enable=on,target=native"

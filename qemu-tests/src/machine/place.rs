@@ -5,6 +5,8 @@
 pub enum Place {
     /// On the root bus.
     RootBus,
+    /// On the root bus, as functions of one device.
+    Functions,
     /// Each behind a root port of its own.
     RootPorts,
     /// All below one PCIe switch, each behind a downstream port of its own.
@@ -32,7 +34,7 @@ impl Place {
             format!("-device pxb-pcie,id=second,bus_nr=16,bus=pcie.0,addr={FREE:#x}{more}{ports}")
         };
         match self {
-            Self::RootBus => String::new(),
+            Self::RootBus | Self::Functions => String::new(),
             Self::RootPorts => each(&|slot| root_port("pcie.0", slot)),
             Self::Switch => {
                 let down = each(&|slot| {
@@ -53,6 +55,8 @@ impl Place {
     pub(super) fn of(self, slot: u8) -> String {
         match self {
             Self::RootBus => format!("bus=pcie.0,addr={slot:#x}"),
+            // Function 0, without which the others are not looked for, is the entropy source, which is always there.
+            Self::Functions => format!("bus=pcie.0,addr={FREE:#x}.{:#x},multifunction=on", (slot + 5) % 8),
             Self::PciBridge => format!("bus=bridge,addr={slot:#x}"),
             Self::RootPorts | Self::Switch | Self::SecondRoot | Self::BypassingRoot => {
                 format!("bus=port{slot}")
@@ -76,6 +80,8 @@ mod tests {
             assert_eq!(place.of(13), "bus=port13");
             assert!(bridges.contains("id=port2,") && bridges.contains("id=port13,"), "{bridges}");
         }
+        assert_eq!(Place::Functions.of(3), "bus=pcie.0,addr=0x8.0x0,multifunction=on");
+        assert_eq!(Place::Functions.of(2), "bus=pcie.0,addr=0x8.0x7,multifunction=on");
         assert!(Place::PciBridge.bridges(&[2]).contains("pcie-pci-bridge,id=bridge,bus=pcie.0,addr=0x8"));
         assert_eq!(Place::PciBridge.of(4), "bus=bridge,addr=0x4");
         assert!(Place::BypassingRoot.bridges(&[]).contains("bypass_iommu=on"));

@@ -52,6 +52,7 @@ impl Reader {
             "plan" => self.plan(rest),
             "check" => self.check(rest),
             "value" => self.value(rest),
+            "ask" => ["plug", "unplug"].contains(&rest).then_some(()),
             "end" => self.end(rest),
             _ => return self.reason(Reason::UnknownLine(own())),
         };

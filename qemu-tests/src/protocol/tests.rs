@@ -39,6 +39,13 @@ fn a_complete_guest_passes() {
 }
 
 #[test]
+fn a_guest_asks_for_what_there_is() {
+    let asking = |what: &str| GOOD.replace("text for people", &format!("@@ ask {what}"));
+    assert!(read(&asking("plug"), 33).passed() && read(&asking("unplug"), 33).passed());
+    assert_eq!(reasons(&asking("reset"), 33), [Reason::MalformedLine(line("@@ ask reset"))]);
+}
+
+#[test]
 fn silence_fails() {
     assert_eq!(reasons("", 33)[0], Reason::NothingPrinted);
     assert_eq!(reasons("\n  \n", 33)[0], Reason::NothingPrinted);

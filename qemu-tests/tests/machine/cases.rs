@@ -22,19 +22,25 @@ const SILENCE: Duration = Duration::from_secs(5);
 pub(crate) enum On {
     /// All of them.
     Every,
+    /// All of some architectures.
+    EveryOf(&'static [Arch]),
     /// One for each architecture: IOMMU on PCI, newest QEMU.
     Home,
     /// Those of some architectures.
     HomeOf(&'static [Arch]),
     /// The same with the IOMMU on virtio over MMIO.
     MmioOf(&'static [Arch]),
+    /// All but those of one machine.
+    EveryBut(Arch, Iommu),
 }
 
 impl On {
     pub(crate) fn includes(self, column: &Column) -> bool {
         match self {
             Self::Every => true,
+            Self::EveryOf(archs) => archs.contains(&column.arch),
             Self::Home => column.newest && column.iommu == Iommu::Pci,
+            Self::EveryBut(arch, iommu) => (column.arch, column.iommu) != (arch, iommu),
             Self::HomeOf(archs) => Self::Home.includes(column) && archs.contains(&column.arch),
             Self::MmioOf(archs) => {
                 column.newest && column.iommu == Iommu::Mmio && archs.contains(&column.arch)
@@ -42,6 +48,9 @@ impl On {
         }
     }
 }
+
+/// A machine whose kernel is entered at EL2.
+const EL2: &str = "-machine virtualization=on";
 
 /// Where ACPI's tables say what is behind the IOMMU.
 const ACPI: On = On::HomeOf(&[Arch::X86_64]);
@@ -58,6 +67,7 @@ pub(crate) struct Case {
     pub(crate) reserved: &'static [RangeInclusive<u64>],
     /// Where older QEMUs lack an option.
     pub(crate) since: Version,
+    pub(crate) cpus: u32,
     /// Of every kind.
     pub(crate) disk: DiskDevice,
     pub(crate) peer: Peer,
@@ -80,6 +90,7 @@ impl Case {
             place: Place::RootBus,
             reserved: &[],
             since: OLDEST,
+            cpus: 1,
             disk: DiskDevice::Present,
             peer: Peer::Listening,
             words: "",
@@ -104,7 +115,10 @@ impl Case {
 pub(crate) fn all() -> Vec<Case> {
     let mut cases = whole_path();
     cases.extend(disks());
+    cases.extend(interrupts());
     cases.extend(places());
+    cases.extend(groups());
+    cases.extend(from_el2());
     cases.extend(options());
     cases.push(counted());
     cases.extend(caught());
@@ -121,9 +135,13 @@ fn whole_path() -> Vec<Case> {
         Case::every("default", DEFAULT_SCENARIO),
         Case::every("devices", "devices"),
         Case::every("bridge", "bridge"),
+        Case { cpus: 4, ..Case::every("smp", "smp") },
         Case::every("policies", "policies"),
+        Case::every("hot-plug", "hot-plug"),
         Case { words: "soak.seconds=5", ..Case::every("soak", "soak") },
         Case { extra: "-device pci-testdev", ..Case::default("default-with-testdev", Expect::Pass) },
+        // In 64-bit mode with a Linux zero page, as loaders without PVH enter.
+        Case { words: "entry=zero-page", on: ACPI, ..Case::default("by-zero-page", Expect::Pass) },
         Case { words: deferred, ..Case::new("devices-deferred", "devices", Expect::Pass) },
         Case { words: "soak.seconds=5 policy=deferred", ..Case::new("soak-deferred", "soak", Expect::Pass) },
     ]
@@ -142,6 +160,33 @@ fn disks() -> Vec<Case> {
     ]
 }
 
+/// Interrupts: the IOMMU's own by its line everywhere, those of endpoints by messages where a controller takes some.
+fn interrupts() -> Vec<Case> {
+    let refused = Expect::FailNaming(&["a PLIC takes no messages"]);
+    // Where the lines of microvm's slots go only its AML says.
+    let untold = Expect::FailNaming(&["interrupts.line", "AML"]);
+    vec![
+        Case { on: On::EveryBut(Arch::X86_64, Iommu::Mmio), ..Case::every("interrupts", "interrupts") },
+        Case { on: On::MmioOf(&[Arch::X86_64]), ..Case::new("interrupts", "interrupts", untold) },
+        Case { on: On::EveryOf(&[Arch::X86_64, Arch::Aarch64]), ..Case::every("messages", "messages") },
+        Case { on: On::HomeOf(&[Arch::Riscv64]), ..Case::new("messages", "messages", refused) },
+    ]
+}
+
+/// Devices that can be kept apart, and devices that cannot.
+fn groups() -> Vec<Case> {
+    let (apart, together): (&[&str], &[&str]) =
+        (&["@@ check groups.reach ok", "blocked"], &["@@ check groups.reach ok", "together"]);
+    let case = |name, place, words| Case { place, ..Case::new(name, "groups", Expect::PassNaming(words)) };
+    vec![
+        case("groups-root-bus", Place::RootBus, apart),
+        case("groups-root-ports", Place::RootPorts, apart),
+        case("groups-functions", Place::Functions, together),
+        case("groups-switch", Place::Switch, together),
+        Case { on: On::Every, ..case("groups-pci-bridge", Place::PciBridge, together) },
+    ]
+}
+
 /// Devices behind bridges. What is behind a bypassing root bus no IOMMU knows, and the kernel says so.
 fn places() -> Vec<Case> {
     let two_roots = On::HomeOf(&[Arch::X86_64, Arch::Aarch64]);
@@ -151,10 +196,19 @@ fn places() -> Vec<Case> {
         behind("switch", Place::Switch),
         Case { on: two_roots, ..behind("second-root", Place::SecondRoot) },
         Case {
-            on: On::HomeOf(&[Arch::X86_64]),
+            on: two_roots,
             place: Place::BypassingRoot,
             ..Case::default("bypassing-root", Expect::FailNaming(&["the IOMMU does not know the function"]))
         },
+    ]
+}
+
+/// Kernels that are entered at EL2, on each of their CPUs.
+fn from_el2() -> Vec<Case> {
+    let entered = |case| Case { on: On::HomeOf(&[Arch::Aarch64]), extra: EL2, ..case };
+    vec![
+        entered(Case::default("from-el2", Expect::Pass)),
+        entered(Case { cpus: 4, ..Case::new("smp-from-el2", "smp", Expect::Pass) }),
     ]
 }
 
@@ -179,6 +233,7 @@ fn options() -> Vec<Case> {
         width("aw-bits-48", "-global virtio-iommu-pci.aw-bits=48", &["input range", "0x0..=0xffffffffffff"]),
         // All but the last granule, whose last byte no request can name.
         width("aw-bits-64", "-global virtio-iommu-pci.aw-bits=64", &["input range", "..=0xffffffffffffefff"]),
+        width("granule-64k", "-global virtio-iommu-pci.granule=64k", &["granule", "0x10000 bytes"]),
         // The driver has no packed ring, and declines.
         option("packed-offered", "-global virtio-iommu-pci.packed=on"),
         option("no-queue-reset", "-global virtio-iommu-pci.queue_reset=off"),
@@ -209,7 +264,7 @@ fn counted() -> Case {
     let extra = "-icount shift=0,sleep=off -trace memory_region_ops_read -trace memory_region_ops_write";
     let counted = Case::new("bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
     let on = On::HomeOf(&[Arch::X86_64]);
-    Case { on, words: bench::COUNT, extra, ..counted }
+    Case { on, words: bench::COUNT, cpus: bench::COUNT_CPUS, extra, ..counted }
 }
 
 /// Wrong uses of the driver, each of which one check must notice.

@@ -64,6 +64,13 @@ pub(crate) fn judge(asked: &[Asked]) -> Result<(), String> {
             return Err(format!("{name} sent {} requests of any type", row.requests));
         }
     }
+    // Four CPUs at once: none of their requests is lost, and somebody else may have rung for one.
+    let four = asked.iter().find(|asked| asked.name == "smp4").ok_or("no row smp4")?;
+    let counts = [four.counts.map, four.counts.unmap, four.requests];
+    if counts != [1, 1, 2].map(|count| count * four.operations) || four.counts.kicks > 2 * four.operations {
+        let kicks = four.counts.kicks;
+        return Err(format!("smp4 took {counts:?} MAPs, UNMAPs and requests, and {kicks} kicks"));
+    }
     let attach = asked.iter().find(|asked| asked.name == "attach_detach").ok_or("no row attach_detach")?;
     let counts = [attach.counts.attach, attach.counts.detach, attach.counts.kicks, attach.requests];
     if counts != [1, 1, 2, 2].map(|count| count * attach.operations) {

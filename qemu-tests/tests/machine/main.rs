@@ -126,6 +126,7 @@ fn run(case: &Case, column: &Column, host: &Host) -> Result<(), Failed> {
     machine.iommu = case.iommu.unwrap_or(machine.iommu);
     machine.place = case.place;
     machine.reserved = case.reserved.to_vec();
+    machine.cpus = case.cpus;
     machine.extra = case.extra.split_whitespace().map(Into::into).collect();
     let mut boot = Boot::new(machine, case.scenario, &directory);
     boot.words = case.words.to_owned();

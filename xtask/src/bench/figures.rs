@@ -71,6 +71,9 @@ pub(super) struct Runs {
     pub(super) asked: Vec<Asked>,
 }
 
+/// The row of four CPUs.
+const SMP: &str = "smp4";
+
 /// What the names begin with of figures that are a difference, and of the rows that they are one of.
 const ADDED: (&str, &str) = ("blk_added_", "blk_");
 
@@ -99,8 +102,14 @@ pub(super) fn figures(runs: &Runs) -> Vec<Figure> {
         let asked = asked.map(|asked| (each(asked, asked.requests), each(asked, asked.counts.kicks)));
         Figure { target, found, asked }
     };
+    let smp = |count: fn(&Asked) -> u64| {
+        let four = runs.asked.iter().find(|asked| asked.name == SMP);
+        four.map(|four| count(four) as f64 / four.operations as f64)
+    };
     let ratio = |target: &'static Target| {
         let number = match target.name {
+            "smp4_requests_per_op" => smp(|four| four.requests),
+            "smp4_kicks_per_op" => smp(|four| four.counts.kicks),
             "growth" => {
                 let all = mean("map_unmap_4k_strict_live_1m").zip(mean("map_unmap_4k_strict_live_1k"));
                 all.map(|(million, thousand)| million / thousand)
@@ -115,7 +124,8 @@ pub(super) fn figures(runs: &Runs) -> Vec<Figure> {
                 (kicks > 0).then(|| sum(|asked| asked.accesses) as f64 / kicks as f64)
             }
         };
-        let none = || Found::NotMeasured(reason(&runs.checks, "map_unmap_4k_strict_live_1m"));
+        let row = if target.name.starts_with(SMP) { SMP } else { "map_unmap_4k_strict_live_1m" };
+        let none = || Found::NotMeasured(reason(&runs.checks, row));
         Figure { target, found: number.map_or_else(none, Found::Ratio), asked: None }
     };
     OPERATIONS.iter().map(operation).chain(RATIOS.iter().map(ratio)).collect()

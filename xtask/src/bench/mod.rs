@@ -125,6 +125,7 @@ impl Setting {
         let mut boot = self.boot(measured::SCENARIO, measured::COUNT);
         let trace = self.directory.join("trace.log");
         boot.witness = Witness::Trace;
+        boot.machine.cpus = measured::COUNT_CPUS;
         let events = measured::EVENTS.iter().flat_map(|event| ["-trace", event]);
         boot.machine.extra.extend(events.map(Into::into));
         progress::note("counting requests and kicks in QEMU's trace");

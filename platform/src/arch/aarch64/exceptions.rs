@@ -81,7 +81,7 @@ extern "C" fn exception_entry(frame: &Frame) -> ! {
         frame.esr,
         frame.elr
     ));
-    if vector % 4 == 0 && (class == DATA_ABORT || class == INSTRUCTION_ABORT) {
+    if vector.is_multiple_of(4) && (class == DATA_ABORT || class == INSTRUCTION_ABORT) {
         report_abort(frame, class);
     }
     report_registers(frame);

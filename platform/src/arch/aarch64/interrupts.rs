@@ -127,7 +127,8 @@ pub fn message(segment: u16, requester: u16, event: u16) -> Result<(u32, Message
 /// Sleeps until an interrupt came, `deadline_ns` has passed, or at some time before. To be called with interrupts off, and
 /// returns so; what came since they were turned off ends the sleep at once.
 pub fn wait_until(deadline_ns: u64) {
-    if !timer::start(deadline_ns) {
+    // Nothing wakes another CPU than the one that takes interrupts.
+    if !GIC.get().is_some_and(Gic::is_own_cpu) || !timer::start(deadline_ns) {
         return;
     }
     // SAFETY: sleeps until something is pending, masked or not; then takes it, between the two writes of the mask. Handlers

@@ -47,6 +47,57 @@ pub mod console {
     }
 }
 
+/// Other CPUs, which a process leaves to its system.
+pub mod cpus {
+    use core::fmt;
+
+    /// Where a CPU's stacks end.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Stacks {
+        /// One past the stack's last byte.
+        pub top: u64,
+        /// The same of the stack for exceptions.
+        pub fault_top: u64,
+    }
+
+    /// What a CPU does once it arrived; it gets its index.
+    pub type Main = fn(usize) -> !;
+
+    /// Why no CPU was started.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    #[non_exhaustive]
+    pub enum StartError {
+        /// A process has none.
+        NoMachine,
+    }
+
+    impl fmt::Display for StartError {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a host process starts no CPUs")
+        }
+    }
+
+    impl core::error::Error for StartError {}
+
+    /// What this CPU is known by.
+    pub fn own_id() -> u64 {
+        0
+    }
+
+    /// Refuses.
+    ///
+    /// # Errors
+    ///
+    /// Always [`StartError::NoMachine`].
+    ///
+    /// # Safety
+    ///
+    /// None is needed here.
+    pub unsafe fn start(_id: u64, _index: usize, _stacks: Stacks, _main: Main) -> Result<(), StartError> {
+        Err(StartError::NoMachine)
+    }
+}
+
 /// A port for nobody.
 pub mod diagnostic {
     /// Does nothing.

@@ -24,4 +24,23 @@ _start:
     call kernel_entry
 3:  wfi
     j 3b
+
+# Another CPU, started by the firmware: its number in a0, what it is to become (`Arriving` of cpus.rs) in a1.
+.global start_other
+start_other:
+    csrw sie, zero
+    csrci sstatus, 2
+    ld t0, 0(a1)
+    ld sp, 8(a1)
+    sfence.vma
+    csrw satp, t0
+    sfence.vma
+    li t0, 0x2000
+    csrs sstatus, t0
+    mv tp, a0
+    mv s0, zero
+    mv a0, a1
+    call cpu_entry
+4:  wfi
+    j 4b
 .text

@@ -44,8 +44,12 @@ unsafe extern "C" {
 
 /// Sets the vectors and the stack for faults. From here on a fault is reported.
 pub fn init() {
+    init_cpu(image::fault_stack_top());
+}
+
+/// Sets the vectors of this CPU, whose stack for faults ends at `stack`.
+pub(super) fn init_cpu(stack: u64) {
     let vectors = (&raw const trap_vectors).addr() | VECTORED;
-    let stack = image::fault_stack_top();
     // SAFETY: the vectors lead to the stubs of exceptions.s, which use `sscratch` as the stack that it names here, and
     // nobody else does.
     unsafe { asm!("csrw sscratch, {}", "csrw stvec, {}", in(reg) stack, in(reg) vectors, options(nostack)) };

@@ -11,9 +11,8 @@ use core::arch::asm;
 
 use spin::Once;
 
-use super::clock;
 use super::plic::Plic;
-use crate::firmware::device_tree::DeviceTree;
+use super::{clock, cpus};
 use crate::interrupts::{InterruptError, Line, Next, Trigger, dispatch};
 use crate::machine::Firmware;
 use crate::pci::message::Message;
@@ -69,23 +68,11 @@ pub fn init(firmware: &Firmware) -> Result<(), InterruptError> {
     let Firmware::DeviceTree { tree, .. } = firmware else {
         return Err(InterruptError::NoController { reason: "there is no device tree".into() });
     };
-    CONTROLLER.try_call_once(|| start(tree))?;
+    CONTROLLER.try_call_once(|| Plic::start(tree, cpus::own_id()))?;
     // SAFETY: both vectors are set, and the PLIC lets nothing through yet.
     unsafe { asm!("csrs sie, {}", in(reg) EXTERNAL, options(nostack, preserves_flags)) };
     restore(Saved { enabled: true });
     Ok(())
-}
-
-fn start(tree: &DeviceTree<'_>) -> Result<Plic, InterruptError> {
-    Plic::start(tree, own_hart())
-}
-
-/// The number of this hart, which entry.s put where it stays.
-fn own_hart() -> u64 {
-    let hart: u64;
-    // SAFETY: copies a register.
-    unsafe { asm!("mv {}, tp", out(reg) hart, options(nomem, nostack, preserves_flags)) };
-    hart
 }
 
 /// The line of a specifier in a device tree: its number alone.

@@ -176,6 +176,15 @@ pub fn init(map: &MemoryMap) -> Result<(), MapError> {
     Ok(())
 }
 
+/// What makes a CPU use these page tables: the value of `satp`.
+pub(super) fn in_use() -> Option<u64> {
+    (*ROOT.lock()).map(satp)
+}
+
+fn satp(table: u64) -> u64 {
+    SV39 | table / FRAME_BYTES
+}
+
 /// Maps device registers at their physical address, and gives that address.
 ///
 /// # Errors
@@ -278,12 +287,14 @@ fn new_table() -> Result<u64, MapError> {
 unsafe fn switch_to(table: u64) {
     // SAFETY: by the caller's promise nothing moves.
     unsafe {
-        asm!("sfence.vma", "csrw satp, {}", "sfence.vma", in(reg) SV39 | table / FRAME_BYTES, options(nostack));
+        asm!("sfence.vma", "csrw satp, {}", "sfence.vma", in(reg) satp(table), options(nostack));
     }
 }
 
-/// Makes the CPU see new entries.
+/// Makes every CPU see new entries.
 fn flush() {
     // SAFETY: forgetting translations has no effect but time.
     unsafe { asm!("sfence.vma", options(nostack, preserves_flags)) };
+    // All harts, all addresses. Firmware without this call starts no other CPU either.
+    let _ = sbi_rt::remote_sfence_vma(sbi_rt::HartMask::all(), 0, usize::MAX);
 }

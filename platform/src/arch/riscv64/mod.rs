@@ -7,6 +7,7 @@ pub mod backtrace;
 pub mod boot;
 pub mod clock;
 pub mod console;
+pub mod cpus;
 pub mod diagnostic;
 pub mod exceptions;
 pub mod interrupts;

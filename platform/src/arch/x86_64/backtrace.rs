@@ -2,7 +2,7 @@
 
 use core::arch::asm;
 
-use crate::image;
+use crate::{cpus, image};
 
 /// The most callers that are looked up.
 const MAX_DEPTH: usize = 32;
@@ -20,7 +20,10 @@ pub fn here() -> impl Iterator<Item = u64> {
 pub fn from_frame(mut frame: u64) -> impl Iterator<Item = u64> {
     core::iter::from_fn(move || {
         let on_a_stack = |address: u64| {
-            image::stacks().into_iter().any(|s| s.start() <= address && address + 15 <= s.last())
+            image::stacks()
+                .into_iter()
+                .chain(cpus::stacks())
+                .any(|s| s.start() <= address && address + 15 <= s.last())
         };
         if !frame.is_multiple_of(8) || !on_a_stack(frame) {
             return None;

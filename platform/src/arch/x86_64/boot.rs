@@ -1,17 +1,19 @@
-//! The entry: from the PVH boot loader to [`crate::boot::start`].
+//! The entry: from the boot loader to [`crate::boot::start`].
 //!
-//! The loader enters in 32-bit mode (entry.s goes on to 64 bits) with the address of the start info. Until the kernel's
-//! own page tables are there, the first 4 GiB are mapped at their physical address.
+//! A PVH loader enters in 32-bit mode (entry.s goes on to 64 bits) with the address of the start info; others enter at the
+//! ELF entry point, in 64-bit mode, with the address of a Linux zero page. Until the kernel's own page tables are there, the
+//! first 4 GiB are mapped at their physical address.
 
 use core::arch::global_asm;
+use core::fmt::Display;
 
-use super::{clock, console, exceptions, interrupts};
+use super::{clock, console, exceptions, interrupts, power, reenter};
 use crate::boot::{self, BootInfo};
 use crate::console::init_logger;
-use crate::firmware::start_info;
+use crate::firmware::{start_info, zero_page};
 use crate::memory::heap;
 use crate::memory::physical::PhysicalMemory;
-use crate::power::{self, ExitCode};
+use crate::power::ExitCode;
 use crate::println;
 use crate::range::PhysRange;
 
@@ -38,22 +40,29 @@ fn boot_mapped() -> PhysRange {
 /// The first Rust code, called by entry.s with the physical address of the start info.
 #[unsafe(no_mangle)]
 extern "C" fn kernel_entry(start_info_phys: u64) -> ! {
+    reenter::if_asked(start_info_phys);
     prepare();
-    match read_start_info(start_info_phys) {
-        Ok(info) => boot::start(info, &BootMemory, boot_mapped()),
+    go_on(start_info::read(&BootMemory, start_info_phys))
+}
+
+/// Called by entry.s when a loader went to the ELF entry point, with the physical address of a Linux zero page.
+#[unsafe(no_mangle)]
+extern "C" fn kernel_entry_by_zero_page(zero_page_phys: u64) -> ! {
+    prepare();
+    go_on(zero_page::read(&BootMemory, zero_page_phys))
+}
+
+fn go_on(info: Result<BootInfo, impl Display>) -> ! {
+    match info {
+        Ok(info) => {
+            power::find(info.rsdp);
+            boot::start(info, &BootMemory, boot_mapped())
+        }
         Err(error) => {
             println!("cannot boot: {error}");
             power::exit(ExitCode::Fail)
         }
     }
-}
-
-/// Called by entry.s when a loader went to the ELF entry point.
-#[unsafe(no_mangle)]
-extern "C" fn kernel_entry_without_pvh() -> ! {
-    console::init();
-    println!("cannot boot: this kernel is entered by its PVH note (ELF note 18), not at the ELF entry point");
-    power::exit(ExitCode::Fail)
 }
 
 fn prepare() {
@@ -63,10 +72,6 @@ fn prepare() {
     exceptions::init();
     clock::init();
     heap::init_early();
-}
-
-fn read_start_info(phys: u64) -> Result<BootInfo, start_info::StartInfoError> {
-    start_info::read(&BootMemory, phys)
 }
 
 /// Physical memory as the boot page tables map it.

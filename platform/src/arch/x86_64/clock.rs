@@ -1,7 +1,9 @@
 //! The monotonic clock: the time-stamp counter, its rate measured at boot.
 //!
-//! The rate comes from the programmable interval timer's channel 2, whose output can be polled at port 0x61. Several short
-//! measurements are made, since a busy host may stop the machine in the middle of one. Where there is no timer, it comes from the CPU's or the hypervisor's own statement. Where nothing states it, there is no clock.
+//! The rate comes from the programmable interval timer: from its channel 2, whose output can be polled at port 0x61, or,
+//! where that port is missing, from channel 0, whose count can be read. Several short measurements are made, since a busy
+//! host may stop the machine in the middle of one. Where there is no timer, it comes from the CPU's or the hypervisor's own
+//! statement. Where nothing states it, there is no clock.
 
 use core::arch::x86_64::_rdtsc;
 
@@ -19,6 +21,8 @@ const MEASUREMENTS: usize = 10;
 /// needs, as the counter may tick once for each instruction.
 const MAX_POLLS: u32 = 100_000_000;
 const MAX_TICKS: u64 = 1 << 30;
+/// How often the timer's count may be the same before it is taken to stand still. A period of the timer is about 1 us.
+const MAX_EQUAL_COUNTS: u32 = 10_000;
 
 /// Bits of port 0x61.
 const GATE: u8 = 1;
@@ -38,7 +42,8 @@ static CLOCK: Once<Option<Clock>> = Once::new();
 /// Measures the counter's rate. Takes about 10 ms.
 pub fn init() {
     CLOCK.call_once(|| {
-        let hz = least_by_pit().or_else(stated_by_cpu).or_else(stated_by_hypervisor);
+        let hz = least(measure_by_output).or_else(|| least(measure_by_count));
+        let hz = hz.or_else(stated_by_cpu).or_else(stated_by_hypervisor);
         hz.filter(|hz| PLAUSIBLE_HZ.contains(hz)).map(|hz| Clock { tsc_at_start: read_tsc(), hz })
     });
 }
@@ -67,14 +72,16 @@ fn read_tsc() -> u64 {
     unsafe { _rdtsc() }
 }
 
-/// The least of several measurements: whatever holds one up makes it larger.
-fn least_by_pit() -> Option<u64> {
-    (0..MEASUREMENTS).filter_map(|_| measure_by_pit()).min()
+/// The least of several measurements: whatever holds one up makes it larger. The first one that finds no timer is the last.
+fn least(measure: fn() -> Result<Option<u64>, NoTimer>) -> Option<u64> {
+    (0..MEASUREMENTS).map_while(|_| measure().ok()).flatten().min()
 }
 
-/// `None` where there is no timer, or the machine stood still while the timer was started, so that the counter would be
-/// read too late.
-fn measure_by_pit() -> Option<u64> {
+/// The timer, or what it takes to read it, is missing.
+struct NoTimer;
+
+/// `None` where the machine stood still while the timer was started, so that the counter would be read too late.
+fn measure_by_output() -> Result<Option<u64>, NoTimer> {
     let mut control = Port::<u8>::new(0x61);
     let mut mode = Port::<u8>::new(0x43);
     let mut count = Port::<u8>::new(0x42);
@@ -92,17 +99,57 @@ fn measure_by_pit() -> Option<u64> {
         control.write((before & !SPEAKER) | GATE);
         let start = read_tsc();
         // Programmed in mode 0 the output is low at first; one that is high already is not there.
-        let present = control.read() & OUTPUT == 0;
+        if control.read() & OUTPUT != 0 {
+            control.write(before);
+            return Err(NoTimer);
+        }
         let elapsed = || read_tsc().wrapping_sub(start);
-        let output = (0..MAX_POLLS)
-            .take_while(|_| present && elapsed() < MAX_TICKS)
-            .find(|_| control.read() & OUTPUT != 0);
+        let output =
+            (0..MAX_POLLS).take_while(|_| elapsed() < MAX_TICKS).find(|_| control.read() & OUTPUT != 0);
         let ticks = elapsed();
         control.write(before);
-        let hz = u128::from(ticks) * u128::from(PIT_HZ) / u128::from(MEASURED_PERIODS);
         let at_once = start.wrapping_sub(asked) <= ticks / 16;
-        output.filter(|_| at_once).and(u64::try_from(hz).ok())
+        Ok(output.filter(|_| at_once).and_then(|_| rate(ticks, MEASURED_PERIODS.into())))
     }
+}
+
+/// `None` where reading the timer took so long that it is not known which count belongs to which tick.
+fn measure_by_count() -> Result<Option<u64>, NoTimer> {
+    let mut mode = Port::<u8>::new(0x43);
+    let mut count = Port::<u8>::new(0x40);
+    // SAFETY: the timer's channel 0, whose interrupt is masked; on a machine without it writes go nowhere and reads give all
+    // ones.
+    let mut read_count = || unsafe {
+        // The count as it is now, low byte then high byte.
+        mode.write(0);
+        u16::from_le_bytes([count.read(), count.read()])
+    };
+    // SAFETY: as above. Low byte then high byte, mode 2: from 65536 down, again and again.
+    unsafe {
+        Port::<u8>::new(0x43).write(0b0011_0100);
+        Port::<u8>::new(0x40).write(0);
+        Port::<u8>::new(0x40).write(0);
+    }
+    let first = read_count();
+    if (0..MAX_EQUAL_COUNTS).all(|_| read_count() == first) {
+        return Err(NoTimer);
+    }
+    let asked = read_tsc();
+    let from = read_count();
+    let start = read_tsc();
+    let elapsed = || read_tsc().wrapping_sub(start);
+    let mut periods = 0;
+    let done = (0..MAX_POLLS).take_while(|_| elapsed() < MAX_TICKS).any(|_| {
+        periods = from.wrapping_sub(read_count());
+        periods >= MEASURED_PERIODS
+    });
+    let ticks = elapsed();
+    let at_once = start.wrapping_sub(asked) <= ticks / 16;
+    Ok((done && at_once).then(|| rate(ticks, periods.into())).flatten())
+}
+
+fn rate(ticks: u64, periods: u64) -> Option<u64> {
+    u64::try_from(u128::from(ticks) * u128::from(PIT_HZ) / u128::from(periods)).ok()
 }
 
 /// Leaf 0x15: the counter's rate as a fraction of a crystal's.

@@ -1,24 +1,8 @@
-# From the PVH entry (32-bit protected mode, paging off, the address of the start info in ebx) to `kernel_entry` in
-# 64-bit mode on the kernel's own stack, with the first 4 GiB identity-mapped by 2 MiB pages.
+# Two ways in, both to 64-bit mode on the kernel's own stack, with the first 4 GiB identity-mapped by 2 MiB pages. The first
+# is the PVH entry (32-bit protected mode, paging off, the address of the start info in ebx), to `kernel_entry`.
 
-.section .text.boot, "ax"
-
-.code32
-.global pvh_start
-pvh_start:
-    cli
-    cld
-    # Loaders clear the .bss segment. One that does not would leave locks taken and pointers wild.
-    mov edi, offset __bss_start
-    mov ecx, offset __bss_end
-    sub ecx, edi
-    shr ecx, 2
-    xor eax, eax
-    rep stosd
-
-    mov esp, offset __stack_top
-
-    # Level 4 -> level 3 -> four level 2 tables of 512 pages of 2 MiB.
+# Fills the boot page tables: level 4 -> level 3 -> four level 2 tables of 512 pages of 2 MiB. Uses rax, rcx and rdi.
+.macro fill_boot_tables
     mov eax, offset boot_level3
     or eax, 3
     mov [boot_level4], eax
@@ -37,6 +21,26 @@ pvh_start:
     add eax, 0x200000
     add edi, 8
     loop 3b
+.endm
+
+.section .text.boot, "ax"
+
+.code32
+.global pvh_start
+pvh_start:
+    cli
+    cld
+    # Loaders clear the .bss segment. One that does not would leave locks taken and pointers wild.
+    mov edi, offset __bss_start
+    mov ecx, offset __bss_end
+    sub ecx, edi
+    shr ecx, 2
+    xor eax, eax
+    rep stosd
+
+    mov esp, offset __stack_top
+
+    fill_boot_tables
 
     # CR4.PAE; EFER.LME; then paging and write protection.
     mov eax, cr4
@@ -70,15 +74,42 @@ pvh_start64:
 4:  hlt
     jmp 4b
 
-# The ELF entry point, where loaders without PVH jump to, in 64-bit mode. There is no start info then, and no serial
-# port is set up: say so and stop.
+# The ELF entry point, where loaders without PVH jump to: 64-bit mode, the address of a Linux zero page in rsi, all that is
+# used so far mapped at its physical address.
 .global _start
 _start:
     cli
     cld
+    mov rbx, rsi
+    mov edi, offset __bss_start
+    mov ecx, offset __bss_end
+    sub ecx, edi
+    shr ecx, 2
+    xor eax, eax
+    rep stosd
+    fill_boot_tables
+    mov eax, offset boot_level4
+    mov cr3, rax
+    mov rax, cr0
+    or eax, 0x10000
+    mov cr0, rax
+    lgdt [boot_gdt_pointer64]
     mov rsp, offset __stack_top
+    push 8
+    mov rax, offset start64
+    push rax
+    retfq
+start64:
+    mov eax, 16
+    mov ds, eax
+    mov es, eax
+    mov ss, eax
+    xor eax, eax
+    mov fs, eax
+    mov gs, eax
     xor ebp, ebp
-    call kernel_entry_without_pvh
+    mov rdi, rbx
+    call kernel_entry_by_zero_page
 5:  hlt
     jmp 5b
 
@@ -91,6 +122,9 @@ boot_gdt:
 boot_gdt_pointer:
     .word . - boot_gdt - 1
     .long boot_gdt
+boot_gdt_pointer64:
+    .word boot_gdt_pointer - boot_gdt - 1
+    .quad boot_gdt
 
 .section .bss.boot, "aw", @nobits
 .balign 4096

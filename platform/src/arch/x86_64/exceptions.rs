@@ -22,8 +22,8 @@ use crate::power::{self, ExitCode};
 global_asm!(include_str!("exceptions.s"));
 
 const VECTORS: usize = 32;
-/// After the exceptions, the lines of the 8259s.
-const LINES: usize = 16;
+/// After the exceptions, interrupts.
+const INTERRUPTS: usize = super::interrupts::COUNT;
 const _: () = assert!(super::interrupts::FIRST_VECTOR as usize == VECTORS);
 const STUB_BYTES: u64 = 16;
 const DOUBLE_FAULT: usize = 8;
@@ -64,7 +64,7 @@ const NAMES: [&str; VECTORS] = [
     "reserved",
 ];
 
-static TABLE: Once<[Entry<HandlerFunc>; VECTORS + LINES]> = Once::new();
+static TABLE: Once<[Entry<HandlerFunc>; VECTORS + INTERRUPTS]> = Once::new();
 
 unsafe extern "C" {
     static exception_stubs: u8;
@@ -73,8 +73,18 @@ unsafe extern "C" {
 /// Loads the descriptors for segments and exceptions. From here on a fault is reported.
 pub fn init() {
     segments::init();
+    load_table();
+}
+
+/// The same on another CPU, whose stack for double faults ends at `fault_stack_top`.
+pub(super) fn init_cpu(fault_stack_top: u64) {
+    segments::init_cpu(fault_stack_top);
+    load_table();
+}
+
+fn load_table() {
     let table = TABLE.call_once(|| {
-        let mut table = [Entry::missing(); VECTORS + LINES];
+        let mut table = [Entry::missing(); VECTORS + INTERRUPTS];
         let mut stub = (&raw const exception_stubs).addr() as u64;
         for (vector, entry) in table.iter_mut().enumerate() {
             // SAFETY: a stub of exceptions.s, made for this vector.

@@ -17,14 +17,14 @@ exception_stubs:
     .set vector, vector + 1
 .endr
 
-# Directly behind them 16 more for the lines of the 8259s. Each hands its line to `interrupt_entry` and returns. The kernel's
-# code uses no registers but the general ones, and no memory below the stack pointer.
-.set line, 0
-.rept 16
+# Directly behind them 48 more for interrupts. Each hands its number to `interrupt_entry` and returns. The kernel's code uses
+# no registers but the general ones, and no memory below the stack pointer.
+.set number, 0
+.rept 48
     .balign 16
-    .byte 0x6a, line            # push line
+    .byte 0x6a, number          # push number
     jmp interrupt_common
-    .set line, line + 1
+    .set number, number + 1
 .endr
 
 .balign 16

@@ -1,17 +1,21 @@
-//! Interrupts: the CPU's flag, and the two 8259s, which take the lines of a PC's devices.
+//! Interrupts: the CPU's flag, the two 8259s, which take the lines of a PC's devices, and the CPU's own controller, which
+//! takes messages.
 //!
 //! ```text
-//! lines 0 to 7     the first one; line 0 is the timer, line 2 the second one
-//! lines 8 to 15    the second one
+//! 0 to 7      lines of the first 8259; line 0 is the timer, line 2 the second one
+//! 8 to 15     lines of the second one
+//! 16 to 46    messages, in the order in which they are asked for
+//! 47          nothing: the CPU's controller took an interrupt that went away
 //! ```
-//! Which of them a PCI function's line comes out at firmware wrote into the function's own register. To sleep with a
+//! Each number is a vector of its own, after those of exceptions. Which of the lines a PCI function's line comes out at firmware wrote into the function's own register. To sleep with a
 //! deadline, the interval timer's channel 0 interrupts once; longer sleeps are made of several.
 
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use x86_64::instructions::interrupts;
 use x86_64::instructions::port::Port;
 
+use super::apic::{self, Apic};
 use crate::acpi::madt;
 use crate::interrupts::{InterruptError, Line, Next, dispatch};
 use crate::machine::Firmware;
@@ -20,9 +24,12 @@ use crate::time;
 
 const COMMAND_PORTS: [u16; 2] = [0x20, 0xa0];
 const DATA_PORTS: [u16; 2] = [0x21, 0xa1];
-/// The lines of the 8259s come as these vectors, above those of CPU exceptions.
+/// Interrupts come as these vectors, above those of CPU exceptions.
 pub(super) const FIRST_VECTOR: u8 = 32;
-const LINES: u32 = 16;
+pub(super) const LINES: u32 = 16;
+/// All interrupts, with the last one that is none.
+pub(super) const COUNT: usize = 48;
+const SPURIOUS: u32 = COUNT as u32 - 1;
 const TIMER_LINE: u32 = 0;
 /// Where the second 8259 is connected to the first.
 const CASCADE_LINE: u32 = 2;
@@ -39,6 +46,8 @@ const PIT_HZ: u64 = 1_193_182;
 const LONGEST_COUNT: u64 = 0xffff;
 const PIT_ONCE: u8 = 0b0011_0000;
 
+/// The next message.
+static NEXT_MESSAGE: AtomicU32 = AtomicU32::new(LINES);
 /// Set once the 8259s send vectors that are none of an exception.
 static READY: AtomicBool = AtomicBool::new(false);
 
@@ -132,13 +141,24 @@ pub fn disable(number: u32) {
     }
 }
 
-/// None: this machine's controller takes no messages.
+/// Gives one of a function's events an interrupt of its own: its number, and what the function has to write. It comes to
+/// the CPU that asks.
 ///
 /// # Errors
 ///
-/// Always [`InterruptError::NoController`].
+/// [`InterruptError::NoController`], or [`InterruptError::NotConnected`] when all are given away.
 pub fn message(_segment: u16, _requester: u16, _event: u16) -> Result<(u32, Message), InterruptError> {
-    Err(InterruptError::NoController { reason: "the 8259s take no messages".into() })
+    let apic = Apic::find()?;
+    let take = |next: u32| (next < SPURIOUS).then_some(next + 1);
+    let number = NEXT_MESSAGE.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+    let all_used = |_| InterruptError::NotConnected { reason: "all messages are in use".into() };
+    let number = number.map_err(all_used)?;
+    apic.enable(vector(SPURIOUS));
+    Ok((number, Message { address: apic.message_address(), data: vector(number).into() }))
+}
+
+fn vector(number: u32) -> u8 {
+    FIRST_VECTOR + number as u8
 }
 
 /// Sleeps until an interrupt came, `deadline_ns` has passed, or at some time before. To be called with interrupts off, and
@@ -159,9 +179,21 @@ pub fn wait_until(deadline_ns: u64) {
     }
 }
 
-/// Called by the stubs with the line.
+/// Called by the stubs with the number.
 #[unsafe(no_mangle)]
 extern "C" fn interrupt_entry(number: u32) {
+    match number {
+        0..LINES => serve_line(number),
+        SPURIOUS => {}
+        _ => {
+            // A message comes once for each write: there is nothing to turn off.
+            dispatch(number);
+            apic::end_of_message();
+        }
+    }
+}
+
+fn serve_line(number: u32) {
     let chip = usize::from(number >= 8);
     // A line that went away meanwhile comes as the last one of its chip, and is not being handled.
     let spurious = number % 8 == 7 && {

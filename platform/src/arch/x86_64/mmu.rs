@@ -173,6 +173,23 @@ pub fn init(map: &MemoryMap) -> Result<(), MapError> {
     Ok(())
 }
 
+/// What makes a CPU use these page tables: the value of CR3.
+pub(super) fn in_use() -> Option<u64> {
+    (*ROOT.lock()).map(|frame| frame.start_address().as_u64())
+}
+
+/// Whether the page at `phys` is mapped as RAM.
+pub(super) fn is_ram(phys: u64) -> bool {
+    let root = ROOT.lock();
+    let Some(frame) = *root else { return false };
+    match tables(frame).translate(VirtAddr::new(phys)) {
+        TranslateResult::Mapped { flags, .. } => {
+            flags.contains(PageTableFlags::WRITABLE) && !flags.contains(PageTableFlags::NO_CACHE)
+        }
+        _ => false,
+    }
+}
+
 /// Maps device registers, uncached, at their physical address, and gives that address.
 ///
 /// # Errors

@@ -11,6 +11,7 @@
 mod disk;
 mod meter;
 mod rows;
+mod smp;
 
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;

@@ -8,7 +8,7 @@ pub(super) mod domains;
 mod edu;
 mod entropy;
 pub(super) mod net;
-mod nvme;
+pub(super) mod nvme;
 
 use alloc::boxed::Box;
 use alloc::format;

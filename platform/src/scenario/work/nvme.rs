@@ -67,7 +67,7 @@ impl Pass {
     }
 }
 
-pub(super) fn open<'b>(bench: &'b Bench<'_>) -> Result<Box<dyn Work + 'b>, String> {
+pub(in crate::scenario) fn open<'b>(bench: &'b Bench<'_>) -> Result<Box<dyn Work + 'b>, String> {
     let function = nvme::find(bench.machine)?;
     let seed = bench.seed ^ nvme::SEED;
     let mut given = vec![0; DISK_HALF_BYTES];

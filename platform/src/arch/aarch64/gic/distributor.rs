@@ -7,7 +7,8 @@ use crate::interrupts::{Line, Trigger};
 use crate::mmio::Mmio;
 use crate::time::Deadline;
 
-/// Registers.
+/// How many registers there are, and those that are used.
+pub(super) const REGISTER_BYTES: u64 = 0x1_0000;
 const CONTROL: usize = 0x0000;
 const TYPE: usize = 0x0004;
 const GROUP: usize = 0x0080;

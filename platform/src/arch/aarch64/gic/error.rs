@@ -48,7 +48,7 @@ pub enum GicError {
     },
     /// Firmware turned message-based interrupts on, with tables of its own.
     MessagesInUse,
-    /// The registers of an ITS are fewer than it has.
+    /// The registers of a distributor or an ITS are fewer than it has.
     TooFewRegisters {
         /// Where the device tree has them.
         range: PhysRange,
@@ -92,7 +92,9 @@ impl fmt::Display for GicError {
                 "GIC: the device tree leads no messages of requester {requester:#x} in segment {segment:#x} to the ITS"
             ),
             Self::MessagesInUse => f.write_str("GIC: firmware uses message-based interrupts already"),
-            Self::TooFewRegisters { range } => write!(f, "GIC: an ITS has more registers than {range}"),
+            Self::TooFewRegisters { range } => {
+                write!(f, "GIC: a distributor or an ITS has more registers than {range}")
+            }
             Self::TableSize { len_bytes } => {
                 write!(f, "GIC: the ITS takes no table of {len_bytes:#x} bytes")
             }

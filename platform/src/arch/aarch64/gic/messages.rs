@@ -2,11 +2,12 @@
 
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::GicError;
+use spin::Mutex;
+
 use super::distributor::PRIORITY_VALUE;
 use super::its::Its;
 use super::redistributor::Redistributor;
-use crate::memory::dma::DmaPages;
+use super::{GicError, Given, give};
 use crate::memory::frames::FRAME_BYTES;
 use crate::pci::message::Message;
 use crate::range::PhysRange;
@@ -28,9 +29,7 @@ const PENDING_ALIGN_FRAMES: usize = 16;
 #[derive(Debug)]
 pub(super) struct Messages {
     its: Its,
-    properties: spin::Mutex<DmaPages>,
-    #[expect(dead_code, reason = "the redistributor's own, kept from being freed")]
-    pending: DmaPages,
+    properties: Mutex<Given>,
     next: AtomicU32,
 }
 
@@ -45,12 +44,11 @@ impl Messages {
         if id_bits.is_none_or(|bits| bits < ID_BITS) || !redistributor.has_messages() {
             return Err(GicError::NoMessages);
         }
-        let properties = DmaPages::allocate(PROPERTIES_FRAMES).map_err(GicError::Memory)?;
-        let pending =
-            DmaPages::allocate_aligned(PENDING_FRAMES, PENDING_ALIGN_FRAMES).map_err(GicError::Memory)?;
-        redistributor.start_messages(properties.phys(), ID_BITS, &pending)?;
+        let properties = give(PROPERTIES_FRAMES, 1)?;
+        let pending = give(PENDING_FRAMES, PENDING_ALIGN_FRAMES)?;
+        redistributor.start_messages(properties.phys(), ID_BITS, pending.phys())?;
         let its = Its::start(its, redistributor)?;
-        Ok(Self { its, properties: spin::Mutex::new(properties), pending, next: AtomicU32::new(FIRST) })
+        Ok(Self { its, properties: Mutex::new(properties), next: AtomicU32::new(FIRST) })
     }
 
     /// Gives a device's event an interrupt of its own, and says what the device has to write.

@@ -16,6 +16,7 @@ mod messages;
 mod redistributor;
 
 use alloc::vec::Vec;
+use core::mem::ManuallyDrop;
 
 use virtio_iommu::topology::fdt::{IommuMap, Phandle};
 
@@ -23,6 +24,7 @@ use super::cpus;
 use crate::firmware::device_tree::pci::HostBridge;
 use crate::firmware::device_tree::{DeviceTree, DeviceTreeError};
 use crate::interrupts::Line;
+use crate::memory::dma::DmaPages;
 use crate::memory::map_registers;
 use crate::pci::message::Message;
 use crate::range::PhysRange;
@@ -43,12 +45,20 @@ const ITS_COMPATIBLE: &str = "arm,gic-v3-its";
 const MESSAGE_MAP: &str = "msi-map";
 const MESSAGE_MASK: &str = "msi-map-mask";
 
+/// Memory that the controller was given. It is never freed: a controller that could not be started may have begun to use it.
+type Given = ManuallyDrop<DmaPages>;
+
+/// Takes zeroed frames for the controller, at a multiple of `align` frames.
+fn give(count: usize, align: usize) -> Result<Given, GicError> {
+    DmaPages::allocate_aligned(count, align).map(ManuallyDrop::new).map_err(GicError::Memory)
+}
+
 /// The controller, at work.
 #[derive(Debug)]
 pub struct Gic {
     distributor: Distributor,
     redistributors: Vec<PhysRange>,
-    /// The first CPU, which takes everything.
+    /// The CPU that takes everything: the first one.
     affinity: u64,
     /// Why there are no messages, where there are none.
     messages: Result<Messages, GicError>,
@@ -77,6 +87,9 @@ impl Gic {
         let redistributors = redistributors[..regions].to_vec();
         let affinity = cpus::own_id();
 
+        if distributor.len_bytes() < distributor::REGISTER_BYTES {
+            return Err(GicError::TooFewRegisters { range: *distributor });
+        }
         // SAFETY: the device tree says that these are the distributor's registers.
         let registers =
             unsafe { map_registers(distributor.start(), distributor.len_bytes()) }.map_err(GicError::Map)?;
@@ -93,25 +106,19 @@ impl Gic {
         Ok(Self { distributor, redistributors, affinity, messages, its, routes })
     }
 
-    /// Prepares another CPU, which calls this itself, for interrupts of its own.
-    ///
-    /// # Errors
-    ///
-    /// [`GicError`].
-    pub fn start_cpu(&self) -> Result<(), GicError> {
-        self.own_redistributor()?.start()?;
-        cpu_interface::init();
-        Ok(())
+    /// Whether this CPU is the one that takes interrupts.
+    pub fn is_own_cpu(&self) -> bool {
+        cpus::own_id() == self.affinity
     }
 
-    /// Lets an interrupt come: a shared one to the first CPU, or one of this CPU's own. Not to be called by handlers.
+    /// Lets an interrupt come, to the CPU that takes them: a shared one, or one of its own. Not to be called by handlers.
     ///
     /// # Errors
     ///
     /// [`GicError`].
     pub fn enable(&self, line: Line) -> Result<(), GicError> {
         if line.number < distributor::FIRST_SHARED {
-            self.own_redistributor()?.enable_own(line.number);
+            Redistributor::find(&self.redistributors, self.affinity)?.enable_own(line.number);
             return Ok(());
         }
         if !self.distributor.has(line.number) {
@@ -126,10 +133,6 @@ impl Gic {
         if self.distributor.has(number) {
             self.distributor.disable(number);
         }
-    }
-
-    fn own_redistributor(&self) -> Result<Redistributor, GicError> {
-        Redistributor::find(&self.redistributors, cpus::own_id())
     }
 
     /// The message by which a function says that one of its events happened, and the interrupt that it raises.

@@ -2,7 +2,6 @@
 
 use super::distributor::PRIORITY_VALUE;
 use super::{GicError, REGISTER_TIMEOUT_NS};
-use crate::memory::dma::DmaPages;
 use crate::memory::map_registers;
 use crate::mmio::Mmio;
 use crate::range::PhysRange;
@@ -114,18 +113,13 @@ impl Redistributor {
 
     /// Gives it the table of all message-based interrupts' properties and the one of those that are pending here, which
     /// is zeroed, and turns them on. Both stay its own for good.
-    pub(super) fn start_messages(
-        &self,
-        properties: u64,
-        id_bits: u32,
-        pending: &DmaPages,
-    ) -> Result<(), GicError> {
+    pub(super) fn start_messages(&self, properties: u64, id_bits: u32, pending: u64) -> Result<(), GicError> {
         if self.registers.read32(CONTROL) & CONTROL_MESSAGES != 0 {
             // Firmware did, with tables of its own, and it cannot be undone everywhere.
             return Err(GicError::MessagesInUse);
         }
         self.registers.write64(PROPERTIES, properties | PROPERTIES_CACHED | u64::from(id_bits - 1));
-        self.registers.write64(PENDING, pending.phys() | PENDING_CACHED | PENDING_ZERO);
+        self.registers.write64(PENDING, pending | PENDING_CACHED | PENDING_ZERO);
         for (register, name) in [(PROPERTIES, "GICR_PROPBASER"), (PENDING, "GICR_PENDBASER")] {
             if self.registers.read64(register) & SHAREABILITY != SHAREABLE {
                 return Err(GicError::NotCoherent { register: name });

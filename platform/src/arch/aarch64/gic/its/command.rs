@@ -1,7 +1,6 @@
 //! What the ITS is told: 32 bytes each, in a ring.
 
-use super::super::{GicError, REGISTER_TIMEOUT_NS};
-use crate::memory::dma::DmaPages;
+use super::super::{GicError, Given, REGISTER_TIMEOUT_NS, give};
 use crate::memory::frames::FRAME_BYTES;
 use crate::mmio::{Mmio, memory_before_doorbell};
 use crate::time::Deadline;
@@ -54,7 +53,7 @@ impl Command {
 #[derive(Debug)]
 pub(super) struct CommandQueue {
     registers: Mmio,
-    memory: DmaPages,
+    memory: Given,
     /// Where the next command goes, in bytes.
     next: usize,
 }
@@ -62,7 +61,7 @@ pub(super) struct CommandQueue {
 impl CommandQueue {
     /// Gives the ITS, which is off, an empty ring.
     pub(super) fn start(registers: Mmio, cached: u64) -> Result<Self, GicError> {
-        let memory = DmaPages::allocate_aligned(1, ALIGN_FRAMES).map_err(GicError::Memory)?;
+        let memory = give(1, ALIGN_FRAMES)?;
         registers.write64(BASE, BASE_VALID | cached | memory.phys());
         super::check_coherent(registers.read64(BASE), "GITS_CBASER")?;
         registers.write64(WRITER, 0);

@@ -15,8 +15,7 @@ use alloc::vec::Vec;
 use spin::Mutex;
 
 use super::redistributor::Redistributor;
-use super::{GicError, REGISTER_TIMEOUT_NS};
-use crate::memory::dma::DmaPages;
+use super::{GicError, REGISTER_TIMEOUT_NS, give};
 use crate::memory::frames::FRAME_BYTES;
 use crate::memory::map_registers;
 use crate::mmio::Mmio;
@@ -67,6 +66,8 @@ pub(super) struct Its {
     pub(super) doorbell: u64,
     /// What its commands call the first CPU.
     target: u64,
+    /// How many bits of a device's number there is a table for.
+    device_bits: u32,
     /// The size of a translation, and how many bits an event can have.
     entry_bytes: u64,
     event_bits: u32,
@@ -76,10 +77,8 @@ pub(super) struct Its {
 #[derive(Debug)]
 struct State {
     queue: CommandQueue,
-    /// Each device's table of translations.
-    devices: Vec<(u32, DmaPages)>,
-    #[expect(dead_code, reason = "the ITS's own, kept from being freed")]
-    tables: Vec<DmaPages>,
+    /// The devices that have a table of translations.
+    devices: Vec<u32>,
 }
 
 impl Its {
@@ -95,20 +94,19 @@ impl Its {
         stop(registers)?;
         let kind = registers.read64(TYPE);
         let by_address = kind & (1 << 19) != 0;
-        let device_bits = (kind >> 13 & 0x1f) as u32 + 1;
+        let device_bits = ((kind >> 13 & 0x1f) as u32 + 1).min(DEVICE_BITS);
         let target = if by_address { redistributor.phys } else { redistributor.number << 16 };
 
-        let mut tables = Vec::new();
         for index in 0..TABLE_COUNT {
             let register = TABLES + 8 * index;
             let value = registers.read64(register);
             let entry_bytes = (value >> 48 & 0x1f) + 1;
             let entries = match value >> 56 & 7 {
-                TABLE_OF_DEVICES => 1 << device_bits.min(DEVICE_BITS),
+                TABLE_OF_DEVICES => 1 << device_bits,
                 TABLE_OF_COLLECTIONS => 1,
                 _ => continue,
             };
-            tables.push(start_table(registers, register, entries * entry_bytes)?);
+            start_table(registers, register, entries * entry_bytes)?;
         }
         let mut queue = CommandQueue::start(registers, CACHED)?;
         registers.write32(CONTROL, CONTROL_ENABLED);
@@ -119,9 +117,10 @@ impl Its {
         Ok(Self {
             doorbell,
             target,
+            device_bits,
             entry_bytes: (kind >> 4 & 0xf) + 1,
             event_bits: (kind >> 8 & 0x1f) as u32 + 1,
-            state: Mutex::new(State { queue, devices: Vec::new(), tables }),
+            state: Mutex::new(State { queue, devices: Vec::new() }),
         })
     }
 
@@ -129,17 +128,14 @@ impl Its {
     pub(super) fn map(&self, device: u32, event: u32, interrupt: u32) -> Result<(), GicError> {
         // One frame of translations for each device.
         let event_bits = (FRAME_BYTES / self.entry_bytes).ilog2().min(self.event_bits);
-        if event >> event_bits != 0 || device >> DEVICE_BITS != 0 {
+        if event >> event_bits != 0 || device >> self.device_bits != 0 {
             return Err(GicError::NoTranslation { device, event });
         }
         let mut state = self.state.lock();
-        let State { queue, devices, .. } = &mut *state;
-        if !devices.iter().any(|(known, _)| *known == device) {
-            let table = DmaPages::allocate(1).map_err(GicError::Memory)?;
-            let map = Command::MapDevice { device, event_bits, table: table.phys() };
-            // The ITS has the table from here on, whatever it answers.
-            devices.push((device, table));
-            queue.run(&[map])?;
+        let State { queue, devices } = &mut *state;
+        if !devices.contains(&device) {
+            queue.run(&[Command::MapDevice { device, event_bits, table: give(1, 1)?.phys() }])?;
+            devices.push(device);
         }
         queue.run(&[
             Command::MapEvent { device, event, interrupt, collection: COLLECTION },
@@ -162,7 +158,7 @@ fn stop(registers: Mmio) -> Result<(), GicError> {
 }
 
 /// Gives the ITS a zeroed table of at least one page.
-fn start_table(registers: Mmio, register: usize, len_bytes: u64) -> Result<DmaPages, GicError> {
+fn start_table(registers: Mmio, register: usize, len_bytes: u64) -> Result<(), GicError> {
     for (code, page_bytes) in PAGE_SIZES {
         let pages = len_bytes.div_ceil(page_bytes);
         if pages > MAX_TABLE_PAGES {
@@ -173,11 +169,9 @@ fn start_table(registers: Mmio, register: usize, len_bytes: u64) -> Result<DmaPa
             continue;
         }
         let frames = (pages * page_bytes / FRAME_BYTES) as usize;
-        let memory = DmaPages::allocate_aligned(frames, (page_bytes / FRAME_BYTES) as usize)
-            .map_err(GicError::Memory)?;
+        let memory = give(frames, (page_bytes / FRAME_BYTES) as usize)?;
         registers.write64(register, TABLE_VALID | CACHED | memory.phys() | code << 8 | (pages - 1));
-        check_coherent(registers.read64(register), "GITS_BASER")?;
-        return Ok(memory);
+        return check_coherent(registers.read64(register), "GITS_BASER");
     }
     Err(GicError::TableSize { len_bytes })
 }
