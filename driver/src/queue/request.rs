@@ -518,5 +518,7 @@ impl RequestQueue {
     }
 }
 
+#[cfg(feature = "contexts")]
+mod context;
 #[cfg(test)]
 mod tests;
