@@ -3,7 +3,7 @@
 use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::error::{AttachError, DetachError, DmaError, GroupError};
-use crate::exchange::{Need, Sent};
+use crate::exchange::{self, First, Need, Sent};
 use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
@@ -22,7 +22,25 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`AttachError`]. The endpoint's bus mastering must then stay off.
     pub fn attach(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
-        self.shared.block_on(self.attach_async(endpoint, domain))
+        match exchange::attach_first(&self.shared, endpoint, domain.key()) {
+            First::Done(()) => Ok(()),
+            first => self.shared.block_on(self.attach_rest(endpoint, domain, first)),
+        }
+    }
+
+    /// What is left after the first step.
+    async fn attach_rest(
+        &self,
+        endpoint: EndpointId,
+        domain: &Domain<P>,
+        first: First<'_, P, (), ()>,
+    ) -> Result<(), AttachError> {
+        if let First::Sent((), in_flight) = first {
+            let answered = in_flight.outcome().await;
+            answered.map_err(|error| AttachError::Request { endpoint, error })?;
+        }
+        // It sends nothing where that attached the endpoint, and does what else there is to do.
+        self.attach_async(endpoint, domain).await
     }
 
     /// [`attach`](Self::attach) as a future. Dropped before its end it leaves the endpoint attached, or in a state that
@@ -137,7 +155,19 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`DetachError`]. The endpoint then counts as attached.
     pub fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
-        self.shared.block_on(self.detach_async(endpoint))
+        match exchange::detach_first(&self.shared, endpoint) {
+            First::Done(true) => Ok(()),
+            First::Done(false) => {
+                self.collect();
+                Ok(())
+            }
+            First::Sent((), in_flight) => {
+                let detached = self.shared.detached(endpoint, self.shared.block_on(in_flight.outcome()));
+                self.collect();
+                detached
+            }
+            First::No => self.shared.block_on(self.detach_async(endpoint)),
+        }
     }
 
     /// [`detach`](Self::detach) as a future. Dropped before its end it leaves the endpoint in a state that is

@@ -3,7 +3,7 @@
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::Unmapped;
 use crate::engine::{
-    Deferral, DomainKey, DomainRecord, DomainStats, Engine, MappingHandle, Placement, Purpose,
+    Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose,
 };
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, First, FirstUnmap, Owned, Place, Run, Shared};
@@ -30,6 +30,8 @@ struct Handle<P: Platform> {
     shared: Arc<Shared<P>>,
     key: DomainKey,
     policy: UnmapPolicy,
+    /// When what waits for a flush is due, in a domain that defers unmapping.
+    due: Option<FlushDue>,
 }
 
 impl<P: Platform> Drop for Handle<P> {
@@ -53,8 +55,13 @@ impl<P: Platform> fmt::Debug for Domain<P> {
 }
 
 impl<P: Platform> Domain<P> {
-    pub(crate) fn new(shared: Arc<Shared<P>>, key: DomainKey, policy: UnmapPolicy) -> Self {
-        Self(Arc::new(Handle { shared, key, policy }))
+    pub(crate) fn new(
+        shared: Arc<Shared<P>>,
+        key: DomainKey,
+        policy: UnmapPolicy,
+        due: Option<FlushDue>,
+    ) -> Self {
+        Self(Arc::new(Handle { shared, key, policy, due }))
     }
 
     pub(crate) fn key(&self) -> DomainKey {
@@ -300,14 +307,22 @@ impl<P: Platform> Domain<P> {
     /// Flushes what waits for longer than it should.
     #[inline]
     pub(crate) fn flush_if_overdue(&self) {
-        if self.defers() && self.is_overdue() {
-            self.0.shared.block_on(exchange::flush_all_the_same(&self.0.shared, self.0.key));
+        let shared = &self.0.shared;
+        if self.may_be_overdue() && self.is_overdue() {
+            shared.block_on(exchange::flush_all_the_same(shared, self.0.key));
         }
+    }
+
+    /// A look without the lock.
+    #[inline]
+    fn may_be_overdue(&self) -> bool {
+        let Some(due) = &self.0.due else { return false };
+        due.is_set() && self.0.shared.platform.now_ns().is_some_and(|now_ns| due.may_be_past(now_ns))
     }
 
     /// The same for a mapping on its way to its owner, which is in quarantine where it does not get there.
     pub(crate) async fn flush_if_overdue_for(&self, made: IovaRange) {
-        if self.defers() && self.is_overdue() {
+        if self.may_be_overdue() && self.is_overdue() {
             let mut owned = Owned::new(&self.0.shared, self.0.key, made);
             exchange::flush_all_the_same(&self.0.shared, self.0.key).await;
             owned.settled();

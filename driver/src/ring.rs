@@ -42,8 +42,8 @@ impl Layout {
     }
 }
 
-/// Bytes of a cell in the memory behind a ring: a cache line.
-pub(crate) const CELL_LEN: usize = 64;
+/// Bytes of a cell in the memory behind a ring: a cache line, or two where the draft's longer requests can come.
+pub(crate) const CELL_LEN: usize = if cfg!(feature = "contexts") { 128 } else { 64 };
 
 /// The alignment that a ring's memory needs.
 pub(crate) const ALIGN: usize = 64;
@@ -262,22 +262,25 @@ impl Ring {
     /// The next entry that the device is done with, left where it is, while no interrupt is wanted. `None` also where the
     /// index makes no sense, as [`pop`](Self::pop) finds out.
     #[inline(always)]
-    pub(crate) fn peek_fresh(&self) -> Option<Used> {
+    pub(crate) fn peek(&mut self) -> Option<Used> {
         debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
-        let ready = self.memory.used_index().wrapping_sub(self.used_idx);
-        let possible = self.published.wrapping_sub(self.used_idx);
-        if ready == 0 || ready > possible {
-            return None;
+        if self.seen == self.used_idx {
+            let seen = self.memory.used_index();
+            let ready = seen.wrapping_sub(self.used_idx);
+            let possible = self.published.wrapping_sub(self.used_idx);
+            if ready == 0 || ready > possible {
+                return None;
+            }
+            self.seen = seen;
         }
         let (id, len) = self.memory.used_entry(self.used_idx);
         Some(Used { id, len })
     }
 
-    /// Passes over the entry that [`peek_fresh`](Self::peek_fresh) returned.
+    /// Passes over the entry that [`peek`](Self::peek) returned.
     #[inline(always)]
-    pub(crate) fn pass_fresh(&mut self) {
+    pub(crate) fn pass(&mut self) {
         self.used_idx = self.used_idx.wrapping_add(1);
-        self.seen = self.used_idx;
     }
 
     /// Whether the device is done with more than was seen before.

@@ -160,14 +160,19 @@ impl<P: Platform> Viommu<P> {
         if options.kind == DomainKind::Identity && !self.features.contains(Features::BYPASS_CONFIG) {
             return Err(DomainError::NoIdentity);
         }
+        #[cfg(feature = "contexts")]
+        if matches!(options.kind, DomainKind::Contexts(_)) && !self.features.contains(Features::CONTEXTS) {
+            return Err(DomainError::NoContexts);
+        }
         let limits = Limits::new(&self.shared.options);
         let mut parts = Some(Engine::prepare_domain(&self.geometry, limits, options.mappings));
         let mut deferred = match options.unmap {
             UnmapPolicy::Strict => None,
             UnmapPolicy::Deferred(bounds) => Some(DeferredList::new(bounds)),
         };
+        let due = deferred.as_ref().map(DeferredList::due);
         let key = self.shared.state.lock().engine.create_domain(&mut parts, options.kind, &mut deferred)?;
-        Ok(Domain::new(Arc::clone(&self.shared), key, options.unmap))
+        Ok(Domain::new(Arc::clone(&self.shared), key, options.unmap, due))
     }
 
     /// Takes in what the device sent: answers, late ones too, and faults. Wakes futures whose answer is there, or whose

@@ -113,7 +113,7 @@ pub trait DmaDevice: Send + Sync {
     /// to be given are the [`segments`](Self::segments) of the list.
     ///
     /// # Errors
-    /// [`DmaError::ListLength`], [`DmaError::Map`]; what was mapped already is unmapped again.
+    /// [`DmaError::ListLength`], [`DmaError::Map`]; what was mapped already is unmapped again. `iovas` say nothing then.
     ///
     /// # Safety
     /// As for [`map`](Self::map), for each segment.

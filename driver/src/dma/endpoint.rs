@@ -292,8 +292,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
-        // SAFETY: the caller's promise.
-        self.block_on(unsafe { self.map_scatter_async(segments, direction, iovas) })
+        self.map_scatter_now(segments, direction, iovas)
     }
 
     unsafe fn map_resource(

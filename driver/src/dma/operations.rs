@@ -1,7 +1,7 @@
 //! The operations of an endpoint's view as futures.
 
 use super::endpoint::View;
-use super::scatter::{Runs, place, rounded, total_len};
+use super::scatter::{Extent, Runs, place, rounded, survey};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose};
@@ -51,19 +51,23 @@ impl<P: Platform> Endpoint<P> {
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
         let mapped = match first {
-            First::Done(mapped) => mapped,
+            First::Done(mapped) => {
+                view.domain.flush_if_overdue();
+                mapped
+            }
             first => {
                 let place = Place::Anywhere { len: run.len, placement, parts: 1 };
                 let run = iter::once(run);
                 let rest = exchange::map(shared, key, place, run, purpose, &mut held, first);
-                Mapped::of(self.block_on(rest).inspect_err(|_| {
+                let range = self.block_on(rest).inspect_err(|_| {
                     if let Some(held) = held.take() {
                         shared.release(held);
                     }
-                })?)
+                })?;
+                self.block_on(view.domain.flush_if_overdue_for(range));
+                Mapped::of(range)
             }
         };
-        view.domain.flush_if_overdue();
         let mapping = self.mapping(mapped, mapped.range.start(), memory.len);
         Ok(CoherentMemory { mapping, ptr: memory.ptr })
     }
@@ -125,7 +129,8 @@ impl<P: Platform> Endpoint<P> {
             }
             let run = Run { phys: place.phys, len: place.len as u64 };
             let (runs, prot) = (iter::once(run), direction.prot());
-            match self.map_runs(run.len, runs, prot, within, &mut lent.memory).await {
+            let extent = Extent { len: run.len, runs: 1 };
+            match self.map_runs(extent, runs, prot, within, &mut lent.memory).await {
                 Ok(mapped) => {
                     self.view.domain.flush_if_overdue_for(mapped.range).await;
                     Ok(self.mapping(mapped, mapped.range.start(), place.len))
@@ -189,7 +194,7 @@ impl<P: Platform> Endpoint<P> {
         }
         self.check_open()?;
         let (view, purpose) = (&*self.view, Purpose { prot: direction.prot(), tag: self.tag });
-        let granule = view.viommu.granule();
+        let granule = view.granule;
         let wanted = |index: usize| {
             let run = rounded(segments[index], granule)?;
             let placement = Placement { limit: view.limit, align: alignment(run.len, view.boundary) };
@@ -246,18 +251,58 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
+        let (prot, extent) = (direction.prot(), self.survey(segments, iovas)?);
+        match extent.as_one(segments, self.view.granule) {
+            Some(PhysSegment { phys, len }) => {
+                let mapping = self.map_in_place_async(phys, len, prot).await?;
+                place(mapping.range, iovas);
+                Ok(mapping)
+            }
+            None => self.map_list(segments, extent, prot, iovas).await,
+        }
+    }
+
+    /// The same for whoever blocks. The caller promises the memory.
+    pub(super) fn map_scatter_now(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        let extent = self.survey(segments, iovas)?;
+        match extent.as_one(segments, self.view.granule) {
+            Some(PhysSegment { phys, len }) => {
+                let mapping = self.map_in_place(phys, len, direction)?;
+                place(mapping.range, iovas);
+                Ok(mapping)
+            }
+            None => self.block_on(self.map_list(segments, extent, direction.prot(), iovas)),
+        }
+    }
+
+    /// Looks at a list before it is mapped.
+    fn survey(&self, segments: &[PhysSegment], iovas: &mut [Iova]) -> Result<Extent, DmaError> {
         if segments.is_empty() || segments.len() != iovas.len() {
             return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
         }
-        let granule = self.view.viommu.granule();
-        let len = total_len(segments, granule)?;
-        let runs = Runs { segments, granule };
         self.check_open()?;
+        Ok(survey(segments, self.view.granule, iovas)?)
+    }
+
+    /// Maps a list that was looked at. The caller promises the memory.
+    async fn map_list(
+        &self,
+        segments: &[PhysSegment],
+        extent: Extent,
+        prot: Prot,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        let runs = Runs { segments: segments.iter(), granule: self.view.granule };
         let within = Placement::up_to(self.view.limit);
-        let mapped = self.map_runs(len, runs, direction.prot(), within, &mut None).await?;
+        let mapped = self.map_runs(extent, runs, prot, within, &mut None).await?;
         self.view.domain.flush_if_overdue_for(mapped.range).await;
-        place(segments, granule, mapped.range, iovas);
-        Ok(self.mapping(mapped, mapped.range.start(), len as usize))
+        place(mapped.range, iovas);
+        Ok(self.mapping(mapped, mapped.range.start(), extent.len as usize))
     }
 
     /// [`DmaDevice::flush`](super::DmaDevice::flush) as a future.
@@ -284,7 +329,7 @@ impl<P: Platform> Endpoint<P> {
     }
 
     /// Whole granules around what is asked for. The caller promises the memory.
-    #[inline]
+    #[inline(always)]
     pub(super) fn map_in_place(
         &self,
         phys: PhysAddr,
@@ -361,10 +406,10 @@ impl<P: Platform> Endpoint<P> {
         Ok(self.mapping_within(mapped, phys, len))
     }
 
-    /// Maps runs of `len` bytes in all, where both the endpoint's constraints and `within` allow.
+    /// Maps runs, where both the endpoint's constraints and `within` allow.
     async fn map_runs(
         &self,
-        len: u64,
+        Extent { len, runs: parts }: Extent,
         runs: impl Iterator<Item = Run> + Clone + Send,
         prot: Prot,
         within: Placement,
@@ -374,15 +419,15 @@ impl<P: Platform> Endpoint<P> {
         let Placement { limit, align } = view.placement(len);
         let placement = Placement { limit: limit.min(within.limit), align: align.max(within.align) };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let one = runs.clone().next().filter(|run| run.len == len && run.is_whole(view.granule));
-        let first = match one {
+        let one = if parts == 1 { runs.clone().next() } else { None };
+        let first = match one.filter(|run| run.is_whole(view.granule)) {
             Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
             None => First::No,
         };
         if let First::Done(mapped) = first {
             return Ok(mapped);
         }
-        let place = Place::Anywhere { len, placement, parts: runs.clone().count() };
+        let place = Place::Anywhere { len, placement, parts };
         exchange::map(shared, key, place, runs, purpose, held, first).await.map(Mapped::of)
     }
 

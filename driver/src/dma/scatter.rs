@@ -1,13 +1,29 @@
 //! From a list of segments to as few runs of granules as possible.
 
 use super::PhysSegment;
-use crate::addr::{IovaRange, PhysAddr};
+use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::MapError;
 use crate::exchange::Run;
 
 /// The whole granules around a segment.
+#[inline(always)]
 pub(super) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapError> {
-    let (phys, len) = (segment.phys, segment.len as u64);
+    let run = Run { phys: segment.phys, len: segment.len as u64 };
+    match is_rounded(run, granule) {
+        true => Ok(run),
+        false => round(run, granule),
+    }
+}
+
+/// Whether it is whole granules already, at least one.
+#[inline(always)]
+fn is_rounded(run: Run, granule: u64) -> bool {
+    // The last is below 2^64 - 1. An empty one seems to be as long as can be.
+    (run.phys.get() | run.len) & (granule - 1) == 0 && run.len.wrapping_sub(1) < !run.phys.get()
+}
+
+#[inline(never)]
+fn round(Run { phys, len }: Run, granule: u64) -> Result<Run, MapError> {
     if len == 0 {
         return Err(MapError::Empty);
     }
@@ -19,56 +35,116 @@ pub(super) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapErro
     Ok(Run { phys: PhysAddr::new(start), len })
 }
 
-/// The runs of a list: segments that touch in physical space share one. Each segment was checked by
-/// [`rounded`]; one that was not ends the list.
+/// The runs of a list: segments that touch in physical space share one. Each segment was looked at by [`survey`], which
+/// counts the same; one that is none ends the list.
 #[derive(Clone)]
 pub(super) struct Runs<'a> {
-    pub segments: &'a [PhysSegment],
+    pub segments: core::slice::Iter<'a, PhysSegment>,
     pub granule: u64,
 }
 
 impl Iterator for Runs<'_> {
     type Item = Run;
 
+    #[inline(always)]
     fn next(&mut self) -> Option<Run> {
-        let (first, mut rest) = self.segments.split_first()?;
-        let mut run = rounded(*first, self.granule).ok()?;
-        while let Some((segment, after)) = rest.split_first() {
-            let Ok(next) = rounded(*segment, self.granule) else { break };
-            if run.phys.checked_add(run.len) != Some(next.phys) {
+        let mut run = rounded(*self.segments.next()?, self.granule).ok()?;
+        while let Some(next) = self.segments.as_slice().first() {
+            // Ends are multiples of the granule, so that only a rounded one touches: most do not, and are not rounded for it.
+            let start = next.phys.get() & !(self.granule - 1);
+            if start != end(run) {
                 break;
             }
-            run.len += next.len;
-            rest = after;
+            let Ok(next) = rounded(*next, self.granule) else { break };
+            run.len = run.len.saturating_add(next.len);
+            self.segments.next();
         }
-        self.segments = rest;
         Some(run)
     }
 }
 
-/// The bytes of IOVA that a list takes.
-pub(super) fn total_len(segments: &[PhysSegment], granule: u64) -> Result<u64, MapError> {
-    segments.iter().try_fold(0u64, |total, segment| {
-        let run = rounded(*segment, granule)?;
-        total.checked_add(run.len).ok_or(MapError::PhysicalWraps { phys: run.phys, len: run.len })
-    })
+/// Where a run ends. One that ends with the last granule of all touches the first: as a run it wraps, and is refused.
+#[inline(always)]
+fn end(run: Run) -> u64 {
+    run.phys.get().wrapping_add(run.len)
 }
 
-/// Gives each segment its address in `range`, which is as long as [`total_len`] says.
-pub(super) fn place(segments: &[PhysSegment], granule: u64, range: IovaRange, iovas: &mut [crate::Iova]) {
-    let mut at = range.start().get();
-    for (segment, iova) in segments.iter().zip(iovas) {
-        let Ok(run) = rounded(*segment, granule) else { return };
-        *iova = crate::Iova::new(at + (segment.phys.get() - run.phys.get()));
-        at += run.len;
+/// What a list comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Extent {
+    /// The bytes of IOVA that it takes.
+    pub len: u64,
+    /// How many [`Runs`] it has.
+    pub runs: usize,
+}
+
+impl Extent {
+    /// All of a list that is one run: most lists of pages that touch.
+    pub(super) fn as_one(self, segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
+        let first = segments.first().filter(|_| self.runs == 1)?;
+        let phys = PhysAddr::new(first.phys.get() & !(granule - 1));
+        Some(PhysSegment { phys, len: usize::try_from(self.len).ok()? })
+    }
+}
+
+/// Looks at each segment once. Where each lies in the addresses of the list goes to `offsets`, which are as many.
+pub(super) fn survey(
+    segments: &[PhysSegment],
+    granule: u64,
+    offsets: &mut [Iova],
+) -> Result<Extent, MapError> {
+    let mut extent = Extent { len: 0, runs: 0 };
+    // What most lists are made of, and no more than has to be looked at.
+    let (mut bits, mut last) = (0, None);
+    for (segment, offset) in segments.iter().zip(&mut *offsets) {
+        let (phys, len) = (segment.phys.get(), segment.len as u64);
+        let (end, total) = (phys.checked_add(len), extent.len.checked_add(len));
+        let (Some(end), Some(total), true) = (end, total, len > 0) else {
+            return survey_any(segments, granule, offsets);
+        };
+        bits |= phys | len;
+        extent.runs += usize::from(last != Some(phys));
+        last = Some(end);
+        *offset = Iova::new(extent.len);
+        extent.len = total;
+    }
+    match bits & (granule - 1) {
+        0 => Ok(extent),
+        _ => survey_any(segments, granule, offsets),
+    }
+}
+
+/// The same for segments that are not whole granules.
+#[inline(never)]
+fn survey_any(segments: &[PhysSegment], granule: u64, offsets: &mut [Iova]) -> Result<Extent, MapError> {
+    let mut extent = Extent { len: 0, runs: 0 };
+    let mut last = None;
+    for (segment, offset) in segments.iter().zip(offsets) {
+        let run = rounded(*segment, granule)?;
+        extent.runs += usize::from(last != Some(run.phys.get()));
+        last = Some(end(run));
+        *offset = Iova::new(extent.len + (segment.phys.get() - run.phys.get()));
+        let wraps = MapError::PhysicalWraps { phys: run.phys, len: run.len };
+        extent.len = extent.len.checked_add(run.len).ok_or(wraps)?;
+    }
+    Ok(extent)
+}
+
+/// Turns offsets into the addresses of `range`, which is as long as [`survey`] said.
+pub(super) fn place(range: IovaRange, offsets: &mut [Iova]) {
+    for offset in offsets {
+        *offset = Iova::new(range.start().get() + offset.get());
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Iova;
     use alloc::vec::Vec;
+
+    fn runs(segments: &[PhysSegment]) -> Runs<'_> {
+        Runs { segments: segments.iter(), granule: 0x1000 }
+    }
 
     fn segment(phys: u64, len: usize) -> PhysSegment {
         PhysSegment { phys: PhysAddr::new(phys), len }
@@ -77,10 +153,11 @@ mod tests {
     #[test]
     fn touching_segments_share_a_run() {
         let list = [segment(0x1000, 0x1000), segment(0x2000, 0x800), segment(0x8000, 1), segment(0x9000, 16)];
-        let runs: Vec<_> =
-            Runs { segments: &list, granule: 0x1000 }.map(|run| (run.phys.get(), run.len)).collect();
+        let runs: Vec<_> = runs(&list).map(|run| (run.phys.get(), run.len)).collect();
         assert_eq!(runs, [(0x1000, 0x2000), (0x8000, 0x2000)]);
-        assert_eq!(total_len(&list, 0x1000), Ok(0x4000));
+        let mut offsets = [Iova::new(0); 4];
+        assert_eq!(survey(&list, 0x1000, &mut offsets), Ok(Extent { len: 0x4000, runs: 2 }));
+        assert_eq!(offsets.map(Iova::get), [0, 0x1000, 0x2000, 0x3000]);
     }
 
     #[test]
@@ -88,14 +165,22 @@ mod tests {
         let list = [segment(0x1100, 0x10), segment(0x1200, 0x10)];
         let range = IovaRange::from_len(Iova::new(0x10000), 0x2000).unwrap();
         let mut iovas = [Iova::new(0); 2];
-        place(&list, 0x1000, range, &mut iovas);
+        assert_eq!(survey(&list, 0x1000, &mut iovas), Ok(Extent { len: 0x2000, runs: 2 }));
+        place(range, &mut iovas);
         assert_eq!(iovas, [Iova::new(0x10100), Iova::new(0x11200)]);
-        assert_eq!(Runs { segments: &list, granule: 0x1000 }.count(), 2);
+        assert_eq!(runs(&list).count(), 2);
     }
 
     #[test]
     fn the_end_of_memory_is_an_error() {
         assert!(matches!(rounded(segment(u64::MAX, 2), 0x1000), Err(MapError::PhysicalWraps { .. })));
         assert_eq!(rounded(segment(0, 0), 0x1000), Err(MapError::Empty));
+        let top = segment(u64::MAX - 0xfff, 0x1000);
+        assert_eq!(rounded(top, 0x1000).map(|run| run.len), Ok(0x1000), "the last granule");
+        // What goes on from there at 0 is a run that wraps.
+        let list = [top, segment(0, 0x1000)];
+        let extent = survey(&list, 0x1000, &mut [Iova::new(0); 2]);
+        assert_eq!(extent, Ok(Extent { len: 0x2000, runs: 1 }));
+        assert!(runs(&list).all(|run| !run.is_whole(0x1000)));
     }
 }

@@ -48,7 +48,7 @@ impl Engine {
             Ok(at) if self.endpoints[at].is_stale => {
                 let endpoint = &mut self.endpoints[at];
                 endpoint.is_stale = false;
-                core::mem::swap(&mut endpoint.reserved, reserved);
+                endpoint.renew(reserved);
             }
             Err(at) if self.endpoints.len() < self.limits.endpoints => {
                 self.endpoints.insert(at, EndpointRecord::new(id, Arc::clone(reserved)));
@@ -114,6 +114,9 @@ impl Engine {
         let domain = domains.get_mut(key.place()).and_then(Option::as_mut);
         let domain = domain.filter(|domain| domain.generation == key.generation);
         let domain = domain.ok_or(AttachError::DeadDomain)?;
+        if endpoints[at].reserved_in == Some(key) {
+            return Ok(());
+        }
         let endpoint = endpoints[at].id;
         for region in endpoints[at].reserved.iter() {
             let region = region.range.rounded_out(granule);
@@ -122,6 +125,7 @@ impl Engine {
                 ReserveError::ListFull => AttachError::TooManyReserved { endpoint },
             })?;
         }
+        endpoints[at].reserved_in = Some(key);
         Ok(())
     }
 

@@ -10,13 +10,17 @@
 
 use super::map::UnmapPlan;
 use super::mapping::{MappingState, Record};
-use super::{DomainKey, Engine};
+use super::{DomainKey, Engine, Op};
 use crate::addr::{Iova, IovaRange};
 use crate::error::{RequestError, UnmapError};
+use crate::exchange::Mapped;
 use crate::id::EndpointId;
 use crate::options::DeferredBounds;
+use crate::wire::request::Request;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 /// The most ranges that a domain keeps for its flush.
 const MAX_RANGES: usize = 1 << 16;
@@ -24,23 +28,58 @@ const MAX_RANGES: usize = 1 << 16;
 /// How many ranges at most are unmapped by one request, and looked at in one stretch under the lock.
 pub(crate) const MERGED: usize = 256;
 
-/// Ranges of deferred records of a domain, as they were unmapped: each of whole records that touch each other.
+/// Ranges of deferred records of a domain, as they were unmapped: each of whole records that touch each other, with the
+/// first of them.
 ///
 /// # Invariants
 /// `waiting` never grows beyond its capacity. `spare` is empty, and as large, unless a flush has it.
 pub(crate) struct DeferredList {
     bounds: DeferredBounds,
-    waiting: Vec<IovaRange>,
+    waiting: Vec<Mapped>,
     /// Takes the place of `waiting` when a flush takes that.
-    spare: Vec<IovaRange>,
+    spare: Vec<Mapped>,
     mappings: usize,
     bytes: u64,
     /// When the oldest of them was unmapped, where there is a clock.
     oldest_ns: Option<u64>,
+    due: FlushDue,
     /// A flush took ranges, and did not end yet.
     flushing: bool,
     /// A flush failed, or a recovery came before it, and what it was to unmap may be in quarantine still.
     failed: Option<RequestError>,
+}
+
+/// When a domain's flush is due, for all who hold the domain. A hint: whoever finds it past asks the engine. In units of
+/// 1024 ns, rounded down, as much as fits.
+#[derive(Clone, Debug)]
+pub(crate) struct FlushDue(Arc<AtomicUsize>);
+
+impl FlushDue {
+    const NEVER: usize = usize::MAX;
+
+    fn never() -> Self {
+        Self(Arc::new(AtomicUsize::new(Self::NEVER)))
+    }
+
+    fn units(ns: u64) -> usize {
+        usize::try_from(ns >> 10).unwrap_or(Self::NEVER).min(Self::NEVER - 1)
+    }
+
+    fn set(&self, due_ns: Option<u64>) {
+        self.0.store(due_ns.map_or(Self::NEVER, Self::units), Ordering::Relaxed);
+    }
+
+    /// Whether anything waits for a flush.
+    #[inline]
+    pub(crate) fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed) != Self::NEVER
+    }
+
+    /// Whether it may be past.
+    #[inline]
+    pub(crate) fn may_be_past(&self, now_ns: u64) -> bool {
+        self.0.load(Ordering::Relaxed) <= Self::units(now_ns)
+    }
 }
 
 /// What became of an unmapping that may be deferred.
@@ -66,6 +105,7 @@ impl DeferredList {
             mappings: 0,
             bytes: 0,
             oldest_ns: None,
+            due: FlushDue::never(),
             flushing: false,
             failed: None,
         }
@@ -82,12 +122,14 @@ impl DeferredList {
 
     /// Adds deferred records. There is room.
     #[inline(always)]
-    pub(super) fn push(&mut self, range: IovaRange, mappings: usize, now_ns: Option<u64>) -> Deferral {
+    pub(super) fn push(&mut self, deferred: Mapped, mappings: usize, now_ns: Option<u64>) -> Deferral {
         debug_assert!(self.has_room());
-        self.waiting.push(range);
+        self.waiting.push(deferred);
         self.mappings += mappings;
-        self.bytes = self.bytes.saturating_add(range.len_bytes().unwrap_or(u64::MAX));
-        self.oldest_ns = self.oldest_ns.or(now_ns);
+        self.bytes = self.bytes.saturating_add(deferred.range.len_bytes().unwrap_or(u64::MAX));
+        if self.oldest_ns.is_none() && now_ns.is_some() {
+            self.set_oldest(now_ns);
+        }
         if self.is_due(now_ns) { Deferral::FlushDue } else { Deferral::Deferred }
     }
 
@@ -103,10 +145,21 @@ impl DeferredList {
         age.is_some_and(|age| age >= self.bounds.age_ns)
     }
 
-    fn take(&mut self) -> Vec<IovaRange> {
+    /// When a flush is due for the oldest, to be looked at without the lock.
+    pub(crate) fn due(&self) -> FlushDue {
+        self.due.clone()
+    }
+
+    fn set_oldest(&mut self, oldest_ns: Option<u64>) {
+        self.oldest_ns = oldest_ns;
+        self.due.set(oldest_ns.map(|oldest| oldest.saturating_add(self.bounds.age_ns)));
+    }
+
+    fn take(&mut self) -> Vec<Mapped> {
         let spare = mem::take(&mut self.spare);
         let taken = mem::replace(&mut self.waiting, spare);
-        (self.mappings, self.bytes, self.oldest_ns) = (0, 0, None);
+        (self.mappings, self.bytes) = (0, 0);
+        self.set_oldest(None);
         taken
     }
 
@@ -118,7 +171,8 @@ impl DeferredList {
     /// The records went with their domain.
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
-        (self.mappings, self.bytes, self.oldest_ns) = (0, 0, None);
+        (self.mappings, self.bytes) = (0, 0);
+        self.set_oldest(None);
     }
 }
 
@@ -141,7 +195,7 @@ impl Engine {
             mappings += 1;
             true
         });
-        list.push(range, mappings, now_ns)
+        list.push(Mapped { range, record: first }, mappings, now_ns)
     }
 
     /// Whether anything waits for a flush, or is being flushed.
@@ -172,7 +226,7 @@ impl Engine {
     }
 
     /// Takes what waits, for the one flush that a domain has at a time. Nothing where nothing waits.
-    pub(crate) fn begin_flush(&mut self, key: DomainKey) -> Vec<IovaRange> {
+    pub(crate) fn begin_flush(&mut self, key: DomainKey) -> Vec<Mapped> {
         let list = self.domain_mut(key).and_then(|domain| domain.deferred.as_mut());
         let Some(list) = list.filter(|list| !list.waiting.is_empty()) else { return Vec::new() };
         debug_assert!(!list.flushing);
@@ -182,25 +236,28 @@ impl Engine {
 
     /// Begins the UNMAP of the first of these ranges, which are sorted, and of those that touch it. Also says how many
     /// of them that took, which is at least one: a range that is not deferred any more is passed over.
-    pub(crate) fn begin_flush_of(
-        &mut self,
-        key: DomainKey,
-        ranges: &[IovaRange],
-    ) -> (usize, Option<UnmapPlan>) {
+    pub(crate) fn begin_flush_of(&mut self, key: DomainKey, ranges: &[Mapped]) -> (usize, Option<UnmapPlan>) {
         let Some((count, merged)) = first_run(ranges) else { return (0, None) };
+        if let Some(domain) = self.domain_mut(key)
+            && domain.space.begin_flush(&ranges[..count])
+        {
+            let request = Request::Unmap { domain: domain.id, range: merged };
+            let op = Op::Unmap { domain: key, range: merged, record: ranges[0].record };
+            return (count, Some(UnmapPlan::Send(request, op)));
+        }
         let deferred = MappingState::Deferred;
         if let Ok(plan) = self.begin_unmap_of(key, merged, deferred) {
             return (count, Some(plan));
         }
         // One of them is not what it was: each by itself.
-        (1, self.begin_unmap_of(key, ranges[0], deferred).ok())
+        (1, self.begin_unmap_of(key, ranges[0].range, deferred).ok())
     }
 
     /// Puts ranges that a flush does not get to into quarantine, as a strict unmapping that fails does.
-    pub(crate) fn give_up_deferred(&mut self, key: DomainKey, ranges: &[IovaRange]) {
+    pub(crate) fn give_up_deferred(&mut self, key: DomainKey, ranges: &[Mapped]) {
         let Some(domain) = self.domain_mut(key) else { return };
-        for range in ranges {
-            domain.space.retain_in(*range, None, |record| {
+        for deferred in ranges {
+            domain.space.retain_in(deferred.range, None, |record| {
                 if record.state == MappingState::Deferred {
                     record.state = MappingState::Quarantined { in_flight: false };
                 }
@@ -213,9 +270,9 @@ impl Engine {
     pub(crate) fn end_flush(
         &mut self,
         key: DomainKey,
-        mut taken: Vec<IovaRange>,
+        mut taken: Vec<Mapped>,
         failed: Option<RequestError>,
-    ) -> Vec<IovaRange> {
+    ) -> Vec<Mapped> {
         let list = self.domain_mut(key).and_then(|domain| domain.deferred.as_mut());
         let Some(list) = list else { return taken };
         taken.clear();
@@ -226,7 +283,7 @@ impl Engine {
 
     /// The first range that waits, for the words of an error.
     pub(crate) fn first_deferred(&self, key: DomainKey) -> Option<IovaRange> {
-        self.domain(key)?.deferred.as_ref()?.waiting.first().copied()
+        self.domain(key)?.deferred.as_ref()?.waiting.first().map(|deferred| deferred.range)
     }
 
     /// The first mapping in `range` behind `after` that is in quarantine, and that an UNMAP can be tried for.
@@ -270,13 +327,14 @@ impl Engine {
 }
 
 /// The first of sorted ranges with those that touch it: how many, and all of them.
-pub(crate) fn first_run(ranges: &[IovaRange]) -> Option<(usize, IovaRange)> {
-    let (first, rest) = ranges.split_first()?;
-    let (mut count, mut run) = (1, *first);
-    for next in rest.iter().take(MERGED - 1) {
-        let touches = run.last().checked_add(1) == Some(next.start());
-        let Some(longer) = IovaRange::new(run.start(), next.last()).filter(|_| touches) else { break };
-        (count, run) = (count + 1, longer);
+pub(crate) fn first_run(ranges: &[Mapped]) -> Option<(usize, IovaRange)> {
+    let first = ranges.first()?.range;
+    let (mut count, mut last) = (1, first.last());
+    for next in ranges.iter().take(MERGED).skip(1) {
+        if last.checked_add(1) != Some(next.range.start()) {
+            break;
+        }
+        (count, last) = (count + 1, next.range.last());
     }
-    Some((count, run))
+    Some((count, IovaRange::new(first.start(), last)?))
 }

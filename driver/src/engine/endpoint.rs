@@ -36,6 +36,8 @@ pub(crate) struct EndpointRecord {
     pub id: EndpointId,
     pub attachment: Attachment,
     pub reserved: Arc<[ReservedRegion]>,
+    /// The domain whose addresses these were last taken out of, where they stay.
+    pub reserved_in: Option<DomainKey>,
     /// The domain that it joins again when that got another number, or when a recovery succeeds.
     pub rejoin: Option<DomainKey>,
     /// The endpoints that it cannot be isolated from: all that name the same one.
@@ -63,6 +65,7 @@ impl EndpointRecord {
             id,
             attachment: Attachment::Detached,
             reserved,
+            reserved_in: None,
             rejoin: None,
             group: None,
             is_stale: false,
@@ -73,6 +76,13 @@ impl EndpointRecord {
             suspend_due: false,
             suspended: None,
         }
+    }
+
+    /// Replaces what is reserved for it by what is in `reserved`, which no domain keeps out of its addresses yet. The old
+    /// list comes back, to be dropped outside of the lock.
+    pub(crate) fn renew(&mut self, reserved: &mut Arc<[ReservedRegion]>) {
+        core::mem::swap(&mut self.reserved, reserved);
+        self.reserved_in = None;
     }
 
     /// The domain that it is in, or may be.

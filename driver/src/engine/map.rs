@@ -70,6 +70,10 @@ impl Engine {
         if domain.kind == DomainKind::Identity {
             return Err(MapError::IdentityDomain);
         }
+        #[cfg(feature = "contexts")]
+        if matches!(domain.kind, DomainKind::Contexts(_)) {
+            return Err(MapError::NoDefaultContext);
+        }
         if len == 0 {
             return Err(MapError::Empty);
         }
@@ -130,25 +134,8 @@ impl Engine {
 
     /// Takes addresses where `placement` allows, and begins a mapping there, whose request is then sent in any case. With
     /// the number that it carries.
-    #[inline(always)]
-    pub(crate) fn begin_anywhere(
-        &mut self,
-        key: DomainKey,
-        (run, placement): (Run, Placement),
-        (purpose, list): (Purpose, ListId),
-    ) -> Result<(Mapped, DomainId), MapError> {
-        if run.is_whole(self.geometry.granule)
-            && purpose.prot.is_plain()
-            && let Some((domain, mapped)) = self.begin_one(key, (run, placement), (purpose, list), &mut None)
-        {
-            domain.stats.requests += 1;
-            return Ok((mapped, domain.id));
-        }
-        self.begin_anywhere_slowly(key, (run, placement), (purpose, list))
-    }
-
     #[cold]
-    fn begin_anywhere_slowly(
+    pub(crate) fn begin_anywhere(
         &mut self,
         key: DomainKey,
         (run, placement): (Run, Placement),
@@ -204,32 +191,6 @@ impl Engine {
         let record = record.ok_or(MapError::InUse(range))?;
         domain.stats.requests += 1;
         Ok((record, domain.id))
-    }
-
-    /// [`begin_map`](Self::begin_map) for a part of a list: the beginning of what is left of its addresses, whose record the
-    /// handle may name. Also says where the record of the rest is, if there is any.
-    #[inline(always)]
-    pub(crate) fn begin_part(
-        &mut self,
-        key: DomainKey,
-        (part, rest): (IovaRange, Mapped),
-        phys: PhysAddr,
-        (purpose, list): (Purpose, ListId),
-        held: &mut Option<HeldMemory>,
-    ) -> Result<(MappingHandle, MappingHandle, DomainId), MapError> {
-        let run = Run { phys, len: part.len_minus_one().wrapping_add(1) };
-        if run.is_whole(self.geometry.granule)
-            && purpose.prot.is_plain()
-            && held.is_none()
-            && let Some(domain) = self.domain_mut(key)
-            && domain.takes_mappings()
-            && let Some((record, behind)) = domain.space.begin_part(part, rest, phys, (purpose, list))
-        {
-            domain.stats.requests += 1;
-            return Ok((record, behind, domain.id));
-        }
-        let (record, domain) = self.begin_map(key, (list, part), phys, purpose, held)?;
-        Ok((record, MappingHandle::UNKNOWN, domain))
     }
 
     /// Marks whole neighbouring mappings as being unmapped, and gives the one request for them (I6).

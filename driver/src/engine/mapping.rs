@@ -99,6 +99,18 @@ pub(super) enum Holder {
     /// Nobody; they are kept for the next one who wants as many.
     Cached,
     Mapping,
+    /// A mapping, the first of a [list](super::space) that may be unmapped in one step.
+    Head,
+    /// A mapping, another one of such a list. It is found by its neighbours alone: a record that is not in use may say so.
+    Part,
+}
+
+impl Holder {
+    /// Whether it is a mapping of any kind.
+    #[inline(always)]
+    pub(super) fn is_mapping(self) -> bool {
+        matches!(self, Self::Mapping | Self::Head | Self::Part)
+    }
 }
 
 /// A range of addresses that is not free: most are mappings, and to the rest of the engine all are.
@@ -165,6 +177,37 @@ impl Record {
         (self.list, self.list_high) = list.kept();
         self.prot = purpose.prot.bits() as u8;
         (self.state, self.on_device, self.counted, self.owned) = (MappingState::Mapping, true, false, false);
+    }
+
+    /// One more mapping of a list, behind the record `prev`.
+    #[inline(always)]
+    pub(super) fn part(
+        (range, phys): (IovaRange, PhysAddr),
+        purpose: Purpose,
+        list: ListId,
+        (prev, rank): (u32, i8),
+    ) -> Self {
+        let (list, list_high) = list.kept();
+        Self {
+            range,
+            phys,
+            tag: purpose.tag,
+            kept: None,
+            left: u32::MAX,
+            right: u32::MAX,
+            prev,
+            next: u32::MAX,
+            gap: 0,
+            list,
+            list_high,
+            rank,
+            holder: Holder::Part,
+            prot: purpose.prot.bits() as u8,
+            state: MappingState::Mapping,
+            on_device: true,
+            counted: false,
+            owned: false,
+        }
     }
 
     /// What it allows.

@@ -11,6 +11,7 @@ mod domain;
 mod endpoint;
 mod fault;
 mod group;
+mod join;
 mod map;
 mod mapping;
 mod quick;
@@ -19,7 +20,7 @@ mod settle;
 mod space;
 
 pub(crate) use attach::AttachPlan;
-pub(crate) use deferred::{Deferral, DeferredList, MERGED, first_run};
+pub(crate) use deferred::{Deferral, DeferredList, FlushDue, MERGED, first_run};
 pub(crate) use domain::DomainRecord;
 pub use domain::DomainStats;
 pub(crate) use endpoint::Attachment;
@@ -171,6 +172,8 @@ pub(crate) struct Engine {
     own_endpoint: Option<EndpointId>,
     /// Sorted by id.
     endpoints: Vec<EndpointRecord>,
+    /// Where an endpoint was that was looked for: a hint.
+    last_place: usize,
     domains: Vec<Option<DomainRecord>>,
     next_domain_id: u32,
     /// Numbers that an earlier life of the device still uses.
@@ -196,6 +199,7 @@ impl Engine {
             limits,
             own_endpoint,
             endpoints: Vec::with_capacity(limits.endpoints),
+            last_place: 0,
             domains: (0..limits.domains).map(|_| None).collect(),
             next_domain_id: geometry.domain_ids.0,
             retired_ids: Vec::with_capacity(2 * limits.domains),

@@ -4,13 +4,16 @@
 //! the words for what is wrong, and know the rare states.
 
 use super::deferred::Deferral;
-use super::domain::DomainRecord;
+use super::domain::{DomainRecord, DomainStats};
 use super::mapping::{ListId, MappingHandle, Purpose};
-use super::{DomainKey, Engine, Placement};
+use super::space::Parts;
+use super::{Confirmed, DomainKey, Engine, Op, Placement};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
+use crate::id::DomainId;
 use crate::options::DomainKind;
+use crate::prot::Prot;
 
 impl DomainRecord {
     /// Whether [`check`](Self::check) has nothing against a mapping of whole granules for reading, writing or both.
@@ -20,6 +23,70 @@ impl DomainRecord {
             && self.attached > 0
             && !self.in_transition
             && !self.space.is_full()
+    }
+}
+
+/// Successes of one domain's requests, which are counted together.
+#[must_use = "they are counted at the end"]
+pub(crate) struct Confirming<'a> {
+    key: DomainKey,
+    domain: &'a mut DomainRecord,
+    confirmed: &'a mut Confirmed,
+    maps: Sum,
+    unmaps: Sum,
+}
+
+#[derive(Default)]
+struct Sum {
+    count: u64,
+    bytes: u64,
+}
+
+impl Sum {
+    #[inline(always)]
+    fn add(&mut self, range: IovaRange) {
+        self.count += 1;
+        self.bytes += range.len_minus_one() + 1;
+    }
+}
+
+impl Confirming<'_> {
+    /// Takes note of a MAP, or of an UNMAP of whole mappings that hold no memory. False, and nothing done, where it is
+    /// another request, or there is more to it.
+    #[inline(always)]
+    pub(crate) fn take(&mut self, op: &Op) -> bool {
+        match *op {
+            Op::Map { domain, range, record } if domain == self.key => {
+                let done = self.domain.space.confirm(record, range);
+                if done {
+                    self.maps.add(range);
+                }
+                done
+            }
+            Op::Unmap { domain, range, record } if domain == self.key => {
+                let space = &mut self.domain.space;
+                let done = space.end_unmapped_plain(record, range) || space.end_unmapped_run(record, range);
+                if done {
+                    self.unmaps.add(range);
+                }
+                done
+            }
+            _ => false,
+        }
+    }
+
+    /// Counts what was taken.
+    #[inline(always)]
+    pub(crate) fn end(self) {
+        let Self { domain, confirmed, maps, unmaps, .. } = self;
+        let stats = &mut domain.stats;
+        stats.maps += maps.count;
+        confirmed.maps += maps.count;
+        stats.mapped_bytes += maps.bytes;
+        stats.peak_bytes = stats.peak_bytes.max(stats.mapped_bytes);
+        stats.unmaps += unmaps.count;
+        confirmed.unmaps += unmaps.count;
+        stats.mapped_bytes -= unmaps.bytes;
     }
 }
 
@@ -47,6 +114,27 @@ impl Engine {
         }
         let mapped = domain.space.make(run, placement, (purpose, list), held)?;
         Some((domain, mapped))
+    }
+
+    /// The domain, where it takes mappings of whole granules for this. Whoever makes some, one by one, looks whether it is
+    /// full before each.
+    #[inline(always)]
+    pub(crate) fn usual_domain(&mut self, key: DomainKey, prot: Prot) -> Option<&mut DomainRecord> {
+        self.domain_mut(key).filter(|domain| prot.is_plain() && domain.takes_mappings())
+    }
+
+    /// Begins to map a list for reading, writing or both at addresses that were taken for it. With the number that its
+    /// requests carry, and where they are counted.
+    #[inline(always)]
+    pub(crate) fn begin_parts(
+        &mut self,
+        key: DomainKey,
+        rest: Mapped,
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<(DomainId, &mut DomainStats, Parts<'_>)> {
+        let domain = self.usual_domain(key, purpose.prot)?;
+        let parts = domain.space.begin_parts(rest, (purpose, list))?;
+        Some((domain.id, &mut domain.stats, parts))
     }
 
     /// Begins the unmapping of live mappings that touch each other, the first of which the handle may name. The request for
@@ -94,19 +182,18 @@ impl Engine {
         Some(held)
     }
 
-    /// The same for what may be several mappings: false where it is more than whole mappings that were made together and
-    /// hold no memory.
-    #[inline(always)]
-    pub(crate) fn unmapped_plain(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
-        let Some(domain) = self.domain_mut(key) else { return false };
-        match domain.space.is_all_of(record, range) {
-            true => self.unmapped_one(key, range, record).is_some(),
-            false => self.unmapped_run(key, range, record),
-        }
+    /// Begins to take note of successes of one domain's requests. `None` where there is more to it than to its records.
+    #[inline]
+    pub(crate) fn confirming(&mut self, key: DomainKey) -> Option<Confirming<'_>> {
+        let Self { domains, confirmed, .. } = self;
+        let domain = domains.get_mut(key.place())?.as_mut()?;
+        let usual = domain.generation == key.generation && domain.possible > 0;
+        usual.then_some(Confirming { key, domain, confirmed, maps: Sum::default(), unmaps: Sum::default() })
     }
 
+    /// The same for whole mappings that were made together and hold no memory.
     #[inline(never)]
-    fn unmapped_run(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+    pub(crate) fn unmapped_run(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
         if !domain.space.end_unmapped_run(record, range) {
             return false;
@@ -117,7 +204,25 @@ impl Engine {
         true
     }
 
-    /// Defers the unmapping of one live mapping, which the handle may name. [`Deferral::Strict`] where nothing was done.
+    /// The device confirmed the UNMAP of a run of deferred mappings. False, and nothing done, where there is more to it.
+    #[inline]
+    pub(crate) fn flushed(&mut self, key: DomainKey, range: IovaRange, run: &[Mapped]) -> bool {
+        let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
+        let covers = |first: &Mapped, last: &Mapped| {
+            first.range.start() == range.start() && last.range.last() == range.last()
+        };
+        let covered = run.first().zip(run.last()).is_some_and(|(first, last)| covers(first, last));
+        if !covered || !domain.space.end_flush(run) {
+            return false;
+        }
+        domain.stats.unmaps += 1;
+        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
+        self.confirmed.unmaps += 1;
+        true
+    }
+
+    /// Defers the unmapping of one live mapping, which the handle may name, or of a list. [`Deferral::Strict`] where nothing
+    /// was done.
     #[inline(always)]
     pub(crate) fn defer_one(
         &mut self,
@@ -129,9 +234,9 @@ impl Engine {
         let Some(list) = domain.deferred.as_mut().filter(|list| list.has_room()) else {
             return Deferral::Strict;
         };
-        if !domain.space.defer(record, range) {
-            return Deferral::Strict;
+        match domain.space.defer(record, range) {
+            Some((record, mappings)) => list.push(Mapped { range, record }, mappings, now_ns),
+            None => Deferral::Strict,
         }
-        list.push(range, 1, now_ns)
     }
 }

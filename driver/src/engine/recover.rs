@@ -94,7 +94,7 @@ impl Engine {
     /// of the lock.
     pub(crate) fn reintroduce(&mut self, id: EndpointId, reserved: &mut Arc<[ReservedRegion]>) {
         if let Some(endpoint) = self.endpoint_mut(id) {
-            core::mem::swap(&mut endpoint.reserved, reserved);
+            endpoint.renew(reserved);
         }
     }
 
@@ -108,7 +108,7 @@ impl Engine {
     ) -> Result<(), AttachError> {
         let at = self.endpoints.binary_search_by_key(&id, |record| record.id);
         let Ok(at) = at else { return Ok(()) };
-        core::mem::swap(&mut self.endpoints[at].reserved, reserved);
+        self.endpoints[at].renew(reserved);
         self.reserve_for(at, key)
     }
 

@@ -1,12 +1,13 @@
 //! Attaching and detaching endpoints, and mapping again what a domain lost.
 
-use super::{Need, Sent, Shared, flush};
+use super::quick::First;
+use super::{Need, Sent, Shared, State, flush};
 use crate::addr::IovaRange;
 use crate::engine::{AttachPlan, DomainKey, Op};
 use crate::error::{AttachError, DetachError, RequestError};
 use crate::id::EndpointId;
 use crate::platform::Platform;
-use crate::queue::Batch;
+use crate::queue::{Batch, Outcome};
 use crate::wire::request::Status;
 
 impl<P: Platform> Shared<P> {
@@ -83,14 +84,69 @@ impl<P: Platform> Shared<P> {
             let (request, op) = state.engine.begin_detach(endpoint)?;
             Ok(self.submit_one(state, &request, op))
         });
-        match self.finish(begun.await.map_err(failed)??).await {
+        let outcome = self.finish(begun.await.map_err(failed)??).await;
+        self.detached(endpoint, outcome)
+    }
+
+    /// What a DETACH that was sent and waited for comes to.
+    pub(crate) fn detached(&self, endpoint: EndpointId, outcome: Outcome) -> Result<(), DetachError> {
+        match outcome {
             // Unplugged: it is in no domain any more.
             Ok(()) | Err(RequestError::Refused(Status::NoEnt)) => Ok(()),
             // Nor one that turned out not to be where it may have been.
             Err(_) if self.is_detached(endpoint) => Ok(()),
-            Err(error) => Err(failed(error)),
+            Err(error) => Err(DetachError::Request { endpoint, error }),
         }
     }
+}
+
+/// Attaches an endpoint that is known, in no domain and in no group, to a domain without mappings.
+pub(crate) fn attach_first<P: Platform>(
+    shared: &Shared<P>,
+    endpoint: EndpointId,
+    key: DomainKey,
+) -> First<'_, P, (), ()> {
+    let op = Op::Attach { endpoint, domain: key };
+    let (slot, place) = {
+        let Some(mut state) = shared.state.usual() else { return First::No };
+        let State { engine, requests, sent, .. } = &mut *state;
+        let Some(slot) = requests.free_slot() else { return First::No };
+        let Some((request, place, domain)) = engine.begin_attach_one(endpoint, key) else { return First::No };
+        let wanted = requests.send_one(slot, &request, op);
+        *sent += 1;
+        shared.note_sent(domain, wanted);
+        (slot, place)
+    };
+    let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };
+    if !state.engine.attached_one(place, endpoint, key) {
+        state.succeeded(op);
+        // What more there is to do finds the endpoint where it is to be.
+        return First::No;
+    }
+    First::Done(())
+}
+
+/// Detaches an endpoint that is in no group from a domain without mappings. Says whether it had none to the end: else what
+/// it had may wait to go back to its owner.
+pub(crate) fn detach_first<P: Platform>(shared: &Shared<P>, endpoint: EndpointId) -> First<'_, P, bool, ()> {
+    let (slot, place, key) = {
+        let Some(mut state) = shared.state.usual() else { return First::No };
+        let State { engine, requests, sent, .. } = &mut *state;
+        let Some(slot) = requests.free_slot() else { return First::No };
+        let Some(((request, place, domain), key)) = engine.begin_detach_one(endpoint) else {
+            return First::No;
+        };
+        let wanted = requests.send_one(slot, &request, Op::Detach { endpoint, domain: key });
+        *sent += 1;
+        shared.note_sent(domain, wanted);
+        (slot, place, key)
+    };
+    let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };
+    let done = state.engine.detached_one(place, endpoint, key);
+    if !done {
+        state.succeeded(Op::Detach { endpoint, domain: key });
+    }
+    First::Done(done)
 }
 
 /// Ends a replay, finished or dropped. What a dropped one did not get to is mapped when an endpoint is attached next.

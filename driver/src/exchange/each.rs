@@ -55,33 +55,18 @@ pub(crate) async fn map_each<P: Platform>(
         let submit = |state: &mut State| -> Batch {
             let mut batch = Batch::default();
             let name = *each.name.get_or_insert_with(|| state.engine.begin_list());
-            let State { engine, requests, sent, .. } = &mut *state;
-            while next < count
-                && let Some(slot) = requests.free_slot()
-            {
-                let begun = wanted(next).and_then(|Wanted { run, placement }| {
-                    let begun = engine.begin_anywhere(key, (run, placement), (purpose, name));
-                    begun.map(|(mapped, domain)| (mapped, domain, run.phys))
-                });
-                match begun {
-                    Ok((mapped, domain, phys)) => {
-                        let Mapped { range, record } = mapped;
-                        let request = Request::Map { domain, range, phys, prot: purpose.prot };
-                        requests.queue_one(
-                            slot,
-                            &request,
-                            Op::Map { domain: key, range, record },
-                            &mut batch,
-                        );
-                        *sent += 1;
-                        each.made[next] = Some(mapping(next, mapped));
-                    }
+            while next < count && state.requests.free_slot().is_some() {
+                next += each.submit_usual((next, &wanted, &mapping), (purpose, name), state, &mut batch);
+                if next == count {
+                    break;
+                }
+                match each.submit_next((next, &wanted, &mapping), (purpose, name), state, &mut batch) {
+                    Ok(submitted) => next += usize::from(submitted),
                     Err(error) => {
                         result = Err(error);
                         break;
                     }
                 }
-                next += 1;
             }
             state.publish(Some(key), &shared.doorbell);
             batch
@@ -115,6 +100,67 @@ pub(crate) async fn map_each<P: Platform>(
 }
 
 impl<P: Platform> Each<'_, P> {
+    /// Begins and submits from the one with this number on, as long as there is nothing special about them. How many.
+    #[inline(always)]
+    fn submit_usual(
+        &mut self,
+        (first, wanted, mapping): (
+            usize,
+            &impl Fn(usize) -> Result<Wanted, MapError>,
+            &impl Fn(usize, Mapped) -> DmaMapping,
+        ),
+        (purpose, name): (Purpose, ListId),
+        state: &mut State,
+        batch: &mut Batch,
+    ) -> usize {
+        let State { engine, requests, sent, .. } = state;
+        let (key, granule) = (self.key, engine.geometry.granule);
+        let Some(domain) = engine.usual_domain(key, purpose.prot) else { return 0 };
+        let mut next = first;
+        for place in &mut self.made[first..] {
+            let (Some(slot), Ok(Wanted { run, placement })) = (requests.free_slot(), wanted(next)) else {
+                break;
+            };
+            if !run.is_whole(granule) || domain.space.is_full() {
+                break;
+            }
+            let made = domain.space.make(run, placement, (purpose, name), &mut None);
+            let Some(mapped @ Mapped { range, record }) = made else { break };
+            let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
+            requests.queue_one(slot, &request, Op::Map { domain: key, range, record }, batch);
+            *place = Some(mapping(next, mapped));
+            next += 1;
+        }
+        let count = next - first;
+        *sent += count as u64;
+        domain.stats.requests += count as u64;
+        count
+    }
+
+    /// Begins and submits the one with this number. False where there is no slot.
+    fn submit_next(
+        &mut self,
+        (next, wanted, mapping): (
+            usize,
+            &impl Fn(usize) -> Result<Wanted, MapError>,
+            &impl Fn(usize, Mapped) -> DmaMapping,
+        ),
+        (purpose, name): (Purpose, ListId),
+        state: &mut State,
+        batch: &mut Batch,
+    ) -> Result<bool, MapError> {
+        let State { engine, requests, sent, .. } = state;
+        let Some(slot) = requests.free_slot() else { return Ok(false) };
+        let Wanted { run, placement } = wanted(next)?;
+        let (mapped, domain) = engine.begin_anywhere(self.key, (run, placement), (purpose, name))?;
+        let Mapped { range, record } = mapped;
+        let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
+        requests.queue_one(slot, &request, Op::Map { domain: self.key, range, record }, batch);
+        *sent += 1;
+        self.made[next] = Some(mapping(next, mapped));
+        Ok(true)
+    }
+
     /// Takes those out of the list that the device refused, or may have or not, which is what it returns.
     fn keep_what_is_there(&mut self, first: usize, end: usize) -> bool {
         let Some(name) = self.name else { return false };
@@ -196,24 +242,37 @@ impl<P: Platform> Drop for Rest<'_, P> {
 }
 
 impl<P: Platform> Rest<'_, P> {
+    /// Begins and submits as long as they are live mappings.
+    #[inline(always)]
+    fn submit_usual(&mut self, state: &mut State, batch: &mut Batch) {
+        let State { engine, requests, sent, .. } = state;
+        let Some(domain) = engine.domain_mut(self.key) else { return };
+        let before = batch.len();
+        for place in &self.mappings[self.next..] {
+            let Some(slot) = requests.free_slot() else { break };
+            if let Some(mapping) = place {
+                let range = mapping.range();
+                let Some(record) = domain.space.begin_unmap(range, mapping.record()) else { break };
+                let request = Request::Unmap { domain: domain.id, range };
+                requests.queue_one(slot, &request, Op::Unmap { domain: self.key, range, record }, batch);
+            }
+            self.next += 1;
+        }
+        let count = u64::from(batch.len() - before);
+        *sent += count;
+        domain.stats.requests += count;
+    }
+
     /// Begins and submits while there are slots. Called under the lock.
     fn submit(&mut self, state: &mut State, result: &mut Result<(), UnmapError>) -> Batch {
         let mut batch = Batch::default();
-        let State { engine, requests, sent, .. } = &mut *state;
-        while self.next < self.mappings.len()
-            && let Some(slot) = requests.free_slot()
-        {
-            let mapping =
-                self.mappings[self.next].as_ref().map(|mapping| (mapping.range(), mapping.record()));
+        while self.next < self.mappings.len() && state.requests.free_slot().is_some() {
+            self.submit_usual(state, &mut batch);
+            let State { engine, requests, sent, .. } = &mut *state;
+            let Some(slot) = requests.free_slot() else { break };
+            let Some(place) = self.mappings.get(self.next) else { break };
             self.next += 1;
-            let Some((range, record)) = mapping else { continue };
-            if let Some((domain, record)) = engine.begin_unmap_one(self.key, range, record) {
-                domain.stats.requests += 1;
-                *sent += 1;
-                let request = Request::Unmap { domain: domain.id, range };
-                requests.queue_one(slot, &request, Op::Unmap { domain: self.key, range, record }, &mut batch);
-                continue;
-            }
+            let Some(range) = place.as_ref().map(DmaMapping::range) else { continue };
             match engine.begin_unmap(self.key, range) {
                 Ok(UnmapPlan::Send(request, op)) => {
                     engine.count_request(self.key);

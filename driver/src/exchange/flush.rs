@@ -2,13 +2,13 @@
 
 use super::quick::First;
 use super::unmap::{Owned, reclaim, unmap};
-use super::{Need, Shared, State};
+use super::{InFlight, Mapped, Need, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::Unmapped;
 use crate::engine::{Deferral, DomainKey, MERGED, Op, UnmapPlan, first_run};
 use crate::error::{RequestError, UnmapError};
 use crate::platform::Platform;
-use crate::queue::Batch;
+use crate::queue::{Batch, Completion};
 use crate::wire::request::Status;
 use alloc::vec::Vec;
 
@@ -75,7 +75,7 @@ pub(crate) async fn flush<P: Platform>(shared: &Shared<P>, key: DomainKey) -> Re
 struct Flush<'a, P: Platform> {
     shared: &'a Shared<P>,
     key: DomainKey,
-    ranges: Vec<IovaRange>,
+    ranges: Vec<Mapped>,
     /// The first of them that is not begun yet.
     next: usize,
     failed: Option<RequestError>,
@@ -108,7 +108,7 @@ impl<'a, P: Platform> Flush<'a, P> {
 
     async fn run(mut self) {
         let shared = self.shared;
-        self.ranges.sort_unstable_by_key(|range| range.start());
+        self.ranges.sort_unstable_by_key(|deferred| deferred.range.start());
         let mut failed = None;
         // Bounded: each round goes on behind a range.
         while self.next < self.ranges.len() {
@@ -129,7 +129,7 @@ impl<'a, P: Platform> Flush<'a, P> {
                     apart = true;
                 }
             };
-            if let Some(in_flight) = shared.begin(batch) {
+            if let Some(in_flight) = self.begin_waiting(batch, first) {
                 in_flight.wait(each).await;
             }
             self.give_back(first);
@@ -156,9 +156,32 @@ impl<'a, P: Platform> Flush<'a, P> {
         batch
     }
 
+    /// Rings for the ranges that were sent since `first`, and looks once, as [`Shared::begin`] does.
+    fn begin_waiting(&self, mut batch: Batch, first: usize) -> Option<InFlight<'a, P>> {
+        let (shared, mut rest) = (self.shared, &self.ranges[first..self.next]);
+        shared.ring();
+        if let Some(mut state) = shared.state.usual() {
+            let State { engine, requests, .. } = &mut *state;
+            // Answered in the order in which they were sent. Bounded by the batch.
+            while let Some(&op) = requests.take_next(&mut batch) {
+                let flushed = match op {
+                    Op::Unmap { range, .. } => engine.flushed(self.key, range, run_of(&mut rest, range)),
+                    _ => false,
+                };
+                if !flushed {
+                    engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+                }
+            }
+        }
+        shared.in_flight(batch)
+    }
+
     /// Gives memory back that was held for the ranges that were sent since `first`, and is out of the device's reach.
     fn give_back(&self, first: usize) {
         let (shared, key) = (self.shared, self.key);
+        if !shared.state.lock().engine.has_released() {
+            return;
+        }
         let mut rest = &self.ranges[first..self.next];
         while let Some((count, run)) = first_run(rest) {
             rest = &rest[count..];
@@ -172,10 +195,10 @@ impl<'a, P: Platform> Flush<'a, P> {
     /// what the device does not have any more it confirms (I6).
     async fn unmap_apart(&self, first: usize) {
         let (shared, key) = (self.shared, self.key);
-        for range in &self.ranges[first..self.next] {
+        for deferred in &self.ranges[first..self.next] {
             let mut done = None;
             // Bounded: each round goes on behind a mapping.
-            while let Some(part) = { shared.state.lock().engine.next_given_up(key, *range, done) } {
+            while let Some(part) = { shared.state.lock().engine.next_given_up(key, deferred.range, done) } {
                 done = Some(part);
                 if let Err(error) = reclaim(shared, key, part).await {
                     log::warn!("a mapping stays in quarantine: {error}");
@@ -183,4 +206,14 @@ impl<'a, P: Platform> Flush<'a, P> {
             }
         }
     }
+}
+
+/// Takes what one request unmaps off sorted ranges, and what lies before it.
+fn run_of<'r>(rest: &mut &'r [Mapped], range: IovaRange) -> &'r [Mapped] {
+    let before = rest.iter().take_while(|deferred| deferred.range.start() < range.start()).count();
+    let run = &rest[before..];
+    let count = run.iter().take_while(|deferred| deferred.range.last() <= range.last()).count();
+    let (run, behind) = run.split_at(count);
+    *rest = behind;
+    run
 }

@@ -53,7 +53,8 @@ struct List<'a, P: Platform, I: Iterator<Item = Run> + Clone> {
     whole: Option<IovaRange>,
     /// Where its records are. Once one is of unknown outcome, others' may be among them.
     owned: Option<IovaRange>,
-    /// What is not begun yet: runs, and the addresses for them.
+    /// What is not begun yet: the next run, those behind it, and the addresses for all of them.
+    run: Option<Run>,
     runs: I,
     free: Option<IovaRange>,
     /// Where the record of those addresses is, if that is known.
@@ -69,14 +70,14 @@ impl<P: Platform, I: Iterator<Item = Run> + Clone> Drop for List<'_, P, I> {
 }
 
 impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
-    fn new(shared: &'a Shared<P>, key: DomainKey, runs: I) -> Self {
-        let free_record = MappingHandle::UNKNOWN;
-        Self { shared, key, name: None, whole: None, owned: None, runs, free: None, free_record }
+    fn new(shared: &'a Shared<P>, key: DomainKey, mut runs: I) -> Self {
+        let (run, free_record) = (runs.next(), MappingHandle::UNKNOWN);
+        Self { shared, key, name: None, whole: None, owned: None, run, runs, free: None, free_record }
     }
 
     #[cold]
     fn end_early(&mut self) {
-        let parts = self.runs.clone().count();
+        let parts = self.run.iter().count() + self.runs.clone().count();
         let mut state = self.shared.state.lock();
         if let (Some(name), Some(owned)) = (self.name, self.owned) {
             state.engine.disown_list(self.key, owned, name);
@@ -99,7 +100,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let name = match self.name {
             Some(name) => name,
             None => {
-                let Some(run) = self.runs.clone().next() else { return (batch, Err(MapError::Empty)) };
+                let Some(run) = self.run else { return (batch, Err(MapError::Empty)) };
                 let (engine, key, prot) = (&mut state.engine, self.key, purpose.prot);
                 let range = match place {
                     Place::Anywhere { len, placement, parts } => {
@@ -120,40 +121,64 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             }
         };
         let mut begun = Ok(());
-        let State { engine, requests, sent, .. } = &mut *state;
-        while let Some(free) = self.free
-            && let Some(slot) = requests.free_slot()
-        {
-            let mut runs = self.runs.clone();
-            let Some(Run { phys, len }) = runs.next() else { break };
-            let part = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
-            let made = part.ok_or(MapError::Empty).and_then(|part| {
-                let rest = Mapped { range: free, record: self.free_record };
-                let made = engine.begin_part(self.key, (part, rest), phys, (purpose, name), held)?;
-                Ok((part, made))
-            });
-            match made {
-                Ok((range, (record, behind, domain))) => {
-                    let request = Request::Map { domain, range, phys, prot: purpose.prot };
-                    requests.queue_one(
-                        slot,
-                        &request,
-                        Op::Map { domain: self.key, range, record },
-                        &mut batch,
-                    );
-                    *sent += 1;
-                    self.runs = runs;
-                    self.free = free.after(range);
-                    self.free_record = behind;
-                }
-                Err(error) => {
-                    begun = Err(error);
-                    break;
-                }
+        while self.free.is_some() && begun.is_ok() && state.requests.free_slot().is_some() {
+            if held.is_none() {
+                self.submit_parts(state, (purpose, name), &mut batch);
             }
+            begun = self.submit_next(state, (purpose, name), held, &mut batch);
         }
         state.publish(Some(self.key), &self.shared.doorbell);
         (batch, begun)
+    }
+
+    /// Begins and submits runs as long as there is nothing special about them.
+    #[inline]
+    fn submit_parts(&mut self, state: &mut State, (purpose, name): (Purpose, ListId), batch: &mut Batch) {
+        let State { engine, requests, sent, .. } = state;
+        let (key, granule) = (self.key, engine.geometry.granule);
+        let Some(range) = self.free else { return };
+        let rest = Mapped { range, record: self.free_record };
+        let Some((domain, stats, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else { return };
+        let before = batch.len();
+        let (mut next, mut runs) = (self.run, self.runs.clone());
+        while let Some(run) = next
+            && let Some(slot) = requests.free_slot()
+            && run.is_whole(granule)
+            && let Some(Mapped { range, record }) = parts.push(run)
+        {
+            let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
+            requests.queue_one(slot, &request, Op::Map { domain: key, range, record }, batch);
+            next = runs.next();
+        }
+        (self.run, self.runs) = (next, runs);
+        let count = u64::from(batch.len() - before);
+        *sent += count;
+        stats.requests += count;
+        let rest = parts.end();
+        self.free = rest.map(|rest| rest.range);
+        self.free_record = rest.map_or(MappingHandle::UNKNOWN, |rest| rest.record);
+    }
+
+    /// Begins and submits the next run, if there is a slot for it.
+    fn submit_next(
+        &mut self,
+        state: &mut State,
+        (purpose, name): (Purpose, ListId),
+        held: &mut Option<HeldMemory>,
+        batch: &mut Batch,
+    ) -> Result<(), MapError> {
+        let State { engine, requests, sent, .. } = state;
+        let (Some(free), Some(slot)) = (self.free, requests.free_slot()) else { return Ok(()) };
+        let Some(Run { phys, len }) = self.run else { return Err(MapError::Empty) };
+        let range = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
+        let range = range.ok_or(MapError::Empty)?;
+        let (record, domain) = engine.begin_map(self.key, (name, range), phys, purpose, held)?;
+        let request = Request::Map { domain, range, phys, prot: purpose.prot };
+        requests.queue_one(slot, &request, Op::Map { domain: self.key, range, record }, batch);
+        *sent += 1;
+        (self.run, self.free, self.free_record) =
+            (self.runs.next(), free.after(range), MappingHandle::UNKNOWN);
+        Ok(())
     }
 }
 
@@ -177,7 +202,7 @@ pub(crate) fn map<'a, P: Platform>(
     if let First::Sent(SentMap { range, name, lent: memory }, in_flight) = first {
         lent = memory;
         (list.name, list.whole, list.owned) = (Some(name), Some(range), Some(range));
-        list.runs.next();
+        list.run = list.runs.next();
         sent = Some((Some(in_flight), Ok(())));
     }
     async move {

@@ -16,6 +16,7 @@ mod state;
 mod unmap;
 mod wait;
 
+pub(crate) use attach::{attach_first, detach_first};
 pub(crate) use each::{Wanted, map_each, unmap_each};
 pub(crate) use flush::{flush, flush_all_the_same, flush_due, unmap_by_policy};
 pub(crate) use map::{Place, Run, map};
@@ -27,7 +28,7 @@ pub(crate) use wait::{Deadline, InFlight};
 
 use crate::barrier;
 use crate::dma::{HeldMemory, Release};
-use crate::engine::{Attachment, DomainKey, Op};
+use crate::engine::{Attachment, DomainKey, DomainRecord, Op};
 use crate::id::EndpointId;
 use crate::options::Options;
 use crate::platform::Platform;
@@ -81,6 +82,16 @@ impl<P: Platform> Shared<P> {
     #[inline(always)]
     pub(crate) fn note_doorbell(&self) {
         self.doorbell.store(true, Ordering::Release);
+    }
+
+    /// Counts a request for its domain, and notes the doorbell where the device wants it. Called under the lock.
+    #[inline(always)]
+    pub(crate) fn note_sent(&self, domain: &mut DomainRecord, wanted: bool) {
+        domain.stats.requests += 1;
+        if wanted {
+            domain.stats.kicks += 1;
+            self.note_doorbell();
+        }
     }
 
     /// Rings the request queue's doorbell if it is due. Called without the lock.

@@ -55,14 +55,14 @@ impl<P: Platform> Shared<P> {
     /// Rings for a request that was sent as `slot`, and takes its success, if that is there: then with the lock, for
     /// whatever that does to the records.
     #[inline(always)]
-    fn answer(&self, slot: u16) -> Option<Guard<'_, P::Lock, State>> {
+    pub(super) fn answer(&self, slot: u16) -> Option<Guard<'_, P::Lock, State>> {
         self.ring();
         let mut state = self.state.usual()?;
         if state.requests.take_one(slot) { Some(state) } else { None }
     }
 
     #[cold]
-    fn wait_for(&self, slot: u16) -> InFlight<'_, P> {
+    pub(super) fn wait_for(&self, slot: u16) -> InFlight<'_, P> {
         let batch = { self.state.lock().requests.batch_of(slot) };
         InFlight::new(self, batch)
     }
@@ -109,11 +109,7 @@ pub(crate) fn map_first<'a, P: Platform>(
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
         let wanted = requests.send_one(slot, &request, Op::Map { domain: key, range, record });
         *sent += 1;
-        domain.stats.requests += 1;
-        if wanted {
-            domain.stats.kicks += 1;
-            shared.note_doorbell();
-        }
+        shared.note_sent(domain, wanted);
         (slot, mapped, name)
     };
     let Mapped { range, record } = mapped;
@@ -142,11 +138,7 @@ pub(crate) fn unmap_first<P: Platform>(
         let request = Request::Unmap { domain: domain.id, range };
         let wanted = requests.send_one(slot, &request, Op::Unmap { domain: key, range, record });
         *sent += 1;
-        domain.stats.requests += 1;
-        if wanted {
-            domain.stats.kicks += 1;
-            shared.note_doorbell();
-        }
+        shared.note_sent(domain, wanted);
         (slot, record)
     };
     let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };
@@ -156,6 +148,7 @@ pub(crate) fn unmap_first<P: Platform>(
             drop(state);
             shared.release(held);
         }
+        None if state.engine.unmapped_run(key, range, record) => {}
         None => {
             state.succeeded(Op::Unmap { domain: key, range, record });
             drop(state);

@@ -65,15 +65,33 @@ impl State {
     }
 
     /// Takes note of a request that succeeded in time.
-    #[inline(always)]
+    #[cold]
     pub(crate) fn succeeded(&mut self, op: Op) {
-        let done = match op {
-            Op::Map { domain, range, record } => self.engine.mapped_one(domain, range, record),
-            Op::Unmap { domain, range, record } => self.engine.unmapped_plain(domain, range, record),
-            _ => false,
-        };
-        if !done {
-            self.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+        self.engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
+    }
+
+    /// Takes the first requests of a batch, where all is [usual](Self::is_usual), as far as their successes are the next in
+    /// the ring. Bounded by the batch.
+    #[inline]
+    pub(crate) fn take_successes(&mut self, batch: &mut Batch) {
+        let Self { engine, requests, .. } = self;
+        while let Some(op) = requests.next_op(batch) {
+            let mut confirming = op.domain().and_then(|key| engine.confirming(key));
+            // Why it ends: what more there is to do.
+            let rest = loop {
+                let Some(op) = requests.take_next(batch) else { break None };
+                let done = confirming.as_mut().is_some_and(|confirming| confirming.take(op));
+                if !done {
+                    break Some(*op);
+                }
+            };
+            if let Some(confirming) = confirming {
+                confirming.end();
+            }
+            match rest {
+                Some(op) => engine.settle(&Completion { op, outcome: Ok(()), abandoned: false }),
+                None => return,
+            }
         }
     }
 

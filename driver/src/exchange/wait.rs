@@ -343,15 +343,15 @@ impl<P: Platform> Shared<P> {
     pub(crate) fn begin(&self, mut batch: Batch) -> Option<InFlight<'_, P>> {
         self.ring();
         if let Some(mut state) = self.state.usual() {
-            // Bounded by the batch.
-            while let Some(op) = state.requests.take_next(&mut batch) {
-                state.succeeded(op);
-            }
-            if batch.is_empty() {
-                return None;
-            }
+            state.take_successes(&mut batch);
         }
-        Some(InFlight::new(self, batch))
+        self.in_flight(batch)
+    }
+
+    /// What is still to be waited for, if anything is.
+    #[inline]
+    pub(super) fn in_flight(&self, batch: Batch) -> Option<InFlight<'_, P>> {
+        if batch.is_empty() { None } else { Some(InFlight::new(self, batch)) }
     }
 
     /// Rings for the batch, waits for every request of it, and hands over each outcome. Requests that the deadline

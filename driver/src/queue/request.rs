@@ -294,7 +294,7 @@ impl RequestQueue {
     /// the ring: what most find when they look, without the way over [`complete`](Self::complete) and
     /// [`take`](Self::take). Returns what it did, which the caller settles.
     #[inline(always)]
-    pub(crate) fn take_next(&mut self, batch: &mut Batch) -> Option<Op> {
+    pub(crate) fn take_next(&mut self, batch: &mut Batch) -> Option<&Op> {
         if batch.len == 0 {
             return None;
         }
@@ -304,11 +304,16 @@ impl RequestQueue {
         Some(op)
     }
 
+    /// What the batch's first request does.
+    pub(crate) fn next_op(&self, batch: &Batch) -> Option<&Op> {
+        batch.head().map(|head| &self.slots[usize::from(head)].op)
+    }
+
     /// What the request in this slot did, and the slot after it, if its success is the next in the ring.
     #[inline(always)]
-    fn take_at(&mut self, index: u16) -> Option<(Op, u16)> {
+    fn take_at(&mut self, index: u16) -> Option<(&Op, u16)> {
         debug_assert!(self.is_usual());
-        let used = self.ring.peek_fresh()?;
+        let used = self.ring.peek()?;
         let slot = self.slots.get_mut(usize::from(index))?;
         let mine = used.id == 2 * u32::from(index) && slot.state == SlotState::InFlight;
         // Before the answer is known to be there the device may be writing it.
@@ -317,11 +322,11 @@ impl RequestQueue {
         {
             return None;
         }
-        let found = (slot.op, slot.next);
-        (slot.state, slot.next) = (SlotState::Free, self.free);
+        let next = core::mem::replace(&mut slot.next, self.free);
+        slot.state = SlotState::Free;
         self.free = index;
-        self.ring.pass_fresh();
-        Some(found)
+        self.ring.pass();
+        Some((&slot.op, next))
     }
 
     /// A request that [`send_one`](Self::send_one) sent, to be waited for.
@@ -513,5 +518,7 @@ impl RequestQueue {
     }
 }
 
+#[cfg(feature = "contexts")]
+mod context;
 #[cfg(test)]
 mod tests;

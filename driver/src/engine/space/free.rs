@@ -97,6 +97,9 @@ impl Space {
         let start = range.start().max(self.usable.start());
         let last = range.last().min(self.usable.last());
         let Some(range) = IovaRange::new(start, last) else { return Ok(()) };
+        if self.holes.iter().any(|hole| hole.contains(range)) {
+            return Ok(());
+        }
         let mut pieces = 0;
         let mut next = self.unreserved_in(range);
         // Bounded by the holes, as below.

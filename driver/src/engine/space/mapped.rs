@@ -39,7 +39,7 @@ impl Space {
 
     #[inline]
     fn mapping_at(&self, start: Iova) -> Option<Index> {
-        self.find(start).filter(|index| self.order[*index].holder == Holder::Mapping)
+        self.find(start).filter(|index| self.order[*index].holder.is_mapping())
     }
 
     /// The mapping that starts at this address.
@@ -50,7 +50,7 @@ impl Space {
     /// The mapping that a handle was made for, if it is the one that starts at this address.
     fn named(&self, handle: MappingHandle, start: Iova) -> Option<Index> {
         let record = self.order.get(handle.0)?;
-        (record.holder == Holder::Mapping && record.range.start() == start).then_some(handle.0)
+        (record.holder.is_mapping() && record.range.start() == start).then_some(handle.0)
     }
 
     /// A handle of the mapping that starts at this address.
@@ -66,13 +66,18 @@ impl Space {
         change: impl FnOnce(&mut Record) -> R,
     ) -> Option<R> {
         let record = self.order.get_mut(handle.0)?;
-        let named = record.holder == Holder::Mapping && record.range.start() == start;
-        named.then(|| self.tally.change(record, change))
+        let named = record.holder.is_mapping() && record.range.start() == start;
+        if !named {
+            return None;
+        }
+        Self::touch(&mut self.touched, record.holder);
+        Some(self.tally.change(record, change))
     }
 
     /// Removes the mapping that starts at this address, which is free then. With the memory that was held for it.
     pub(crate) fn remove(&mut self, start: Iova) -> Option<HeldMemory> {
         let index = self.mapping_at(start)?;
+        Self::touch(&mut self.touched, self.order[index].holder);
         let granule = self.order.granule();
         let held = self.order[index].take_held(granule);
         self.tally.forget(&self.order[index]);
@@ -90,7 +95,7 @@ impl Space {
     /// The mapping that contains `address`.
     pub(crate) fn containing(&self, address: Iova) -> Option<&Record> {
         let record = &self.order[self.order.at_or_below(address)?];
-        (record.holder == Holder::Mapping && address <= record.range.last()).then_some(record)
+        (record.holder.is_mapping() && address <= record.range.last()).then_some(record)
     }
 
     /// The mappings that start at or above `start`, in order.
@@ -106,7 +111,7 @@ impl Space {
 
     fn mappings_from(&self, first: Index) -> impl Iterator<Item = &Record> {
         let records = core::iter::successors(Some(&self.order[first]), |record| self.order.get(record.next));
-        records.filter(|record| record.holder == Holder::Mapping)
+        records.filter(|record| record.holder.is_mapping())
     }
 
     /// The first mapping of `range`, if it is made of whole mappings that touch each other.
@@ -119,7 +124,7 @@ impl Space {
             }
             let next = self.order.get(record.next)?;
             let touches = record.range.last().checked_add(1) == Some(next.range.start());
-            if !touches || next.holder != Holder::Mapping {
+            if !touches || !next.holder.is_mapping() {
                 return None;
             }
             record = next;
@@ -155,7 +160,10 @@ impl Space {
                 break;
             }
             let is_last = record.range.last() == last;
-            if record.holder == Holder::Mapping && !self.tally.change(record, &mut keep) {
+            if record.holder.is_mapping() {
+                Self::touch(&mut self.touched, record.holder);
+            }
+            if record.holder.is_mapping() && !self.tally.change(record, &mut keep) {
                 debug_assert!(!record.holds_memory(), "the memory of {} is lost", record.range);
                 self.tally.forget(record);
                 record.holder = Holder::Taken;
@@ -191,7 +199,8 @@ impl Space {
     pub(crate) fn visit(&mut self, first: MappingHandle, last: Iova, mut visit: impl FnMut(&mut Record)) {
         let mut index = first.0;
         while let Some(record) = self.order.get_mut(index) {
-            if record.holder == Holder::Mapping {
+            if record.holder.is_mapping() {
+                Self::touch(&mut self.touched, record.holder);
                 self.tally.change(record, &mut visit);
             }
             if record.range.last() >= last {

@@ -13,6 +13,7 @@
 //! are but by the height of the tree, except for what visits all.
 
 mod free;
+mod list;
 mod magazine;
 mod mapped;
 mod order;
@@ -26,6 +27,7 @@ use super::mapping::{Holder, Record, Tally};
 use crate::addr::{Iova, IovaRange};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+pub(crate) use list::Parts;
 use magazine::Magazines;
 use order::Order;
 use slab::{Index, MAX_CHUNK, NIL};
@@ -79,6 +81,8 @@ pub(crate) struct Space {
     outside: usize,
     mappings: usize,
     tally: Tally,
+    /// How often something happened to a part of a [list](list) by itself. No list is whole that was made before.
+    touched: u32,
 }
 
 /// The whole space and its room for records.
@@ -101,6 +105,7 @@ impl Space {
             outside: 0,
             mappings: 0,
             tally: Tally::default(),
+            touched: 1,
         }
     }
 
@@ -176,7 +181,8 @@ impl Space {
             record.is_some_and(|record| record.holder != Holder::Nobody && record.range.start() == start)
         };
         let recent = self.recent[self.hint(start)];
-        if starts(&recent) {
+        // A part of a list may be none any more.
+        if starts(&recent) && self.order[recent].holder != Holder::Part {
             return Some(recent);
         }
         self.order.at_or_below(start).filter(starts)

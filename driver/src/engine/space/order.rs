@@ -81,7 +81,13 @@ impl Order {
 
     /// Whether a record can be added.
     pub(super) fn has_room(&self) -> bool {
-        self.slab.room() > 0
+        self.room() > 0
+    }
+
+    /// How many records can be added.
+    #[inline(always)]
+    pub(super) fn room(&self) -> usize {
+        self.slab.room()
     }
 
     pub(super) fn add_chunk(&mut self, chunk: Vec<Record>) -> Option<Vec<Record>> {
@@ -231,6 +237,53 @@ impl Order {
             _ => self.attach(rest),
         }
         Some(rest)
+    }
+
+    /// Adds a part of a list that is being made, as `part` says, which names the part before it. That has to name this one.
+    #[inline(always)]
+    pub(super) fn append_part(&mut self, part: impl FnOnce() -> Record) -> Option<Index> {
+        if let Some((index, place)) = self.slab.take_vacant() {
+            *place = part();
+            return Some(index);
+        }
+        self.append_new(part())
+    }
+
+    /// Once for each record.
+    #[cold]
+    fn append_new(&mut self, part: Record) -> Option<Index> {
+        self.slab.put(part)
+    }
+
+    /// Adds what is left of a list's addresses, behind the last part so far.
+    pub(super) fn append_rest(
+        &mut self,
+        range: IovaRange,
+        (last, next): (Index, Index),
+        rank: i8,
+    ) -> Option<Index> {
+        let rest = self.slab.put(Record::new(range, Holder::Taken))?;
+        self.join(last, rest);
+        self.join(rest, next);
+        match rank - 1 {
+            behind if behind >= -MAX_BEHIND => self[rest].rank = behind,
+            _ => self.attach(rest),
+        }
+        Some(rest)
+    }
+
+    /// Makes two records neighbours.
+    pub(super) fn join(&mut self, low: Index, high: Index) {
+        (self[low].next, self[high].prev) = (high, low);
+    }
+
+    /// [`merge`](Self::merge) for so many records of which all but the first lie behind it.
+    pub(super) fn merge_parts(&mut self, first: Index, last: Index, count: usize) {
+        let (second, next, end) = (self[first].next, self[last].next, self[last].range.last());
+        self.slab.give_back_chain(second, last, count - 1);
+        self.join(first, next);
+        let range = self[first].range;
+        self[first].range = IovaRange::new(range.start(), end).unwrap_or(range);
     }
 
     /// Makes one record of neighbours that touch, from the first to the last. It stands where the first did, and the

@@ -3,7 +3,7 @@
 use super::Space;
 use super::order::Wanted;
 use super::slab::Index;
-use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::addr::{Iova, IovaRange};
 use crate::dma::HeldMemory;
 use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
 use crate::engine::{Placement, Unheld};
@@ -57,7 +57,7 @@ impl Space {
     #[inline(always)]
     pub(crate) fn confirm(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Some(record) = self.order.get_mut(handle.0) else { return false };
-        let waits = record.holder == Holder::Mapping
+        let waits = record.holder.is_mapping()
             && record.range.start() == range.start()
             && record.state == MappingState::Mapping;
         if waits {
@@ -82,27 +82,36 @@ impl Space {
         self.begin_unmap_run(range)
     }
 
-    /// Marks the one live mapping of exactly this range as deferred. False where the handle does not name it, or it is not
-    /// live.
+    /// Marks the one live mapping of exactly this range, which the handle may name, as deferred, or a list of them. Its
+    /// record, and how many there are. `None`, and nothing changed, where they are not live.
     #[inline(always)]
-    pub(crate) fn defer(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
-        let Some(record) = self.order.get_mut(handle.0) else { return false };
-        let live = record.range == range && is_live(record);
-        if live {
+    pub(crate) fn defer(
+        &mut self,
+        handle: MappingHandle,
+        range: IovaRange,
+    ) -> Option<(MappingHandle, usize)> {
+        if let Some(record) = self.order.get_mut(handle.0)
+            && record.range == range
+            && is_live(record)
+        {
             // As above.
             (record.state, record.owned) = (MappingState::Deferred, false);
+            return Some((handle, 1));
         }
-        live
+        self.defer_list(range)
     }
 
     #[inline(never)]
     fn begin_unmap_run(&mut self, range: IovaRange) -> Option<MappingHandle> {
         let first = self.find(range.start())?;
+        if self.mark_list(first, range, MappingState::Live, MappingState::Unmapping).is_some() {
+            return Some(MappingHandle(first));
+        }
         let mut index = first;
         // Bounded by the records in the range, as below.
         loop {
             let record = self.order.get(index)?;
-            if !is_live(record) || record.range.last() > range.last() {
+            if !(is_live(record) || is_live_part(record)) || record.range.last() > range.last() {
                 return None;
             }
             if record.range.last() == range.last() {
@@ -117,6 +126,7 @@ impl Space {
         let (last, mut index) = (index, first);
         loop {
             let record = &mut self.order[index];
+            Self::touch(&mut self.touched, record.holder);
             // As above.
             (record.state, record.owned) = (MappingState::Unmapping, false);
             if index == last {
@@ -126,34 +136,12 @@ impl Space {
         }
     }
 
-    /// Makes a mapping of the first of the addresses that were taken for a list, whose record the handle may name. Its
-    /// record, and that of the rest, or [`MappingHandle::UNKNOWN`] where there is none. `None`, and nothing changed, where it is not so.
-    #[inline(always)]
-    pub(crate) fn begin_part(
-        &mut self,
-        part: IovaRange,
-        Mapped { range: rest, record: handle }: Mapped,
-        phys: PhysAddr,
-        (purpose, list): (Purpose, ListId),
-    ) -> Option<(MappingHandle, MappingHandle)> {
-        let index = if handle == MappingHandle::UNKNOWN { self.find(rest.start())? } else { handle.0 };
-        let record = self.order.get(index)?;
-        let taken = record.holder == Holder::Taken && record.range == rest && part.start() == rest.start();
-        if !taken || part.last() > rest.last() {
-            return None;
-        }
-        let behind = match part.last() == rest.last() {
-            true => MappingHandle::UNKNOWN,
-            false => MappingHandle(self.split(index, part.last().checked_add(1)?)?),
-        };
-        self.mappings += 1;
-        self.order.get_mut(index)?.begin(phys, purpose, list, None);
-        Some((MappingHandle(index), behind))
-    }
-
     /// The device confirmed the UNMAP of records that wait for that, touch each other and hold no memory: their addresses are
     /// free. False, and nothing changed, where it is not so.
     pub(crate) fn end_unmapped_run(&mut self, first: MappingHandle, range: IovaRange) -> bool {
+        if self.end_unmapped_list(first.0, range) {
+            return true;
+        }
         let Some(count) = self.count_unmapped(first, range) else { return false };
         self.mappings -= count;
         self.outside -= count;
@@ -192,7 +180,7 @@ impl Space {
     /// How many records that is.
     fn count_unmapped(&self, first: MappingHandle, range: IovaRange) -> Option<usize> {
         let waits = |record: &Record| {
-            record.holder == Holder::Mapping
+            record.holder.is_mapping()
                 && record.state == MappingState::Unmapping
                 && record.on_device
                 && record.counted
@@ -221,48 +209,63 @@ impl Space {
     /// held for it. `None` where it is not there, or not so.
     #[inline(always)]
     pub(crate) fn end_unmapped(&mut self, handle: MappingHandle, range: IovaRange) -> Option<Unheld> {
+        match self.end_unmapped_plain(handle, range) {
+            true => Some(Unheld::Nothing),
+            false => self.end_unmapped_held(handle, range).map(Unheld::Memory),
+        }
+    }
+
+    /// The same for a record that holds no memory. False where it is not there, or not so.
+    #[inline(always)]
+    pub(crate) fn end_unmapped_plain(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Self { order, magazines, .. } = self;
         let granules = order.granules(range);
-        let record = order.get_mut(handle.0)?;
-        let waits = record.holder == Holder::Mapping
-            && record.range == range
-            && record.state == MappingState::Unmapping
-            && record.counted;
-        if !waits {
-            return None;
+        let Some(record) = order.get_mut(handle.0) else { return false };
+        if !was_unmapped(record, range) || record.holds_memory() {
+            return false;
         }
-        debug_assert!(record.on_device && !record.owned);
         self.mappings -= 1;
         self.outside -= 1;
-        record.counted = false;
-        if record.holds_memory() {
-            return Some(self.take_held(handle));
-        }
-        record.holder = Holder::Taken;
+        (record.holder, record.counted) = (Holder::Taken, false);
         if !magazines.keep(handle.0, record, granules) {
             self.free(handle.0);
         }
-        Some(Unheld::Nothing)
+        true
     }
 
-    /// Whether this one record is all of the range, and there is no memory that goes back with it.
-    #[inline(always)]
-    pub(crate) fn is_all_of(&self, handle: MappingHandle, range: IovaRange) -> bool {
-        self.order.get(handle.0).is_some_and(|record| record.range == range && !record.holds_memory())
-    }
-
-    #[cold]
-    fn take_held(&mut self, handle: MappingHandle) -> Unheld {
-        let granule = self.order.granule();
-        let record = &mut self.order[handle.0];
-        let held = record.take_held(granule);
-        record.holder = Holder::Taken;
-        self.free(handle.0);
-        held.map_or(Unheld::Nothing, Unheld::Memory)
+    #[inline(never)]
+    fn end_unmapped_held(&mut self, handle: MappingHandle, range: IovaRange) -> Option<HeldMemory> {
+        let Self { order, magazines, .. } = self;
+        let (granule, granules) = (order.granule(), order.granules(range));
+        let record = order.get_mut(handle.0).filter(|record| was_unmapped(record, range))?;
+        let held = record.take_held(granule)?;
+        self.mappings -= 1;
+        self.outside -= 1;
+        (record.holder, record.counted) = (Holder::Taken, false);
+        if !magazines.keep(handle.0, record, granules) {
+            self.free(handle.0);
+        }
+        Some(held)
     }
 }
 
-/// Whether it is the record of a mapping that is live on the device.
+/// Whether it is the record of exactly this range, and waited for an UNMAP's answer.
+#[inline(always)]
+fn was_unmapped(record: &Record, range: IovaRange) -> bool {
+    let waited = record.holder == Holder::Mapping
+        && record.range == range
+        && record.state == MappingState::Unmapping
+        && record.counted;
+    debug_assert!(!waited || record.on_device && !record.owned);
+    waited
+}
+
+/// Whether it is the record of a mapping that is live on the device, and is in a list.
+fn is_live_part(record: &Record) -> bool {
+    record.holder.is_mapping() && record.state == MappingState::Live && record.on_device
+}
+
+/// Whether it is the record of a mapping that is live on the device, and no part of a list.
 #[inline(always)]
 fn is_live(record: &Record) -> bool {
     record.holder == Holder::Mapping && record.state == MappingState::Live && record.on_device

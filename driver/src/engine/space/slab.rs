@@ -90,6 +90,23 @@ impl Slab {
         }
     }
 
+    /// A record that was in use before, to be written anew. `None` where there is none.
+    #[inline(always)]
+    pub(super) fn take_vacant(&mut self) -> Option<(Index, &mut Record)> {
+        let index = self.vacant;
+        let next = self.get(index)?.next;
+        self.vacant = next;
+        self.room -= 1;
+        Some((index, self.get_mut(index)?))
+    }
+
+    /// Gives the places of `count` records back, each of which names the next one. They stay as they are.
+    pub(super) fn give_back_chain(&mut self, first: Index, last: Index, count: usize) {
+        self[last].next = self.vacant;
+        self.vacant = first;
+        self.room += count;
+    }
+
     fn chunk(&mut self, number: usize) -> Option<&mut Vec<Record>> {
         match number.checked_sub(1) {
             None => Some(&mut self.first),

@@ -1,5 +1,6 @@
 //! Spaces, and the shape of their trees.
 
+mod list;
 mod random;
 mod shape;
 
@@ -53,7 +54,7 @@ impl Space {
             core::iter::successors(self.order.get(self.order.first()), |record| self.order.get(record.next))
         };
         let count = |holder| records().filter(|record| record.holder == holder).count();
-        assert_eq!(count(Holder::Mapping), self.mappings);
+        assert_eq!(records().filter(|record| record.holder.is_mapping()).count(), self.mappings);
         assert_eq!(count(Holder::Reserved), self.holes.len());
         assert_eq!(count(Holder::Cached), self.magazines.count(&self.order));
         assert_eq!(count(Holder::End), 1);
@@ -61,7 +62,7 @@ impl Space {
         assert!(used <= self.outside && self.outside <= self.order.capacity(), "{used} {}", self.outside);
         // Counted anew.
         let mut tally = Tally::default();
-        for record in records().filter(|record| record.holder == Holder::Mapping) {
+        for record in records().filter(|record| record.holder.is_mapping()) {
             tally.remember(record);
         }
         assert_eq!(tally, self.tally);

@@ -2,21 +2,58 @@
 
 use super::*;
 use crate::engine::mapping::MappingState;
+use crate::exchange::{Mapped, Run};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, RngSeed, TestRunner};
+use std::vec;
 
 const PAGES: u64 = 96;
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
-    Allocate { len: u64, align: u64, limit: u64, parts: u64 },
-    Take { page: u64, len: u64 },
-    Insert { which: usize, len: u64 },
-    Release { which: usize },
-    Remove { which: usize },
-    Change { which: usize, to: u8 },
-    RetainIn { page: u64, len: u64, keep: u64 },
-    Reserve { page: u64, len: u64 },
+    Allocate {
+        len: u64,
+        align: u64,
+        limit: u64,
+        parts: u64,
+    },
+    Take {
+        page: u64,
+        len: u64,
+    },
+    Insert {
+        which: usize,
+        len: u64,
+    },
+    /// As many parts as there are to be, in one go.
+    List {
+        which: usize,
+        answered: u64,
+    },
+    /// From one mapping on, so many.
+    Unmap {
+        which: usize,
+        count: usize,
+    },
+    Release {
+        which: usize,
+    },
+    Remove {
+        which: usize,
+    },
+    Change {
+        which: usize,
+        to: u8,
+    },
+    RetainIn {
+        page: u64,
+        len: u64,
+        keep: u64,
+    },
+    Reserve {
+        page: u64,
+        len: u64,
+    },
     Grow,
 }
 
@@ -30,6 +67,9 @@ fn op() -> impl Strategy<Value = Op> {
         }),
         2 => (0..PAGES, 1..12u64).prop_map(|(page, len)| Op::Take { page, len }),
         8 => (any::<usize>(), 1..4u64).prop_map(|(which, len)| Op::Insert { which, len }),
+        4 => (any::<usize>(), prop_oneof![4 => Just(u64::MAX), 1 => any::<u64>()])
+            .prop_map(|(which, answered)| Op::List { which, answered }),
+        6 => (any::<usize>(), 1..6usize).prop_map(|(which, count)| Op::Unmap { which, count }),
         2 => any::<usize>().prop_map(|which| Op::Release { which }),
         4 => any::<usize>().prop_map(|which| Op::Remove { which }),
         3 => (any::<usize>(), any::<u8>()).prop_map(|(which, to)| Op::Change { which, to }),
@@ -126,6 +166,61 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
             if parts > 1 {
                 plain.ranges.push((page + len, taken - len, Who::Taken { parts: parts - 1 }));
             }
+        }
+        Op::List { which, answered } => {
+            let Some(at) = plain.nth(which, |who| matches!(who, Who::Taken { .. })) else { return };
+            let (page, taken, Who::Taken { parts }) = plain.ranges[at] else { return };
+            plain.lists += 1;
+            let rest = Mapped { range: pages(page, taken), record: MappingHandle::UNKNOWN };
+            let begun = space.begin_parts(rest, (purpose(), ListId(1_000 + plain.lists)));
+            let mut begun = begun.expect("it was taken");
+            let mut made = Vec::new();
+            for part in 0..parts {
+                let len = if part + 1 == parts { taken - part } else { 1 };
+                let run = Run { phys: PhysAddr::new(page * GRANULE), len: len * GRANULE };
+                made.extend(begun.push(run));
+            }
+            let rest = begun.end();
+            plain.ranges.remove(at);
+            for (number, part) in made.iter().enumerate() {
+                let Mapped { range, record: handle } = *part;
+                let page = range.start().get() / GRANULE;
+                plain.ranges.push((page, space.order.granules(range), Who::Mapped { handle }));
+                if answered >> number & 1 == 1 {
+                    assert!(space.confirm(handle, range));
+                }
+            }
+            if let Some(rest) = rest {
+                let who = Who::Taken { parts: parts - made.len() as u64 };
+                plain.ranges.push((
+                    rest.range.start().get() / GRANULE,
+                    space.order.granules(rest.range),
+                    who,
+                ));
+            }
+        }
+        Op::Unmap { which, count } => {
+            let mapped = plain.mapped();
+            if mapped.is_empty() {
+                return;
+            }
+            let first = which % mapped.len();
+            let run = &mapped[first..(first + count).min(mapped.len())];
+            let (page, (last, len)) = (run[0].0, run[run.len() - 1]);
+            let range = pages(page, last + len - page);
+            let touch = run.windows(2).all(|pair| pair[0].0 + pair[0].1 == pair[1].0);
+            let live = |record: &Record| record.state == MappingState::Live && record.on_device;
+            let expected = touch && space.iter_in(range).all(live);
+            let before: Vec<_> = space.iter_in(range).map(|record| (record.state, record.owned)).collect();
+            let begun = space.begin_unmap(range, MappingHandle::UNKNOWN);
+            assert_eq!(begun.is_some(), expected);
+            let after: Vec<_> = space.iter_in(range).map(|record| (record.state, record.owned)).collect();
+            let Some(record) = begun else { return assert_eq!(after, before, "nothing changed") };
+            assert!(after.iter().all(|state| *state == (MappingState::Unmapping, false)));
+            if !(space.end_unmapped_plain(record, range) || space.end_unmapped_run(record, range)) {
+                space.retain_in(range, Some(record), |_| false);
+            }
+            plain.ranges.retain(|(at, ..)| !(page <= *at && *at <= last));
         }
         Op::Release { which } => {
             let Some(at) = plain.nth(which, |who| matches!(who, Who::Taken { .. })) else { return };

@@ -1,0 +1,280 @@
+//! Lists: mappings of addresses that were taken together, made in one go and unmapped in one go.
+//!
+//! ```text
+//!   taken     [A              T              ]
+//!   made      [A    ][B ][C     ][D ]  T          A: Head, B, C, D: Part, T: the rest, still taken
+//!   whole     [A    ][B ][C     ][D ][T      ]    B knows that T is the last, and how many there are
+//!   free      [A                             ]    the places of B to T go back as the chain that they are
+//! ```
+//! Each part has a record of its own, which says at any time what has become of it. That all of a list is as its making
+//! left it needs no look at them: the space counts how often anything happened to a part by itself, and a list whose
+//! making saw the same count is whole.
+
+use super::Space;
+use super::order::MAX_BEHIND;
+use super::slab::{Index, NIL};
+use crate::addr::{Iova, IovaRange};
+use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
+use crate::exchange::{Mapped, Run};
+
+/// A list that is being made. Until its [end](Self::end) the space is not in order.
+#[must_use = "the space is not in order before the end"]
+pub(crate) struct Parts<'a> {
+    space: &'a mut Space,
+    purpose: Purpose,
+    list: ListId,
+    /// The record that had the addresses, which is the first part's then.
+    first: Index,
+    /// The record that follows the list.
+    following: Index,
+    /// The last part so far.
+    last: Index,
+    /// How many there are, and how many more there can be.
+    count: usize,
+    room: usize,
+    /// The addresses that are left: the next one, and the last one as long as there are any.
+    next: u64,
+    end: u64,
+    rank: i8,
+}
+
+impl Space {
+    /// Begins to make mappings of addresses that were taken for a list, whose record the handle may name.
+    #[inline(always)]
+    pub(crate) fn begin_parts(
+        &mut self,
+        Mapped { range, record: handle }: Mapped,
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<Parts<'_>> {
+        let first = if handle == MappingHandle::UNKNOWN { self.find(range.start())? } else { handle.0 };
+        let record = self.order.get(first)?;
+        if record.holder != Holder::Taken || record.range != range {
+            return None;
+        }
+        let (following, rank) = (record.next, record.rank.min(0));
+        // The first one has a record, and what is left at the end needs one.
+        let in_a_row = (MAX_BEHIND + rank) as usize + 1;
+        let room = self.room.mappings.saturating_sub(self.mappings).min(self.order.room()).min(in_a_row);
+        let (next, end) = (range.start().get(), range.last().get());
+        Some(Parts {
+            space: self,
+            purpose,
+            list,
+            first,
+            following,
+            last: NIL,
+            count: 0,
+            room,
+            next,
+            end,
+            rank,
+        })
+    }
+
+    /// The last part of a list of exactly this range, and how many there are, if nothing happened to it but what happened
+    /// to all of it.
+    #[inline]
+    pub(super) fn whole_list(&self, first: Index, range: IovaRange) -> Option<(Index, usize)> {
+        let head = self.order.get(first)?;
+        if head.holder != Holder::Head || head.range.start() != range.start() {
+            return None;
+        }
+        // The second part has no other use for these, as it is not in the tree.
+        let second = self.order.get(head.next)?;
+        let whole = second.holder == Holder::Part && second.rank < 0 && second.gap == self.touched;
+        let last = self.order.get(second.left).filter(|_| whole)?;
+        (last.range.last() == range.last()).then_some((second.left, second.right as usize))
+    }
+
+    /// Takes note of a list that was made in one go.
+    fn note_list(&mut self, first: Index, last: Index, count: usize) {
+        if count == 1 {
+            // It is like any other mapping.
+            self.order[first].holder = Holder::Mapping;
+        } else if self.touched < u32::MAX {
+            let touched = self.touched;
+            let second = self.order[first].next;
+            let second = &mut self.order[second];
+            (second.left, second.right, second.gap) = (last, count as u32, touched);
+        }
+    }
+
+    /// Takes note that something happened to a part of a list by itself. Once it is not known any more how often that was,
+    /// no list counts as whole.
+    #[inline]
+    pub(super) fn touch(touched: &mut u32, holder: Holder) {
+        if holder != Holder::Mapping {
+            *touched = touched.saturating_add(1);
+        }
+    }
+
+    /// Marks a list of exactly this range, whose owner unmaps it, if all of it is in this state. How many it is.
+    #[inline(always)]
+    pub(super) fn mark_list(
+        &mut self,
+        first: Index,
+        range: IovaRange,
+        from: MappingState,
+        to: MappingState,
+    ) -> Option<usize> {
+        let (last, count) = self.whole_list(first, range)?;
+        let mut index = first;
+        loop {
+            let record = &mut self.order[index];
+            // It is not live before its MAP was answered.
+            if record.state != from {
+                self.unmark(first, index, from);
+                return None;
+            }
+            (record.state, record.owned) = (to, false);
+            if index == last {
+                return Some(count);
+            }
+            index = record.next;
+        }
+    }
+
+    /// Takes the marks of the parts from the first to the one before `end` back.
+    #[cold]
+    fn unmark(&mut self, first: Index, end: Index, back: MappingState) {
+        let mut index = first;
+        while index != end {
+            let record = &mut self.order[index];
+            (record.state, record.owned) = (back, back == MappingState::Live);
+            index = record.next;
+        }
+    }
+
+    /// Marks a list of exactly this range, all of which is live, as deferred.
+    #[inline(never)]
+    pub(super) fn defer_list(&mut self, range: IovaRange) -> Option<(MappingHandle, usize)> {
+        let first = self.find(range.start())?;
+        let count = self.mark_list(first, range, MappingState::Live, MappingState::Deferred)?;
+        Some((MappingHandle(first), count))
+    }
+
+    /// Marks deferred mappings, and lists, that touch each other as being unmapped. False, and nothing changed, where any of
+    /// them is not what it was.
+    pub(crate) fn begin_flush(&mut self, run: &[Mapped]) -> bool {
+        for (marked, deferred) in run.iter().enumerate() {
+            if !self.mark_deferred(*deferred, MappingState::Deferred, MappingState::Unmapping) {
+                for deferred in &run[..marked] {
+                    self.mark_deferred(*deferred, MappingState::Unmapping, MappingState::Deferred);
+                }
+                return false;
+            }
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn mark_deferred(&mut self, deferred: Mapped, from: MappingState, to: MappingState) -> bool {
+        let Mapped { range, record: handle } = deferred;
+        let Some(record) = self.order.get_mut(handle.0) else { return false };
+        if record.holder != Holder::Mapping {
+            return self.mark_list(handle.0, range, from, to).is_some();
+        }
+        let marked = record.range == range && record.state == from && record.on_device;
+        if marked {
+            record.state = to;
+        }
+        marked
+    }
+
+    /// The device confirmed the UNMAP of such a run: its addresses are free. False, and nothing changed, where it is not so,
+    /// or there is more to it.
+    pub(crate) fn end_flush(&mut self, run: &[Mapped]) -> bool {
+        if !run.iter().all(|deferred| self.is_flushed(*deferred)) {
+            return false;
+        }
+        for Mapped { range, record } in run {
+            let done = self.end_unmapped_plain(*record, *range) || self.end_unmapped_list(record.0, *range);
+            debug_assert!(done, "it was to be unmapped just now");
+        }
+        true
+    }
+
+    #[inline(always)]
+    fn is_flushed(&self, Mapped { range, record: handle }: Mapped) -> bool {
+        let Some(record) = self.order.get(handle.0) else { return false };
+        if record.state != MappingState::Unmapping || record.holds_memory() {
+            return false;
+        }
+        match record.holder {
+            Holder::Mapping => record.range == range && record.counted,
+            _ => self.whole_list(handle.0, range).is_some(),
+        }
+    }
+
+    /// The device confirmed the UNMAP of a list of exactly this range: its addresses are free. False, and nothing changed,
+    /// where it is not so, or more is to be looked at.
+    pub(super) fn end_unmapped_list(&mut self, first: Index, range: IovaRange) -> bool {
+        let Some((last, count)) = self.whole_list(first, range) else { return false };
+        // It is marked as all of them are.
+        if self.order[first].state != MappingState::Unmapping {
+            return false;
+        }
+        self.mappings -= count;
+        self.outside -= count;
+        self.order.merge_parts(first, last, count);
+        let Self { order, magazines, .. } = self;
+        let granules = order.granules(range);
+        let record = &mut order[first];
+        (record.holder, record.counted) = (Holder::Taken, false);
+        if !magazines.keep(first, record, granules) {
+            self.free(first);
+        }
+        true
+    }
+}
+
+impl Parts<'_> {
+    /// Makes a mapping of the first of the addresses that are left. `None`, and nothing changed, where that cannot be: too
+    /// few are left, or there is no record for it.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, run: Run) -> Option<Mapped> {
+        let fits = self.count < self.room && self.next <= self.end && run.len - 1 <= self.end - self.next;
+        if !fits {
+            return None;
+        }
+        let range = IovaRange::from_len(Iova::new(self.next), run.len)?;
+        let order = &mut self.space.order;
+        let index = if self.count == 0 {
+            let record = &mut order[self.first];
+            record.range = range;
+            record.begin(run.phys, self.purpose, self.list, None);
+            record.holder = Holder::Head;
+            self.first
+        } else {
+            self.rank -= 1;
+            let place = (self.last, self.rank);
+            let index =
+                order.append_part(|| Record::part((range, run.phys), self.purpose, self.list, place))?;
+            order[self.last].next = index;
+            index
+        };
+        self.last = index;
+        self.count += 1;
+        // No range ends with the last address of all.
+        self.next = range.last().get() + 1;
+        Some(Mapped { range, record: MappingHandle(index) })
+    }
+
+    /// Puts the space in order. What is left is still taken: with its record.
+    pub(crate) fn end(self) -> Option<Mapped> {
+        let Self { space, first, following, last, count, next, end, rank, .. } = self;
+        let rest = IovaRange::new(Iova::new(next), Iova::new(end));
+        space.mappings += count;
+        if count == 0 {
+            return rest.map(|range| Mapped { range, record: MappingHandle(first) });
+        }
+        let Some(range) = rest else {
+            space.order.join(last, following);
+            space.note_list(first, last, count);
+            return None;
+        };
+        let rest = space.order.append_rest(range, (last, following), rank);
+        debug_assert!(rest.is_some(), "there was room");
+        Some(Mapped { range, record: rest.map_or(MappingHandle::UNKNOWN, MappingHandle) })
+    }
+}
