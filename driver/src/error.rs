@@ -232,6 +232,9 @@ pub enum DomainError {
     },
     /// The device does not offer BYPASS_CONFIG, which identity domains need.
     NoIdentity,
+    /// The draft's feature bit was not offered, or not accepted: [`Options::accept_contexts`](crate::Options::accept_contexts).
+    #[cfg(feature = "contexts")]
+    NoContexts,
     /// Every number in the device's domain range is in use.
     IdsExhausted {
         /// How many the range has.
@@ -244,6 +247,8 @@ impl fmt::Display for DomainError {
         match self {
             Self::TooMany { limit } => write!(f, "all {limit} domains are in use"),
             Self::NoIdentity => f.write_str("the device does not offer BYPASS_CONFIG for identity domains"),
+            #[cfg(feature = "contexts")]
+            Self::NoContexts => f.write_str("the draft with contexts was not negotiated"),
             Self::IdsExhausted { ids } => write!(f, "all {ids} domain numbers of the device are in use"),
         }
     }

@@ -68,6 +68,8 @@ mod barrier;
 #[doc(hidden)]
 pub mod bench;
 pub mod bridge;
+#[cfg(feature = "contexts")]
+pub mod contexts;
 mod dma;
 mod domain;
 mod engine;

@@ -28,6 +28,10 @@ pub struct Options {
     /// Accepts the BYPASS feature of devices before virtio 1.2, where BYPASS_CONFIG is not offered: endpoints that
     /// are not attached then reach all of memory, for good. Without it such a device blocks them.
     pub accept_legacy_bypass: bool,
+    /// Accepts the feature bit of a draft, where it is offered: see [`contexts`](crate::contexts). The bit may mean something
+    /// else to another device, so that it is accepted only of one that is known to be of the draft.
+    #[cfg(feature = "contexts")]
+    pub accept_contexts: bool,
     /// The endpoint number of the IOMMU itself, which topology tables often include: never attached.
     pub own_endpoint: Option<EndpointId>,
 }
@@ -44,6 +48,8 @@ impl Default for Options {
             fault_limit: FaultLimit::default(),
             suspend_after: None,
             accept_legacy_bypass: false,
+            #[cfg(feature = "contexts")]
+            accept_contexts: false,
             own_endpoint: None,
         }
     }
@@ -75,6 +81,10 @@ pub enum DomainKind {
     /// that is missing, [`Domain::map_identity`](crate::Domain::map_identity) does for the ranges that it is
     /// given.
     Identity,
+    /// There is no default context to map in: contexts are added by PASID, and this says what accesses without one meet. Made
+    /// by [`Viommu::create_contexts`](crate::Viommu::create_contexts).
+    #[cfg(feature = "contexts")]
+    Contexts(crate::contexts::Anonymous),
 }
 
 /// When a domain's endpoints lose what is unmapped through [`DmaDevice`](crate::DmaDevice). The raw layer, such as

@@ -42,8 +42,8 @@ impl Layout {
     }
 }
 
-/// Bytes of a cell in the memory behind a ring: a cache line.
-pub(crate) const CELL_LEN: usize = 64;
+/// Bytes of a cell in the memory behind a ring: a cache line, or two where the draft's longer requests can come.
+pub(crate) const CELL_LEN: usize = if cfg!(feature = "contexts") { 128 } else { 64 };
 
 /// The alignment that a ring's memory needs.
 pub(crate) const ALIGN: usize = 64;

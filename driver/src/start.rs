@@ -93,6 +93,8 @@ pub(crate) fn negotiate<P: Platform>(
     let legacy = Features::from_bits_truncate(offered).contains(Features::BYPASS);
     let superseded = features.contains(Features::BYPASS_CONFIG);
     features.set(Features::BYPASS, options.accept_legacy_bypass && legacy && !superseded);
+    #[cfg(feature = "contexts")]
+    features.set(Features::CONTEXTS, options.accept_contexts && offered & Features::CONTEXTS.bits() != 0);
     if !features.contains(Features::REQUIRED) {
         return Err(StartError::MissingFeatures { missing: Features::REQUIRED - features, offered });
     }
@@ -238,6 +240,8 @@ fn run<P: Platform>(
             }
         };
     let mut events = EventQueue::new(event_memory, size, suppression);
+    #[cfg(feature = "contexts")]
+    events.read_long_records(features.contains(Features::CONTEXTS));
 
     let enable = |queue, ring: &Ring| enable(&*transport, queue, ring.size(), ring.addresses());
     let started = enable(REQUEST_QUEUE, requests.ring())

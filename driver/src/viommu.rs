@@ -160,6 +160,10 @@ impl<P: Platform> Viommu<P> {
         if options.kind == DomainKind::Identity && !self.features.contains(Features::BYPASS_CONFIG) {
             return Err(DomainError::NoIdentity);
         }
+        #[cfg(feature = "contexts")]
+        if matches!(options.kind, DomainKind::Contexts(_)) && !self.features.contains(Features::CONTEXTS) {
+            return Err(DomainError::NoContexts);
+        }
         let limits = Limits::new(&self.shared.options);
         let mut parts = Some(Engine::prepare_domain(&self.geometry, limits, options.mappings));
         let mut deferred = match options.unmap {

@@ -26,7 +26,10 @@ pub(crate) fn check(iommu: &Iommu, request: &Request, envelope: &Envelope, repor
     }
     match *request {
         Request::Attach { .. } => check_attach(iommu, request, envelope, report),
-        Request::Detach { reserved, .. } if reserved != 0 => report("D-16", "DETACH.reserved is not 0"),
+        // With the draft it is flags and a PASID, which the request itself judges.
+        Request::Detach { reserved, .. } if reserved != 0 && !iommu.active(feature::ATTACH_TABLE) => {
+            report("D-16", "DETACH.reserved is not 0");
+        }
         Request::Map { .. } => check_map(iommu, request, report),
         Request::Unmap { .. } => check_unmap(iommu, request, report),
         Request::Probe { reserved_zero, .. } => {
@@ -40,6 +43,11 @@ pub(crate) fn check(iommu: &Iommu, request: &Request, envelope: &Envelope, repor
         Request::Malformed | Request::Truncated { .. } => report("core", "the request is too short"),
         Request::Unknown { .. } => report("core", "the request's type is unknown, or its feature is off"),
         Request::Detach { .. } => {}
+        Request::AttachTable { .. }
+        | Request::Invalidate { .. }
+        | Request::PageResponse { .. }
+        | Request::MapContext { .. }
+        | Request::UnmapContext { .. } => {}
     }
 }
 
@@ -60,7 +68,8 @@ fn check_attach(iommu: &Iommu, request: &Request, envelope: &Envelope, report: R
     if bypass && !iommu.active(feature::BYPASS_CONFIG) {
         report("D-15", "the bypass flag without BYPASS_CONFIG");
     }
-    if flags & !flag::ATTACH_BYPASS != 0 {
+    let draft = if iommu.active(feature::ATTACH_TABLE) { flag::ATTACH_ANONYMOUS } else { 0 };
+    if flags & !flag::ATTACH_BYPASS & !draft != 0 {
         report("D-15", "undefined flags in ATTACH");
     }
 }

@@ -47,6 +47,8 @@ pub struct Config {
     pub held_events: usize,
     /// Requests that the log keeps; 0 turns it off.
     pub log_limit: usize,
+    /// Groups of page requests that can wait for an answer, on a device of the draft; more are dropped.
+    pub page_groups: usize,
     /// Deviations from the standard.
     pub quirks: Quirks,
 }
@@ -79,12 +81,18 @@ impl Default for Config {
             max_mappings: 1 << 20,
             held_events: 0,
             log_limit: 65_536,
+            page_groups: 32,
             quirks: Quirks::default(),
         }
     }
 }
 
 impl Config {
+    /// A device of the draft with contexts, which no VMM has (PROTOCOL 5.8): strict, as the default, with its feature bit.
+    pub fn contexts() -> Self {
+        Self { features: QEMU_FEATURES | feature::ATTACH_TABLE, ..Self::default() }
+    }
+
     /// QEMU 10.0 on q35.
     pub fn qemu_10() -> Self {
         Self { quirks: Quirks::qemu_10(), ..Self::default() }

@@ -6,6 +6,7 @@
 use alloc::collections::{BTreeSet, VecDeque};
 use alloc::vec::Vec;
 
+use crate::backend::Behind;
 use crate::chain::Chain;
 use crate::config::Config;
 use crate::domain::Mapping;
@@ -14,6 +15,7 @@ use crate::fault::{AccessKind, Doorbell, FaultReason};
 use crate::inject::Injection;
 use crate::iommu::{Crash, Iommu, Target};
 use crate::number::device_status;
+use crate::page::PageRequests;
 use crate::process::HeldRequest;
 use crate::record::{ConfigWrite, Counters, LIST_LIMIT, LogEntry, Violation, push_bounded};
 use crate::ring::{Ring, RingError};
@@ -48,6 +50,8 @@ pub struct Device {
     pub(crate) violations: VecDeque<Violation>,
     pub(crate) config_writes: VecDeque<ConfigWrite>,
     pub(crate) doorbells: VecDeque<Doorbell>,
+    pub(crate) pages: PageRequests,
+    pub(crate) behind: Behind,
 }
 
 impl Device {
@@ -75,6 +79,8 @@ impl Device {
             violations: VecDeque::new(),
             config_writes: VecDeque::new(),
             doorbells: VecDeque::new(),
+            pages: PageRequests::default(),
+            behind: Behind::default(),
         }
     }
 
@@ -87,6 +93,7 @@ impl Device {
     /// Takes an endpoint away, as a hot-unplug does; it leaves its domain.
     pub fn remove_endpoint(&mut self, endpoint: u32) {
         self.iommu.remove_endpoint(endpoint);
+        self.drop_orphaned_groups();
     }
 
     /// What the device was made with, and what [`change_config`](Self::change_config) made of it.

@@ -3,13 +3,26 @@
 use alloc::vec::Vec;
 
 use crate::device::Device;
-use crate::fault::{Access, AccessError, AccessKind, Doorbell, Fault, FaultReason};
+use crate::fault::{Access, AccessError, AccessKind, Doorbell, Fault, FaultReason, LONG_RECORD, short_form};
 use crate::iommu::{Denied, Target};
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, OutOfMemoryRange};
 use crate::number::{EVENT_QUEUE, feature};
 use crate::quirks::FaultStyle;
 use crate::record::{LIST_LIMIT, push_bounded};
 use crate::ring::RingError;
+
+/// Where an access ended, and why.
+pub(crate) enum Stop {
+    /// At this address.
+    Denied(u64, AccessKind, Denied),
+    NotMemory(OutOfMemoryRange),
+}
+
+impl From<OutOfMemoryRange> for Stop {
+    fn from(error: OutOfMemoryRange) -> Self {
+        Self::NotMemory(error)
+    }
+}
 
 /// What became of a record offered to the event queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +48,36 @@ impl Device {
         iova: u64,
         access: Access<'_>,
     ) -> Result<(), AccessError> {
+        self.access_context(mem, endpoint, None, iova, access)
+    }
+
+    /// The same through a context, on a device of the draft: by PASID, or as [`access`](Self::access) without one.
+    ///
+    /// # Errors
+    ///
+    /// As for [`access`](Self::access).
+    pub fn access_context(
+        &mut self,
+        mem: &mut dyn GuestMemory,
+        endpoint: u32,
+        pasid: Option<u32>,
+        iova: u64,
+        access: Access<'_>,
+    ) -> Result<(), AccessError> {
+        self.try_access(mem, (endpoint, pasid), iova, access).map_err(|stop| match stop {
+            Stop::Denied(at, kind, denied) => self.refuse(mem, (endpoint, pasid), at, kind, denied),
+            Stop::NotMemory(error) => error.into(),
+        })
+    }
+
+    /// An access that reports nothing.
+    pub(crate) fn try_access(
+        &mut self,
+        mem: &mut dyn GuestMemory,
+        (endpoint, pasid): (u32, Option<u32>),
+        iova: u64,
+        access: Access<'_>,
+    ) -> Result<(), Stop> {
         let (kind, mut access) = match access {
             Access::Read(buf) => (AccessKind::Read, Access::Read(buf)),
             Access::Write(data) => (AccessKind::Write, Access::Write(data)),
@@ -47,12 +90,10 @@ impl Device {
         while done < len {
             let Some(at) = iova.checked_add(done as u64) else {
                 let denied = Denied { reason: FaultReason::Mapping, permission: false };
-                return Err(self.refuse(mem, endpoint, u64::MAX, kind, denied));
+                return Err(Stop::Denied(u64::MAX, kind, denied));
             };
-            let run = match self.iommu.resolve(endpoint, at, kind) {
-                Ok(run) => run,
-                Err(denied) => return Err(self.refuse(mem, endpoint, at, kind, denied)),
-            };
+            let resolved = self.iommu.resolve_context(&*mem, (endpoint, pasid), at, kind);
+            let run = resolved.map_err(|denied| Stop::Denied(at, kind, denied))?;
             // At least 1: a run holds the address that was asked for.
             let span = usize::try_from(run.last - at).unwrap_or(usize::MAX).saturating_add(1);
             let end = done + span.min(len - done);
@@ -72,10 +113,10 @@ impl Device {
         push_bounded(&mut self.doorbells, Doorbell { endpoint, address, data }, LIST_LIMIT);
     }
 
-    fn refuse(
+    pub(crate) fn refuse(
         &mut self,
         mem: &mut dyn GuestMemory,
-        endpoint: u32,
+        (endpoint, pasid): (u32, Option<u32>),
         iova: u64,
         kind: AccessKind,
         denied: Denied,
@@ -87,12 +128,27 @@ impl Device {
             kind: says_kind.then_some(kind),
             endpoint,
             address: (!quirks.omit_fault_address).then_some(iova),
+            pasid,
         };
         self.counters.faults += 1;
         if quirks.faults != FaultStyle::Never {
-            self.push_event(mem, &fault.record());
+            self.push_fault(mem, &fault, None);
         }
         AccessError::Fault(fault)
+    }
+
+    /// Reports a fault, in the draft's form where that is in force; of a page request with its group, and whether it is
+    /// the last one of it.
+    pub(crate) fn push_fault(&mut self, mem: &mut dyn GuestMemory, fault: &Fault, page: Option<(u16, bool)>) {
+        match self.iommu.active(feature::ATTACH_TABLE) {
+            true => self.push_event(mem, &fault.long_record(page)),
+            false => self.push_event(mem, &fault.record()),
+        }
+    }
+
+    /// Reports a fault that the device did not find itself: one of an endpoint that is behind another IOMMU.
+    pub fn report_fault(&mut self, mem: &mut dyn GuestMemory, fault: &Fault) {
+        self.push_fault(mem, fault, None);
     }
 
     /// Sends raw bytes on the event queue, as a fault record would go: for tests of drivers with records that this device
@@ -141,6 +197,12 @@ impl Device {
         if event_idx {
             ring.request_kick(mem)?;
         }
+        // A long record in a short buffer is an older one.
+        let older = short_form(record);
+        let shorten = self.iommu.negotiated & feature::ATTACH_TABLE != 0
+            && record.len() == LONG_RECORD
+            && chain.writable_len() < LONG_RECORD as u64;
+        let record = if shorten { &older } else { record };
         let fits = chain.writable_len() >= record.len() as u64;
         if !fits && self.iommu.config.quirks.malformed_stops {
             self.fail();

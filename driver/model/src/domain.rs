@@ -3,6 +3,7 @@
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
+use crate::iommu::context::{Anonymous, Context, Descriptors};
 use crate::met::MetOrder;
 
 /// One mapping, made by one MAP and removed whole.
@@ -26,6 +27,12 @@ pub(crate) struct WouldSplit;
 #[derive(Clone, Debug)]
 pub(crate) struct Domain {
     pub(crate) bypass: bool,
+    /// What accesses without a PASID meet; `Mapped` but on a device of the draft.
+    pub(crate) anonymous: Anonymous,
+    /// Contexts by PASID.
+    pub(crate) contexts: BTreeMap<u32, Context>,
+    /// The guest's table of context descriptors, in place of those.
+    pub(crate) descriptors: Option<Descriptors>,
     /// Class of its endpoints.
     pub(crate) class: u32,
     /// Endpoints attached; the domain ends with the last one.
@@ -40,7 +47,22 @@ pub(crate) struct Domain {
 impl Domain {
     /// An empty domain without endpoints.
     pub(crate) fn new(bypass: bool, class: u32, met: Option<MetOrder>) -> Self {
-        Self { bypass, class, endpoints: 0, mappings: BTreeMap::new(), met, inverted: Vec::new() }
+        Self {
+            bypass,
+            anonymous: Anonymous::Mapped,
+            contexts: BTreeMap::new(),
+            descriptors: None,
+            class,
+            endpoints: 0,
+            mappings: BTreeMap::new(),
+            met,
+            inverted: Vec::new(),
+        }
+    }
+
+    /// The same domain with another rule for accesses without a PASID.
+    pub(crate) fn with_anonymous(anonymous: Anonymous, domain: Self) -> Self {
+        Self { anonymous, ..domain }
     }
 
     pub(crate) fn mappings(&self) -> impl Iterator<Item = &Mapping> {

@@ -11,7 +11,10 @@ use crate::domain::Mapping;
 use crate::inject::Inject;
 use crate::iommu::{Crash, Outcome};
 use crate::memory::GuestMemory;
-use crate::number::{HEAD_LEN, LONGEST_REQUEST, Status, TAIL_LEN, TYPE_MAP, TYPE_PROBE, TYPE_UNMAP, feature};
+use crate::number::{
+    HEAD_LEN, LONGEST_REQUEST, Status, TAIL_LEN, TYPE_ATTACH_TABLE, TYPE_INVALIDATE, TYPE_MAP,
+    TYPE_MAP_CONTEXT, TYPE_PAGE_RESP, TYPE_PROBE, TYPE_UNMAP, TYPE_UNMAP_CONTEXT, feature,
+};
 use crate::quirks::ShortProbe;
 use crate::record::{Answer, LIST_LIMIT, LogEntry, push_bounded};
 use crate::request::Request;
@@ -77,7 +80,7 @@ impl Device {
         mem: &dyn GuestMemory,
     ) -> Result<Reply, Stop> {
         let mut entry = self.examine(chain, inject, mem)?;
-        let (outcome, properties) = self.run(&entry.request);
+        let (outcome, properties) = self.run(&entry.request, mem);
         let (answer, result) = self.lay_out(&entry.request, outcome, &properties, entry.writable_len);
         entry.answer = answer;
         self.remember(entry);
@@ -130,6 +133,9 @@ impl Device {
         let needs = match kind {
             TYPE_MAP | TYPE_UNMAP => feature::MAP_UNMAP,
             TYPE_PROBE => feature::PROBE,
+            TYPE_ATTACH_TABLE | TYPE_INVALIDATE | TYPE_PAGE_RESP | TYPE_MAP_CONTEXT | TYPE_UNMAP_CONTEXT => {
+                feature::ATTACH_TABLE
+            }
             _ => 0,
         };
         if self.iommu.active(needs) { request } else { Request::Unknown { kind } }
@@ -152,19 +158,35 @@ impl Device {
         }
     }
 
-    fn run(&mut self, request: &Request) -> (Outcome, Vec<u8>) {
+    fn run(&mut self, request: &Request, mem: &dyn GuestMemory) -> (Outcome, Vec<u8>) {
         let outcome = match *request {
             Request::Attach { domain, endpoint, flags, reserved } => {
-                self.iommu.attach(domain, endpoint, flags, reserved).into()
+                let status = self.iommu.attach(domain, endpoint, flags, reserved);
+                self.attach_behind(domain, endpoint, status).into()
             }
-            Request::Detach { domain, endpoint, .. } => self.iommu.detach(domain, endpoint).into(),
+            Request::Detach { domain, endpoint, reserved } => {
+                let status = match self.iommu.detach_pasid(domain, endpoint, reserved) {
+                    Some(status) => status,
+                    None => self.detach_behind(domain, endpoint),
+                };
+                self.drop_orphaned_groups();
+                status.into()
+            }
+            Request::AttachTable { domain, endpoint, flags, format, body } => {
+                self.iommu.attach_table(mem, (domain, endpoint), flags, format, &body).into()
+            }
+            Request::Invalidate { .. } => self.iommu.invalidate(request).into(),
+            Request::PageResponse { .. } => self.respond(request).into(),
+            Request::MapContext { .. } | Request::UnmapContext { .. } => {
+                self.iommu.map_context(request).into()
+            }
             Request::Map { domain, virt_start, virt_end, phys_start, flags } => {
                 let mapping =
                     Mapping { virt_first: virt_start, virt_last: virt_end, phys_first: phys_start, flags };
-                self.iommu.map(domain, mapping)
+                self.map_behind(domain, mapping)
             }
             Request::Unmap { domain, virt_start, virt_end, reserved } => {
-                self.iommu.unmap(domain, virt_start, virt_end, reserved)
+                self.unmap_behind(domain, virt_start, virt_end, reserved)
             }
             Request::Probe { endpoint, .. } => {
                 let (status, properties) = self.iommu.probe(endpoint);

@@ -4,8 +4,9 @@
 //! state, and what several of them ask.
 
 mod attach;
+pub(crate) mod context;
 mod map;
-mod translate;
+pub(crate) mod translate;
 
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -156,7 +157,8 @@ impl Iommu {
         let Some(state) = self.endpoints.get(&endpoint) else {
             return (Status::NoEnt, Vec::new());
         };
-        match state.properties.properties(self.config.probe_size as usize) {
+        let draft = self.active(feature::ATTACH_TABLE);
+        match state.properties.properties(self.config.probe_size as usize, draft) {
             Some(bytes) => (Status::Ok, bytes),
             None => (Status::Inval, Vec::new()),
         }

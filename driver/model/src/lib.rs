@@ -38,6 +38,7 @@
 
 extern crate alloc;
 
+mod backend;
 mod bytes;
 mod chain;
 mod check;
@@ -53,6 +54,7 @@ mod iommu;
 mod memory;
 mod met;
 mod number;
+mod page;
 mod process;
 mod queues;
 mod quirks;
@@ -60,16 +62,19 @@ mod record;
 mod request;
 mod ring;
 mod transport;
+pub mod walk;
 
+pub use backend::Backend;
 pub use config::Config;
 pub use device::Device;
 pub use domain::Mapping;
-pub use endpoint::{Endpoint, ReservedRegion};
+pub use endpoint::{ContextProperties, Endpoint, ReservedRegion};
 pub use fault::{Access, AccessError, AccessKind, Doorbell, Fault, FaultReason};
 pub use inject::{Execute, Inject, Injection, Random, Release};
 pub use iommu::Crash;
 pub use memory::{GuestMemory, OutOfMemoryRange, VecMemory};
 pub use number::{EVENT_QUEUE, REQUEST_QUEUE, Status, device_status, feature, flag};
+pub use page::{PageAnswer, PageError, PageRequest};
 pub use queues::isr;
 pub use quirks::{Detach, FaultStyle, LastAddress, Quirks, ShortProbe};
 pub use record::{Answer, ConfigWrite, Counters, LogEntry, Violation};

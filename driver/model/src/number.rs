@@ -18,6 +18,8 @@ pub mod feature {
     pub const MMIO: u64 = 1 << 5;
     /// `bypass` in the configuration and the bypass flag of ATTACH can be used.
     pub const BYPASS_CONFIG: u64 = 1 << 6;
+    /// The draft's contexts: ATTACH_TABLE and what goes with it (PROTOCOL 5.8). Never in the default.
+    pub const ATTACH_TABLE: u64 = 1 << 8;
     /// Indirect descriptors.
     pub const RING_INDIRECT_DESC: u64 = 1 << 28;
     /// Notification suppression by index.
@@ -54,6 +56,10 @@ pub mod device_status {
 pub mod flag {
     /// ATTACH: the domain bypasses.
     pub const ATTACH_BYPASS: u32 = 1;
+    /// ATTACH, of the draft: bits 2:1 say what anonymous traffic meets.
+    pub const ATTACH_ANONYMOUS: u32 = 3 << 1;
+    /// ATTACH_TABLE, DETACH and PAGE_RESP, of the draft: the PASID is valid.
+    pub const PASID_VALID: u32 = 1;
     /// MAP: reads are allowed.
     pub const MAP_READ: u32 = 1;
     /// MAP: writes are allowed.
@@ -72,9 +78,14 @@ pub(crate) const TYPE_DETACH: u8 = 2;
 pub(crate) const TYPE_MAP: u8 = 3;
 pub(crate) const TYPE_UNMAP: u8 = 4;
 pub(crate) const TYPE_PROBE: u8 = 5;
+pub(crate) const TYPE_ATTACH_TABLE: u8 = 6;
+pub(crate) const TYPE_INVALIDATE: u8 = 7;
+pub(crate) const TYPE_PAGE_RESP: u8 = 8;
+pub(crate) const TYPE_MAP_CONTEXT: u8 = 0x43;
+pub(crate) const TYPE_UNMAP_CONTEXT: u8 = 0x44;
 
-/// Bytes of the readable part of the longest request, PROBE.
-pub(crate) const LONGEST_REQUEST: usize = 72;
+/// Bytes of the readable part of the longest request, ATTACH_TABLE.
+pub(crate) const LONGEST_REQUEST: usize = 84;
 /// Bytes of the head, and of the tail.
 pub(crate) const HEAD_LEN: u64 = 4;
 pub(crate) const TAIL_LEN: u64 = 4;

@@ -67,6 +67,8 @@ pub struct Counters {
     pub unmap: u64,
     /// PROBE requests.
     pub probe: u64,
+    /// Requests of the draft.
+    pub contexts: u64,
     /// Requests of unknown type, truncated, or malformed.
     pub other: u64,
     /// Requests with status OK.
@@ -91,6 +93,8 @@ pub struct Counters {
     pub events_dropped: u64,
     /// Event buffers that were too small for a record.
     pub event_buffers_short: u64,
+    /// Page requests for which there was no room.
+    pub page_requests_dropped: u64,
     /// Device resets.
     pub resets: u64,
 }
@@ -103,6 +107,11 @@ impl Counters {
             Request::Map { .. } => &mut self.map,
             Request::Unmap { .. } => &mut self.unmap,
             Request::Probe { .. } => &mut self.probe,
+            Request::AttachTable { .. }
+            | Request::Invalidate { .. }
+            | Request::PageResponse { .. }
+            | Request::MapContext { .. }
+            | Request::UnmapContext { .. } => &mut self.contexts,
             Request::Truncated { .. } | Request::Unknown { .. } | Request::Malformed => &mut self.other,
         };
         *kind += 1;

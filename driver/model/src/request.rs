@@ -3,7 +3,10 @@
 //! Decoding checks nothing but lengths; `iommu` judges the values.
 
 use crate::bytes::{array_at, u32_at, u64_at};
-use crate::number::{HEAD_LEN, TYPE_ATTACH, TYPE_DETACH, TYPE_MAP, TYPE_PROBE, TYPE_UNMAP};
+use crate::number::{
+    HEAD_LEN, TYPE_ATTACH, TYPE_ATTACH_TABLE, TYPE_DETACH, TYPE_INVALIDATE, TYPE_MAP, TYPE_MAP_CONTEXT,
+    TYPE_PAGE_RESP, TYPE_PROBE, TYPE_UNMAP, TYPE_UNMAP_CONTEXT,
+};
 
 /// One decoded request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +63,85 @@ pub enum Request {
         /// Whether all reserved bytes are 0.
         reserved_zero: bool,
     },
+    /// Draft: adds a context to a domain, or gives it a table of context descriptors.
+    AttachTable {
+        /// Domain ID.
+        domain: u32,
+        /// An endpoint of the domain.
+        endpoint: u32,
+        /// Flag bits.
+        flags: u32,
+        /// Format of the table; 0 for a context that is mapped.
+        format: u16,
+        /// What the format makes of bytes 18 to 83.
+        body: [u8; 66],
+    },
+    /// Draft: forgets what is cached.
+    Invalidate {
+        /// How much: bits for the domain, a PASID, a range of addresses.
+        granularity: u16,
+        /// What: bits for translations, those cached by endpoints, context descriptors.
+        caches: u16,
+        /// Flag bits.
+        flags: u16,
+        /// Domain ID.
+        domain: u32,
+        /// PASID, with its flag.
+        pasid: u32,
+        /// ASID, with its flag.
+        archid: u64,
+        /// First address.
+        virt_start: u64,
+        /// Pages.
+        pages: u64,
+        /// Size of a page as a power of two.
+        granule: u8,
+        /// Whether all reserved bytes are 0.
+        reserved_zero: bool,
+    },
+    /// Draft: answers a group of page requests.
+    PageResponse {
+        /// Endpoint ID.
+        endpoint: u32,
+        /// Flag bits.
+        flags: u32,
+        /// PASID, with its flag.
+        pasid: u32,
+        /// The group.
+        group: u16,
+        /// 0 success, 1 invalid, 2 failure.
+        code: u16,
+        /// Reserved bytes, which must be 0.
+        reserved: u64,
+    },
+    /// Draft: MAP in a context.
+    MapContext {
+        /// Domain ID.
+        domain: u32,
+        /// PASID.
+        pasid: u32,
+        /// First IOVA.
+        virt_start: u64,
+        /// Last IOVA.
+        virt_end: u64,
+        /// Guest-physical address of the first byte.
+        phys_start: u64,
+        /// Flag bits.
+        flags: u32,
+    },
+    /// Draft: UNMAP in a context.
+    UnmapContext {
+        /// Domain ID.
+        domain: u32,
+        /// PASID.
+        pasid: u32,
+        /// First IOVA.
+        virt_start: u64,
+        /// Last IOVA.
+        virt_end: u64,
+        /// Reserved bytes.
+        reserved: u32,
+    },
     /// A known type with too few readable bytes.
     Truncated {
         /// Type byte.
@@ -83,6 +165,11 @@ fn readable_len(kind: u8) -> Option<u64> {
         TYPE_MAP => Some(36),
         TYPE_UNMAP => Some(28),
         TYPE_PROBE => Some(72),
+        TYPE_ATTACH_TABLE => Some(84),
+        TYPE_INVALIDATE => Some(60),
+        TYPE_PAGE_RESP => Some(28),
+        TYPE_MAP_CONTEXT => Some(40),
+        TYPE_UNMAP_CONTEXT => Some(32),
         _ => None,
     }
 }
@@ -100,6 +187,7 @@ impl Request {
         if len_bytes < needed || (bytes.len() as u64) < needed {
             return Self::Truncated { kind, len_bytes };
         }
+        let half = |offset| u16::from_le_bytes(array_at(bytes, offset));
         let word = |offset| u32_at(bytes, offset);
         let long = |offset| u64_at(bytes, offset);
         match kind {
@@ -117,6 +205,48 @@ impl Request {
             TYPE_UNMAP => {
                 Self::Unmap { domain: word(4), virt_start: long(8), virt_end: long(16), reserved: word(24) }
             }
+            TYPE_ATTACH_TABLE => Self::AttachTable {
+                domain: word(4),
+                endpoint: word(8),
+                flags: word(12),
+                format: half(16),
+                body: array_at(bytes, 18),
+            },
+            TYPE_INVALIDATE => Self::Invalidate {
+                granularity: half(4),
+                caches: half(6),
+                flags: half(8),
+                domain: word(12),
+                pasid: word(16),
+                archid: long(24),
+                virt_start: long(32),
+                pages: long(40),
+                granule: bytes[48],
+                reserved_zero: half(10) == 0 && word(20) == 0 && array_at::<11>(bytes, 49) == [0; 11],
+            },
+            TYPE_PAGE_RESP => Self::PageResponse {
+                endpoint: word(4),
+                flags: word(8),
+                pasid: word(12),
+                group: half(16),
+                code: half(18),
+                reserved: long(20),
+            },
+            TYPE_MAP_CONTEXT => Self::MapContext {
+                domain: word(4),
+                pasid: word(8),
+                virt_start: long(16),
+                virt_end: long(24),
+                phys_start: long(32),
+                flags: word(12),
+            },
+            TYPE_UNMAP_CONTEXT => Self::UnmapContext {
+                domain: word(4),
+                pasid: word(8),
+                virt_start: long(16),
+                virt_end: long(24),
+                reserved: word(12),
+            },
             _ => Self::Probe { endpoint: word(4), reserved_zero: array_at::<64>(bytes, 8) == [0; 64] },
         }
     }
@@ -127,7 +257,11 @@ impl Request {
             Self::Attach { domain, .. }
             | Self::Detach { domain, .. }
             | Self::Map { domain, .. }
-            | Self::Unmap { domain, .. } => Some(domain),
+            | Self::Unmap { domain, .. }
+            | Self::AttachTable { domain, .. }
+            | Self::Invalidate { domain, .. }
+            | Self::MapContext { domain, .. }
+            | Self::UnmapContext { domain, .. } => Some(domain),
             _ => None,
         }
     }
@@ -135,9 +269,11 @@ impl Request {
     /// Endpoint that the request names, if its type has one.
     pub fn endpoint(&self) -> Option<u32> {
         match *self {
-            Self::Attach { endpoint, .. } | Self::Detach { endpoint, .. } | Self::Probe { endpoint, .. } => {
-                Some(endpoint)
-            }
+            Self::Attach { endpoint, .. }
+            | Self::Detach { endpoint, .. }
+            | Self::Probe { endpoint, .. }
+            | Self::AttachTable { endpoint, .. }
+            | Self::PageResponse { endpoint, .. } => Some(endpoint),
             _ => None,
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::device::Device;
 use crate::number::{CONFIG_BYPASS, CONFIG_LEN, device_status, feature};
+use crate::page::PageRequests;
 use crate::record::{ConfigWrite, LIST_LIMIT, push_bounded};
 
 impl Device {
@@ -104,6 +105,7 @@ impl Device {
         if !self.iommu.config.quirks.domains_survive_reset {
             self.iommu.clear_domains();
         }
+        self.pages = PageRequests::default();
     }
 
     /// Length of the configuration space in bytes.

@@ -79,6 +79,10 @@ impl DomainRecord {
         if self.kind == DomainKind::Identity {
             return Err(MapError::IdentityDomain);
         }
+        #[cfg(feature = "contexts")]
+        if matches!(self.kind, DomainKind::Contexts(_)) {
+            return Err(MapError::NoDefaultContext);
+        }
         let granule = geometry.granule;
         // A MAP's end must lie above its start: one byte cannot be said.
         if len < 2 {

@@ -70,6 +70,10 @@ impl Engine {
         if domain.kind == DomainKind::Identity {
             return Err(MapError::IdentityDomain);
         }
+        #[cfg(feature = "contexts")]
+        if matches!(domain.kind, DomainKind::Contexts(_)) {
+            return Err(MapError::NoDefaultContext);
+        }
         if len == 0 {
             return Err(MapError::Empty);
         }

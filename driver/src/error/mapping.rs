@@ -13,6 +13,9 @@ pub enum MapError {
     NoEndpoint,
     /// The domain is an identity domain: nothing can or need be mapped (D-18).
     IdentityDomain,
+    /// The domain has no default context: map in one of its contexts.
+    #[cfg(feature = "contexts")]
+    NoDefaultContext,
     /// The length is 0, or a single byte, which no MAP can express.
     Empty,
     /// An address or length is not a multiple of the granule.
@@ -82,6 +85,8 @@ impl fmt::Display for MapError {
         match self {
             Self::NoEndpoint => f.write_str("the domain has no endpoint attached"),
             Self::IdentityDomain => f.write_str("nothing can be mapped in an identity domain"),
+            #[cfg(feature = "contexts")]
+            Self::NoDefaultContext => f.write_str("the domain has no default context to map in"),
             Self::Empty => f.write_str("a mapping needs at least two bytes"),
             Self::Misaligned { value, granule } => {
                 write!(f, "{value:#x} is not a multiple of the granule {granule:#x}")

@@ -5,7 +5,9 @@ use crate::shared_memory::SharedMemory;
 use crate::wire::fault::{Fault, RECORD_LEN};
 
 /// Bytes from one buffer to the next.
-const STRIDE: usize = 32;
+const STRIDE: usize = if cfg!(feature = "contexts") { 64 } else { 32 };
+/// Bytes that a device can write: the draft's records are longer.
+const BUFFER_LEN: usize = if cfg!(feature = "contexts") { 48 } else { RECORD_LEN };
 
 /// What a used buffer held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +21,9 @@ pub(crate) struct EventQueue {
     ring: Ring,
     buffers: usize,
     broken: bool,
+    /// Whether the device is one whose records go on behind the standard's.
+    #[cfg(feature = "contexts")]
+    long_records: bool,
 }
 
 impl EventQueue {
@@ -32,7 +37,13 @@ impl EventQueue {
     pub(crate) fn new(memory: SharedMemory, size: u16, suppression: Suppression) -> Self {
         let buffers = Layout::new(size).len.next_multiple_of(ALIGN);
         let ring = Ring::new(memory, size, suppression, Interrupts::Wanted);
-        let mut queue = Self { ring, buffers, broken: false };
+        let mut queue = Self {
+            ring,
+            buffers,
+            broken: false,
+            #[cfg(feature = "contexts")]
+            long_records: false,
+        };
         queue.post_all();
         queue
     }
@@ -40,7 +51,7 @@ impl EventQueue {
     fn post_all(&mut self) {
         for index in 0..self.ring.size() {
             let address = self.ring.memory().phys(self.buffers + STRIDE * usize::from(index));
-            self.ring.set_descriptor(index, address, RECORD_LEN as u32, DESC_WRITE, 0);
+            self.ring.set_descriptor(index, address, BUFFER_LEN as u32, DESC_WRITE, 0);
             self.ring.push(index);
         }
     }
@@ -67,6 +78,24 @@ impl EventQueue {
         self.ring.publish()
     }
 
+    /// Says that records of the draft's length are to be read as such.
+    #[cfg(feature = "contexts")]
+    pub(crate) fn read_long_records(&mut self, long: bool) {
+        self.long_records = long;
+    }
+
+    /// What a record has behind the standard's, on a device of the draft.
+    #[cfg(feature = "contexts")]
+    fn rest_of(&self, index: u16, used_len: u32) -> Option<[u8; BUFFER_LEN - RECORD_LEN]> {
+        if !self.long_records || (used_len as usize) < BUFFER_LEN {
+            return None;
+        }
+        let mut rest = [0; BUFFER_LEN - RECORD_LEN];
+        let at = self.buffers + STRIDE * usize::from(index) + RECORD_LEN;
+        self.ring.memory().read_bytes(at, &mut rest);
+        Some(rest)
+    }
+
     /// The next event. Its buffer is posted again; the device sees that after [`publish`](Self::publish).
     pub(crate) fn next(&mut self) -> Option<Event> {
         if self.broken {
@@ -85,9 +114,13 @@ impl EventQueue {
         };
         let mut record = [0; RECORD_LEN];
         self.ring.memory().read_bytes(self.buffers + STRIDE * usize::from(index), &mut record);
+        #[cfg(feature = "contexts")]
+        let rest = self.rest_of(index, used.len);
         self.ring.push(index);
         let whole = used.len as usize >= RECORD_LEN;
         let fault = if whole { Fault::decode(&record) } else { None };
+        #[cfg(feature = "contexts")]
+        let fault = fault.map(|fault| fault.with_context(&record, rest.as_ref()));
         Some(fault.map_or(Event::Malformed, Event::Fault))
     }
 }

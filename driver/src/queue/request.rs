@@ -513,5 +513,7 @@ impl RequestQueue {
     }
 }
 
+#[cfg(feature = "contexts")]
+mod context;
 #[cfg(test)]
 mod tests;

@@ -39,10 +39,10 @@ pub(super) struct Slot {
 /// No slot: there are at most 2^14.
 pub(super) const NO_SLOT: u16 = u16::MAX;
 
-/// Bytes from one slot to the next: one cache line.
+/// Bytes from one slot to the next.
 pub(super) const STRIDE: usize = CELL_LEN;
 /// Where the answer's tail lies in a slot.
-pub(super) const TAIL_AT: usize = 40;
+pub(super) const TAIL_AT: usize = if cfg!(feature = "contexts") { 96 } else { 40 };
 
 const _: () = assert!(8 * WORDS <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= STRIDE);
 

@@ -63,6 +63,12 @@ pub struct Fault {
     pub domain: Option<DomainId>,
     /// What the embedder knows the endpoint by: [`EndpointOptions::tag`](crate::EndpointOptions::tag).
     pub tag: Option<usize>,
+    /// The context, where the access had a PASID.
+    #[cfg(feature = "contexts")]
+    pub pasid: Option<crate::contexts::Pasid>,
+    /// The group that waits for an answer, where the access can go on after one.
+    #[cfg(feature = "contexts")]
+    pub page_request: Option<crate::contexts::PageGroupId>,
 }
 
 impl Fault {
@@ -87,6 +93,10 @@ impl Fault {
             address: (flags & FLAG_ADDRESS != 0).then(|| Iova::new(address)),
             domain: None,
             tag: None,
+            #[cfg(feature = "contexts")]
+            pasid: None,
+            #[cfg(feature = "contexts")]
+            page_request: None,
         })
     }
 }

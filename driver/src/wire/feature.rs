@@ -30,6 +30,10 @@ bitflags! {
         /// `bypass` can be written, and ATTACH takes the bypass flag.
         #[doc(alias = "VIRTIO_IOMMU_F_BYPASS_CONFIG")]
         const BYPASS_CONFIG = 1 << 6;
+        /// Contexts, of a draft: see [`contexts`](crate::contexts). Accepted only if the embedder asks for it.
+        #[cfg(feature = "contexts")]
+        #[doc(alias = "VIRTIO_IOMMU_F_ATTACH_TABLE")]
+        const CONTEXTS = 1 << 8;
         /// Notifications are suppressed by index.
         #[doc(alias = "VIRTIO_F_EVENT_IDX")]
         const EVENT_IDX = 1 << 29;

@@ -66,6 +66,8 @@ impl Request {
                 let flags = match kind {
                     DomainKind::Translated => 0,
                     DomainKind::Identity => ATTACH_BYPASS,
+                    #[cfg(feature = "contexts")]
+                    DomainKind::Contexts(anonymous) => anonymous.attach_flags(),
                 };
                 ([pair(1, domain.get()), pair(endpoint.get(), flags), 0, 0, 0], 20)
             }

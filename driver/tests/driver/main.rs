@@ -6,6 +6,8 @@ mod attach;
 mod bridge;
 mod conformance;
 mod constraints;
+#[cfg(feature = "contexts")]
+mod contexts;
 mod deferred;
 mod dma;
 #[cfg(feature = "dma-api-0_10")]

@@ -1,5 +1,6 @@
 //! ATTACH and DETACH.
 
+use super::context::Anonymous;
 use super::{EndpointState, Iommu};
 use crate::domain::Domain;
 use crate::endpoint::Endpoint;
@@ -14,9 +15,14 @@ impl Iommu {
     /// ATTACH. Checks flags, reserved, endpoint, domain range, then the domain. A rejected one changes nothing (strict).
     pub(crate) fn attach(&mut self, domain: u32, endpoint: u32, flags: u32, reserved: u32) -> Status {
         let quirks = self.config.quirks;
-        let known = if self.active(feature::BYPASS_CONFIG) { flag::ATTACH_BYPASS } else { 0 };
-        if flags & !known != 0 {
+        let bypass_flag = if self.active(feature::BYPASS_CONFIG) { flag::ATTACH_BYPASS } else { 0 };
+        let draft_flags = if self.active(feature::ATTACH_TABLE) { flag::ATTACH_ANONYMOUS } else { 0 };
+        if flags & !bypass_flag & !draft_flags != 0 {
             return Status::Inval;
+        }
+        let anonymous = Anonymous::from_flags(flags);
+        if flags & flag::ATTACH_BYPASS != 0 && anonymous != Anonymous::Mapped {
+            return Status::Inval;
         }
         if reserved != 0 && !quirks.reserved_ignored {
             return Status::Inval;
@@ -43,14 +49,14 @@ impl Iommu {
             self.leave(endpoint);
         }
         let bypass = flags & flag::ATTACH_BYPASS != 0;
-        if let Err(status) = self.check_join(domain, endpoint, bypass) {
+        if let Err(status) = self.check_join(domain, endpoint, (bypass, anonymous)) {
             return status;
         }
-        self.join(domain, endpoint, bypass);
+        self.join(domain, endpoint, (bypass, anonymous));
         Status::Ok
     }
 
-    fn check_join(&self, domain: u32, endpoint: u32, bypass: bool) -> Result<(), Status> {
+    fn check_join(&self, domain: u32, endpoint: u32, kind: (bool, Anonymous)) -> Result<(), Status> {
         let Some(state) = self.endpoints.get(&endpoint) else {
             return Err(Status::NoEnt);
         };
@@ -60,7 +66,7 @@ impl Iommu {
             let full = self.domains.len() - usize::from(frees_one) >= self.config.max_domains;
             return if full { Err(Status::NoMem) } else { Ok(()) };
         };
-        if target.bypass != bypass {
+        if (target.bypass, target.anonymous) != kind {
             return Err(Status::Inval);
         }
         if state.domain == Some(domain) {
@@ -76,7 +82,7 @@ impl Iommu {
     }
 
     /// Enters a domain, which is made if need be; leaves the old one first. Nothing to do in its own domain.
-    fn join(&mut self, domain: u32, endpoint: u32, bypass: bool) {
+    fn join(&mut self, domain: u32, endpoint: u32, (bypass, anonymous): (bool, Anonymous)) {
         if self.endpoints.get(&endpoint).is_some_and(|state| state.domain == Some(domain)) {
             return;
         }
@@ -87,7 +93,8 @@ impl Iommu {
         state.domain = Some(domain);
         let class = state.properties.class;
         let met = self.config.quirks.partial_unmap.then(MetOrder::default);
-        let target = self.domains.entry(domain).or_insert_with(|| Domain::new(bypass, class, met));
+        let new = || Domain::with_anonymous(anonymous, Domain::new(bypass, class, met));
+        let target = self.domains.entry(domain).or_insert_with(new);
         target.endpoints += 1;
     }
 

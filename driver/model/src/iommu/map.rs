@@ -1,5 +1,6 @@
 //! MAP and UNMAP.
 
+use super::context::Anonymous;
 use super::{Crash, Iommu, Outcome};
 use crate::domain::Mapping;
 use crate::number::{Status, feature, flag};
@@ -49,7 +50,7 @@ impl Iommu {
     }
 
     /// Alignment, ranges and reserved regions of a MAP whose order is right.
-    fn check_map(&self, domain: u32, mapping: &Mapping) -> Result<(), Status> {
+    pub(super) fn check_map(&self, domain: u32, mapping: &Mapping) -> Result<(), Status> {
         let Mapping { virt_first, virt_last, phys_first, .. } = *mapping;
         let granule = self.config.granule().ok_or(Status::Range)?;
         let misaligned = (virt_first | phys_first | virt_last.wrapping_add(1)) & (granule - 1) != 0;
@@ -108,7 +109,9 @@ impl Iommu {
         }
         match self.domains.get(&domain) {
             None => Some(Status::NoEnt.into()),
-            Some(target) if target.bypass => Some(Status::Inval.into()),
+            Some(target) if target.bypass || target.anonymous != Anonymous::Mapped => {
+                Some(Status::Inval.into())
+            }
             Some(_) => None,
         }
     }

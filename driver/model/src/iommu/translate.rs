@@ -31,7 +31,7 @@ pub(crate) struct Denied {
     pub(crate) permission: bool,
 }
 
-const NOT_MAPPED: Denied = Denied { reason: FaultReason::Mapping, permission: false };
+pub(super) const NOT_MAPPED: Denied = Denied { reason: FaultReason::Mapping, permission: false };
 
 impl Iommu {
     /// Where an access of one kind at one IOVA goes, and how far the same holds.
@@ -72,7 +72,7 @@ impl Iommu {
         self.config.quirks.faults == FaultStyle::Qemu && state.is_some_and(|state| state.remembered)
     }
 
-    fn unattached_reason(&self, state: Option<&EndpointState>) -> FaultReason {
+    pub(super) fn unattached_reason(&self, state: Option<&EndpointState>) -> FaultReason {
         let forgotten = self.config.quirks.faults == FaultStyle::Qemu;
         if state.is_none() || forgotten { FaultReason::Unknown } else { FaultReason::Domain }
     }
@@ -85,7 +85,7 @@ impl Iommu {
         domain.lookup(iova)
     }
 
-    fn permits(&self, mapping: &Mapping, kind: AccessKind) -> bool {
+    pub(super) fn permits(&self, mapping: &Mapping, kind: AccessKind) -> bool {
         let quirks = self.config.quirks;
         let enough = match kind {
             AccessKind::Read if quirks.write_implies_read => flag::MAP_READ | flag::MAP_WRITE,
@@ -96,7 +96,7 @@ impl Iommu {
     }
 
     /// Physical address of an IOVA, and the last IOVA to which the same offset applies.
-    fn translation(&self, mapping: &Mapping, iova: u64) -> (u64, u64) {
+    pub(super) fn translation(&self, mapping: &Mapping, iova: u64) -> (u64, u64) {
         let phys = iova.wrapping_sub(mapping.virt_first).wrapping_add(mapping.phys_first);
         match self.config.granule() {
             Some(granule) if self.config.quirks.granule_translation => {

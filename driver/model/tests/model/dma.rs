@@ -32,7 +32,7 @@ fn read(rig: &mut Rig, iova: u64, len: usize) -> Result<Vec<u8>, AccessError> {
 }
 
 fn fault(reason: FaultReason, kind: AccessKind, address: u64) -> AccessError {
-    AccessError::Fault(Fault { reason, kind: Some(kind), endpoint: EP, address: Some(address) })
+    AccessError::Fault(Fault { reason, kind: Some(kind), endpoint: EP, address: Some(address), pasid: None })
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The model through its public face, driven by raw request bytes.
 
 mod bypass;
+mod contexts;
 mod dma;
 mod injection;
 mod qtest_cases;
@@ -12,3 +13,4 @@ mod rules_mapping;
 mod rules_probe;
 mod transport;
 mod unmap_examples;
+mod walks;

@@ -17,6 +17,10 @@ const FAULT: Fault = Fault {
     address: Some(Iova::new(0x1234)),
     domain: None,
     tag: None,
+    #[cfg(feature = "contexts")]
+    pasid: None,
+    #[cfg(feature = "contexts")]
+    page_request: None,
 };
 
 /// Sends the record with some bytes changed, and returns what the driver makes of it.

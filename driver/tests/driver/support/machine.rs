@@ -300,6 +300,12 @@ impl Machine {
         self.device().access(&mut self.0.ram.clone(), endpoint.get(), iova, Access::Write(bytes))
     }
 
+    /// What endpoints do by themselves: the device, with memory.
+    #[cfg(feature = "contexts")]
+    pub(crate) fn with_device<R>(&self, work: impl FnOnce(&mut Device, &mut Ram) -> R) -> R {
+        work(&mut self.device(), &mut self.0.ram.clone())
+    }
+
     /// Whether an endpoint can read a byte.
     pub(crate) fn reaches(&self, endpoint: EndpointId, iova: u64) -> bool {
         self.dma_read(endpoint, iova, 1).is_ok()

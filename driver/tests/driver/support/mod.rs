@@ -21,6 +21,8 @@ pub(crate) use opened::{Opened, apart};
 pub(crate) use platform::ModelTransport;
 pub(crate) use platform::TestPlatform;
 pub(crate) use ram::POISON;
+#[cfg(feature = "contexts")]
+pub(crate) use ram::Ram;
 pub(crate) use task::{Bell, Task};
 pub(crate) use watch::{Broken, WatchedHeap, WatchedLock, heap_uses, outside, take_broken};
 

@@ -1,0 +1,33 @@
+//! Requests of the draft: longer than the standard's, in the same slots.
+
+use super::{Batch, RequestQueue};
+use crate::contexts::Encoded;
+use crate::engine::Op;
+use crate::queue::slot::{SlotState, TAIL_AT};
+use crate::wire::request::TAIL_SENTINEL;
+
+impl RequestQueue {
+    /// [`submit`](Self::submit) for a request of the draft. It changes no records.
+    #[must_use]
+    pub(crate) fn submit_context(&mut self, request: &Encoded, batch: &mut Batch) -> bool {
+        if !self.can_submit(false) {
+            return false;
+        }
+        let index = self.free;
+        let slot = &mut self.slots[usize::from(index)];
+        self.free = slot.next;
+        (slot.state, slot.op) = (SlotState::InFlight, Op::None);
+        let memory = self.ring.memory_mut();
+        memory.write_cell(index, &request.words);
+        memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
+        memory.set_readable_len(index, request.len as u32);
+        self.ring.push(2 * index);
+        // Slots come off the free list one after the other: they are linked already.
+        if batch.len == 0 {
+            batch.head = index;
+        }
+        batch.tail = index;
+        batch.len += 1;
+        true
+    }
+}
