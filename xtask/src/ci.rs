@@ -88,7 +88,7 @@ fn kernel_lints() -> Result<End> {
 /// The driver without features and with each one alone.
 fn features() -> Result<End> {
     let mut failed = Vec::new();
-    for feature in ["", "virtio-drivers", "spin", "lock_api", "dma-api-0_10", "bench"] {
+    for feature in ["", "virtio-drivers", "spin", "lock_api", "dma-api-0_10", "contexts", "bench"] {
         let lints = ["clippy", "--package", "virtio-iommu", "--no-default-features", "--features", feature];
         let mut check = command::cargo(&lints);
         check.args(["--", "-D", "warnings"]);

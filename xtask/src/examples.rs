@@ -9,8 +9,11 @@ use crate::{command, paths, progress};
 /// How long one may take, once it is built.
 const LIMIT: Duration = Duration::from_secs(60);
 
+/// The example that needs a feature, which has its name.
+const CONTEXTS: &str = "contexts";
+
 /// An example, and what has to be in its output.
-const EXAMPLES: [(&str, &[&str]); 6] = [
+const EXAMPLES: [(&str, &[&str]); 7] = [
     (
         "attach_and_map",
         &[
@@ -59,6 +62,19 @@ const EXAMPLES: [(&str, &[&str]); 6] = [
         ],
     ),
     (
+        CONTEXTS,
+        &[
+            "PASID 1, MAP and UNMAP              0x1000  allowed",
+            "PASID 2, a page table               0x1000  blocked",
+            "no PASID, anonymous: blocked        0x2000  blocked",
+            "PASID 2, not invalidated            0x2000  allowed",
+            "PASID 2, invalidated                0x2000  blocked",
+            "fault at 0x7008 of its own, since at 0x100008 nothing is mapped",
+            "with it: 1 shadow, true",
+            "taken away again: 0 shadows, false",
+        ],
+    ),
+    (
         "viot_dump",
         &[
             "IOMMU 0x30: PCI function 0000:00:01.0",
@@ -87,6 +103,9 @@ pub(crate) fn run() -> Result<()> {
     command::run(&mut command::cargo(&["build", "--package", "virtio-iommu", "--examples"]))?;
     for (name, wanted) in EXAMPLES {
         let mut run = command::cargo(&["run", "--quiet", "--package", "virtio-iommu", "--example", name]);
+        if name == CONTEXTS {
+            run.args(["--features", CONTEXTS]);
+        }
         let said = command::output(&mut run, LIMIT)?;
         if let Some(missing) = missing(&said, wanted) {
             bail!("the example {name} does not say `{missing}`, but:\n{said}");

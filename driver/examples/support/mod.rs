@@ -76,7 +76,12 @@ impl GuestMemory for Memory {
 impl Machine {
     /// A machine whose IOMMU has no driver yet, and the driver, up, with both devices known and in no domain.
     pub(crate) fn start() -> Result<(Self, Viommu<Self>), Box<dyn Error>> {
-        let mut device = Device::new(Config::default());
+        Self::start_as(Config::default(), Options::default())
+    }
+
+    /// The same with another IOMMU, and other choices for its driver.
+    pub(crate) fn start_as(config: Config, options: Options) -> Result<(Self, Viommu<Self>), Box<dyn Error>> {
+        let mut device = Device::new(config);
         for endpoint in [DISK, NETWORK] {
             device.add_endpoint(Endpoint::x86(endpoint.get()));
         }
@@ -85,7 +90,7 @@ impl Machine {
         let memory = Memory(memory.ok_or("no memory")?);
         let (used, started) = (AtomicUsize::new(0), Instant::now());
         let machine = Self(Arc::new(Inner { device: Mutex::new(device), memory, used, started }));
-        let staged = Viommu::start(machine.clone(), machine.clone(), Options::default())?;
+        let staged = Viommu::start(machine.clone(), machine.clone(), options)?;
         for endpoint in [DISK, NETWORK] {
             staged.introduce(endpoint)?;
         }
@@ -121,7 +126,19 @@ impl Machine {
         iova: u64,
         bytes: &[u8],
     ) -> Result<(), AccessError> {
-        self.iommu().access(&mut self.0.memory.clone(), device.get(), iova, Access::Write(bytes))
+        self.device_writes_in(device, None, iova, bytes)
+    }
+
+    /// A device writes memory through one of its contexts, if it has any.
+    pub(crate) fn device_writes_in(
+        &self,
+        device: EndpointId,
+        pasid: Option<u32>,
+        iova: u64,
+        bytes: &[u8],
+    ) -> Result<(), AccessError> {
+        let mut memory = self.0.memory;
+        self.iommu().access_context(&mut memory, device.get(), pasid, iova, Access::Write(bytes))
     }
 }
 

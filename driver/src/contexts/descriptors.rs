@@ -16,6 +16,9 @@ use core::fmt;
 /// A domain's table of context descriptors. Contexts are added by writing it, and having the device forget what it cached
 /// of that PASID; there is no request for each.
 ///
+/// After a reset, and after the domain lost its last endpoint, the device does not have the table any more. Removing contexts
+/// then fails, and their memory stays.
+///
 /// Dropping it leaves the tables' memory with the device.
 pub struct DescriptorContexts<P: Platform, M: TableMemory> {
     contexts: Contexts<P>,

@@ -18,6 +18,7 @@ use crate::platform::Platform;
 use crate::queue::Outcome;
 use crate::viommu::Viommu;
 use crate::wire::feature::Features;
+use crate::wire::request::Status;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
@@ -181,13 +182,14 @@ impl<P: Platform> Contexts<P> {
             None => return Err(ContextError::NoEndpoint),
         };
         match outcome {
-            // The device does not have it: it ended with the domain's last endpoint, or with a reset.
-            Ok(()) | Err(RequestError::Refused(crate::wire::request::Status::NoEnt)) => {
-                self.give_back(pasid);
-                Ok(())
-            }
-            Err(error) => Err(ContextError::Request { pasid, error }),
+            Ok(()) => {}
+            // The device does not have it: it ended with the domain's last endpoint, or with a reset. Unless an endpoint did
+            // not come back from that, which may still be in the domain of before.
+            Err(RequestError::Refused(Status::NoEnt)) if !self.0.shared.is_in_doubt(self.key()) => {}
+            Err(error) => return Err(ContextError::Request { pasid, error }),
         }
+        self.give_back(pasid);
+        Ok(())
     }
 
     pub(super) fn key(&self) -> DomainKey {

@@ -4,7 +4,7 @@ use super::error::{ContextError, OwnedMapError, OwnedUnmapError};
 use super::handle::Contexts;
 use super::invalidate;
 use super::pasid::Pasid;
-use super::table::{PageTable, TableMemory};
+use super::table::{NotPresent, PageTable, TableMemory};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::RequestError;
 use crate::platform::Platform;
@@ -65,10 +65,9 @@ impl<P: Platform, M: TableMemory> OwnedContext<P, M> {
         len: u64,
         prot: Prot,
     ) -> Result<(), OwnedMapError> {
-        let fresh = self.table.stale().is_empty();
         // SAFETY: the caller's promise is the same.
         unsafe { self.table.map(iova, phys, len, prot) }.map_err(OwnedMapError::Table)?;
-        if fresh && !self.table.stale().is_empty() {
+        if self.table.not_present() == NotPresent::MayBeCached {
             self.invalidate().map_err(OwnedMapError::Invalidate)?;
         }
         Ok(())

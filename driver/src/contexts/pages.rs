@@ -49,6 +49,8 @@ pub struct PageGroup {
     pub pages: Vec<PageWanted>,
     /// Faults that were taken in since its first request.
     age: u64,
+    /// It has more pages than there is room for: it is refused with its last request.
+    overflowed: bool,
 }
 
 /// What became of a fault.
@@ -60,8 +62,8 @@ pub enum Taken {
     Waiting,
     /// Its group is complete: map its pages, and answer it.
     Complete(PageGroup),
-    /// There is no room for it, or it does not say which page: its group is to be answered with
-    /// [`PageAnswer::Invalid`], once its last one has come.
+    /// There is no room for it, or it does not say which page. Where it is the last one, its group is to be answered with
+    /// [`PageAnswer::Invalid`]; before that the device takes no answer.
     Refused(PageGroupId),
 }
 
@@ -81,7 +83,8 @@ impl PageGroups {
 
     /// Takes a fault in. Allocates.
     ///
-    /// A group of one never takes room. One that finds none is refused, all of it.
+    /// A group of one never takes room. One that finds none is refused until its last request, which is then taken for all
+    /// of it: the endpoint asks again for the others.
     pub fn take(&mut self, fault: &Fault) -> Taken {
         let Some(id) = fault.page_request else { return Taken::NotARequest };
         for group in &mut self.groups {
@@ -89,32 +92,35 @@ impl PageGroups {
         }
         let same =
             |group: &PageGroup| PageGroupId { last: false, ..group.id } == PageGroupId { last: false, ..id };
-        let at = self.groups.iter().position(same);
         let page = fault.address.map(|address| PageWanted { address, access: fault.access });
-        let full = at.map_or(0, |at| self.groups[at].pages.len()) >= self.max_pages;
-        let Some(page) = page.filter(|_| !full) else {
-            // What came before would be answered with it.
-            if let Some(at) = at {
-                self.groups.swap_remove(at);
-            }
-            return Taken::Refused(id);
-        };
-        match at {
-            Some(at) => self.groups[at].pages.push(page),
-            None if id.last => return Taken::Complete(PageGroup { id, pages: [page].into(), age: 0 }),
-            None if self.groups.len() < self.max_groups => {
-                self.groups.push(PageGroup { id, pages: [page].into(), age: 0 });
-                return Taken::Waiting;
-            }
-            None => return Taken::Refused(id),
+        let Some(at) = self.groups.iter().position(same) else { return self.begin(id, page) };
+        let group = &mut self.groups[at];
+        match page {
+            Some(page) if group.pages.len() < self.max_pages => group.pages.push(page),
+            _ => group.overflowed = true,
         }
-        match (at, id.last) {
-            (Some(at), true) => {
-                let mut group = self.groups.swap_remove(at);
-                group.id = id;
-                Taken::Complete(group)
+        if !id.last {
+            return Taken::Waiting;
+        }
+        let group = self.groups.swap_remove(at);
+        match group.overflowed {
+            true => Taken::Refused(id),
+            false => Taken::Complete(PageGroup { id, ..group }),
+        }
+    }
+
+    /// The first request of a group.
+    fn begin(&mut self, id: PageGroupId, page: Option<PageWanted>) -> Taken {
+        let overflowed = page.is_none();
+        let group = PageGroup { id, pages: page.into_iter().collect(), age: 0, overflowed };
+        match id.last {
+            true if overflowed => Taken::Refused(id),
+            true => Taken::Complete(group),
+            false if self.groups.len() < self.max_groups => {
+                self.groups.push(group);
+                Taken::Waiting
             }
-            _ => Taken::Waiting,
+            false => Taken::Refused(id),
         }
     }
 
@@ -179,8 +185,11 @@ mod tests {
         for group in 0..100 {
             assert_eq!(refused(groups.take(&request(group, 0, false))), group >= 2);
         }
-        assert_eq!(groups.take(&request(0, 1, false)), Taken::Waiting);
-        assert!(refused(groups.take(&request(0, 2, false))));
+        // More pages than there is room for: all of it is refused, with its last.
+        for address in 1..4 {
+            assert_eq!(groups.take(&request(0, address, false)), Taken::Waiting);
+        }
+        assert!(refused(groups.take(&request(0, 4, true))));
         assert_eq!(groups.waiting(), 1);
         let nowhere = Fault { address: None, ..request(9, 0, true) };
         assert!(refused(groups.take(&nowhere)));

@@ -85,6 +85,13 @@ impl<P: Platform> Shared<P> {
         None
     }
 
+    /// Whether an endpoint may be in the domain, or in one that the device had under its number before, of which that is not
+    /// known for certain.
+    pub(super) fn is_in_doubt(&self, key: DomainKey) -> bool {
+        let state = self.state.lock();
+        state.engine.domain(key).is_some_and(|domain| domain.possible != domain.attached)
+    }
+
     /// Whether the device has nothing of the domain: no endpoint is or may be in it, and none bypasses.
     pub(super) fn is_dead(&self, key: DomainKey) -> bool {
         let state = self.state.lock();

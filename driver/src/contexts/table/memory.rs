@@ -4,7 +4,7 @@
 use crate::addr::PhysAddr;
 use crate::platform::{DmaMemory, Platform};
 use crate::viommu::Viommu;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 
 /// Where tables get their memory. [`Viommu`] gives its platform's.
 ///
@@ -35,6 +35,9 @@ unsafe impl<P: Platform> TableMemory for Viommu<P> {
     }
 }
 
+/// Bytes of a word, and its alignment, which a `u64` has less of on some machines.
+const WORD_LEN: usize = 8;
+
 /// A table's memory: 64-bit words that the driver only writes.
 ///
 /// # Invariants
@@ -50,15 +53,12 @@ impl TablePage {
     /// `len` zero bytes, a power of two of them and at least 8, aligned to that. `None` where there are none, or where they
     /// are not aligned, which breaks the memory's promise: they are lost then.
     pub(super) fn allocate<M: TableMemory>(memory: &M, len: usize) -> Option<Self> {
-        Self::allocate_aligned(memory, len, len)
-    }
-
-    pub(super) fn allocate_aligned<M: TableMemory>(memory: &M, len: usize, align: usize) -> Option<Self> {
+        let align = len;
         let memory = memory.allocate(len, align)?;
         let aligned = memory.phys.get().is_multiple_of(align as u64)
-            && memory.ptr.addr().get().is_multiple_of(align_of::<u64>());
+            && memory.ptr.addr().get().is_multiple_of(WORD_LEN);
         // INVARIANT: the promise of `TableMemory`, and alignment as looked at.
-        (aligned && memory.len >= len).then_some(Self { memory, align, words: len / 8 })
+        (aligned && memory.len >= len).then_some(Self { memory, align, words: len / WORD_LEN })
     }
 
     pub(super) fn phys(&self) -> PhysAddr {
@@ -75,10 +75,26 @@ impl TablePage {
     /// When there is no such word: indices come from the driver's own arithmetic.
     pub(super) fn write(&mut self, index: usize, value: u64) {
         assert!(index < self.words, "word {index} of a table of {}", self.words);
-        // SAFETY: inside of the memory by the check above, aligned by the invariant, and no reference covers it. Atomic, since
-        // the device may read, and set its own bits, at any time.
-        let word = unsafe { AtomicU64::from_ptr(self.memory.ptr.as_ptr().cast::<u64>().add(index)) };
-        word.store(value.to_le(), Ordering::Release);
+        // SAFETY: inside of the memory by the check above.
+        let at = unsafe { self.memory.ptr.as_ptr().cast::<u64>().add(index) };
+        #[cfg(target_has_atomic = "64")]
+        {
+            // SAFETY: valid, aligned by the invariant, and no reference covers it. Atomic, since the device may read, and
+            // set its own bits, at any time.
+            let word = unsafe { core::sync::atomic::AtomicU64::from_ptr(at) };
+            word.store(value.to_le(), Ordering::Release);
+        }
+        #[cfg(not(target_has_atomic = "64"))]
+        {
+            use core::sync::atomic::AtomicU32;
+            // SAFETY: as above, both halves.
+            let halves = unsafe { [0, 1].map(|half| AtomicU32::from_ptr(at.cast::<u32>().add(half))) };
+            // What makes an entry valid is in the lower half of every format: the device never sees a valid one of which a
+            // half is another's. Where one takes a valid one's place, it faults in between.
+            halves[0].store(0, Ordering::Release);
+            halves[1].store(((value >> 32) as u32).to_le(), Ordering::Release);
+            halves[0].store((value as u32).to_le(), Ordering::Release);
+        }
     }
 
     /// Gives the memory back.

@@ -108,6 +108,11 @@ impl<M: TableMemory> PageTable<M> {
         self.format
     }
 
+    /// Whether new mappings have to be invalidated.
+    pub fn not_present(&self) -> NotPresent {
+        self.not_present
+    }
+
     /// Where the device begins to walk.
     pub fn root(&self) -> PhysAddr {
         self.root.page().phys()

@@ -3,6 +3,7 @@
 mod adding;
 mod descriptors;
 mod mapped;
+mod nested;
 mod owned;
 mod pages;
 mod refusals;

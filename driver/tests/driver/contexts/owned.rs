@@ -150,6 +150,11 @@ fn a_device_that_caches_absence_is_told_of_new_mappings() {
     unsafe { context.map(Iova::new(0x1000), memory.phys, 0x1000, RW) }.unwrap();
     assert_eq!(invalidations(&machine), [(0x1000, 0x1000, false)]);
     assert!(reaches(&machine, Some(7), 0x1000));
+    // Also while something else is stale.
+    context.unmap_later(range(0x1000, 0x1000)).unwrap();
+    // SAFETY: as above.
+    unsafe { context.map(Iova::new(1 << 40), memory.phys, 0x1000, RW) }.unwrap();
+    assert!(context.table().stale().is_empty() && !reaches(&machine, Some(7), 0x1000));
 }
 
 #[test]
