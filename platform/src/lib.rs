@@ -17,6 +17,7 @@
 //! devices     drivers of test devices
 //! machine     all of the above, discovered in order
 //! iommu       the virtio-iommu: what its driver needs, and bring-up
+//! guest       a guest of this kernel, with a virtio-iommu in software (feature `contexts`)
 //! scenario    what the kernel can be asked to do
 //! report      the line protocol to the host
 //! ```
@@ -33,6 +34,8 @@ pub mod console;
 pub mod cpus;
 pub mod devices;
 pub mod firmware;
+#[cfg(feature = "contexts")]
+pub mod guest;
 #[cfg(target_os = "none")]
 pub mod image;
 pub mod interrupts;

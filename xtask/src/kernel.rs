@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
+use qemu_tests::boot::NEEDS_CONTEXTS;
 use qemu_tests::machine::{Arch, Image};
 
 use crate::setup::toolchain::{self, Toolchain};
@@ -11,6 +12,22 @@ use crate::{command, image, paths, progress};
 
 /// What the kernel is built with, of the workspace's profiles.
 const PROFILE: &str = "kernel";
+
+/// What the kernel is built with, of its features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Features {
+    /// None: what everything is measured with.
+    Standard,
+    /// The draft's contexts, nested domains, and a virtio-iommu in software to try them on.
+    Contexts,
+}
+
+impl Features {
+    /// What a scenario takes.
+    pub(crate) fn of(scenario: &str) -> Self {
+        if NEEDS_CONTEXTS.contains(&scenario) { Self::Contexts } else { Self::Standard }
+    }
+}
 
 /// A kernel that was built.
 #[derive(Clone, Debug)]
@@ -26,14 +43,21 @@ pub(crate) struct Kernel {
 /// # Errors
 ///
 /// When there is no compiler and none can be installed, or when the build fails.
-pub(crate) fn build(arch: Arch) -> Result<Kernel> {
+pub(crate) fn build(arch: Arch, features: Features) -> Result<Kernel> {
     let toolchain = toolchain::ensure(arch)?;
-    let directory = directory(toolchain);
+    // A directory of its own, so that neither image is ever taken for the other.
+    let (directory, kind) = match features {
+        Features::Standard => (directory(toolchain), ""),
+        Features::Contexts => (directory(toolchain).join("with-contexts"), " with contexts"),
+    };
     let mut build = toolchain::cargo(toolchain, arch.target());
     build.args(["build", "--profile", PROFILE, "--package", "platform", "--bin", "kernel"]);
     build.args(["--target", arch.target()]);
+    if features == Features::Contexts {
+        build.args(["--features", "contexts"]);
+    }
     build.arg("--target-dir").arg(&directory);
-    progress::note(&format!("building the kernel for {} with {toolchain}", arch.name()));
+    progress::note(&format!("building the kernel{kind} for {} with {toolchain}", arch.name()));
     command::run(&mut build)?;
     let elf = directory.join(arch.target()).join(PROFILE).join("kernel");
     if !elf.is_file() {
@@ -62,4 +86,16 @@ pub(crate) fn directory(toolchain: Toolchain) -> PathBuf {
         Toolchain::Rustup => "rustup",
         Toolchain::Debian => "debian",
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_drafts_scenarios_have_its_code() {
+        assert_eq!(Features::of("nesting"), Features::Contexts);
+        assert_eq!(Features::of("contexts"), Features::Contexts);
+        assert_eq!(Features::of("default"), Features::Standard);
+    }
 }

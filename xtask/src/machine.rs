@@ -8,9 +8,10 @@ use std::ffi::OsString;
 use anyhow::{Context as _, Result, bail};
 use qemu_tests::machine::Arch;
 
+use crate::kernel::{self, Features};
 use crate::setup::matrix::{self, Found};
 use crate::test::TestArguments;
-use crate::{command, kernel, progress};
+use crate::{command, progress};
 
 /// Builds the kernels, finds the QEMUs, and runs the cases.
 ///
@@ -28,7 +29,7 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     let mut tests = command::cargo(&["test", "--package", "qemu-tests", "--test", "machine"]);
     tests.env_remove("QEMU_TESTS_TIER");
     for arch in Arch::ALL {
-        for variable in ["KERNEL", "QEMU", "MISSING"] {
+        for variable in ["KERNEL", "KERNEL_WITH_CONTEXTS", "QEMU", "MISSING"] {
             tests.env_remove(name(variable, arch));
         }
     }
@@ -44,7 +45,9 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
         }
         let paths = env::join_paths(qemus.iter().map(|qemu| &qemu.path)).context("the path of a QEMU")?;
         tests.env(name("QEMU", *arch), paths);
-        tests.env(name("KERNEL", *arch), kernel::build(*arch)?.image);
+        tests.env(name("KERNEL", *arch), kernel::build(*arch, Features::Standard)?.image);
+        let with_contexts = kernel::build(*arch, Features::Contexts)?.image;
+        tests.env(name("KERNEL_WITH_CONTEXTS", *arch), with_contexts);
     }
     tests.args(arguments.filter.as_slice());
     command::run(&mut tests)

@@ -9,8 +9,9 @@ use clap::{Args, ValueEnum};
 use qemu_tests::boot::{Boot, DEFAULT_SCENARIO, DEFAULT_SEED};
 use qemu_tests::machine::{self, Gdb, Iommu, Machine};
 
+use crate::kernel::{self, Features};
 use crate::setup::SetupArguments;
-use crate::{Arch, backtrace, kernel, paths, progress, setup};
+use crate::{Arch, backtrace, paths, progress, setup};
 
 /// Arguments of `cargo xtask run`.
 #[derive(Args)]
@@ -117,7 +118,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
         (Switch::Off, _) => Iommu::Off,
     };
     let qemu = setup::qemu(arch, iommu, &arguments.setup)?;
-    let kernel = kernel::build(arch)?;
+    let kernel = kernel::build(arch, Features::of(&arguments.scenario))?;
     let directory = paths::target().join("run");
 
     let mut machine = Machine::new(arch, kernel.image);

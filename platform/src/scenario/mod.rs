@@ -15,7 +15,9 @@
 //! smp           mapping from four CPUs at once, during a storm of faults         |
 //! groups        devices that can be kept apart, or else only together          |
 //! hot-plug      a device comes and goes, twice                                 |
-//! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    /
+//! two-iommus    each of two IOMMUs knows its own endpoints and faults alone    |
+//! nesting       a guest's virtio-iommu on the machine's; feature `contexts`    |
+//! contexts      contexts by PASID, on a device of the draft in software; same  /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
 //! leak          frees memory that is still mapped                  } each ends FAIL at the one check
@@ -29,6 +31,8 @@ mod attack;
 mod bench;
 mod block;
 mod bridge;
+#[cfg(feature = "contexts")]
+mod contexts;
 mod default;
 mod defect;
 mod devices;
@@ -37,6 +41,8 @@ mod hot_plug;
 mod interrupts;
 mod messages;
 mod misbehave;
+#[cfg(feature = "contexts")]
+mod nesting;
 mod nvme;
 mod policies;
 mod scatter;
@@ -109,6 +115,14 @@ pub fn run(info: &BootInfo) -> ! {
         "groups" => groups::run(info),
         "hot-plug" => hot_plug::run(info),
         "two-iommus" => two_iommus::run(info),
+        #[cfg(feature = "contexts")]
+        "nesting" => nesting::run(info),
+        #[cfg(feature = "contexts")]
+        "contexts" => contexts::run(info),
+        #[cfg(not(feature = "contexts"))]
+        "nesting" | "contexts" => {
+            refuse(format_args!("the scenario `{name}` is in kernels with the feature `contexts`"))
+        }
         "interrupts" => interrupts::run(info),
         "leak" => defect::leak(info),
         "early" => defect::early(info),
@@ -123,7 +137,7 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             interrupts messages smp groups hot-plug two-iommus bench bench-direct leak early lie panic page-fault \
+             interrupts messages smp groups hot-plug two-iommus nesting contexts bench bench-direct leak early lie panic page-fault \
              overflow write-code silent half babble"
         )),
     }

@@ -118,6 +118,7 @@ pub(crate) fn all() -> Vec<Case> {
     cases.extend(interrupts());
     cases.extend(places());
     cases.extend(groups());
+    cases.extend(draft());
     cases.extend(from_el2());
     cases.extend(options());
     cases.extend(queues());
@@ -186,6 +187,11 @@ fn groups() -> Vec<Case> {
         case("groups-switch", Place::Switch, together),
         Case { on: On::Every, ..case("groups-pci-bridge", Place::PciBridge, together) },
     ]
+}
+
+/// Nested domains, by which `edu` reaches memory through two levels, and the draft's contexts, on a model of the device.
+fn draft() -> Vec<Case> {
+    vec![Case::every("nesting", "nesting"), Case::every("contexts", "contexts")]
 }
 
 /// Devices behind bridges. What is behind a bypassing root bus no IOMMU knows, and the kernel says so.

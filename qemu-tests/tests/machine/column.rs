@@ -7,11 +7,14 @@ use std::env;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use qemu_tests::boot::NEEDS_CONTEXTS;
 use qemu_tests::machine::{Arch, Iommu, Machine, Need};
 use qemu_tests::qemu::Qemu;
 
 /// Begins the name of the variable with the kernel image; that of the architecture follows.
 const KERNEL: &str = "QEMU_TESTS_KERNEL_";
+/// The same for a kernel that is built with its feature `contexts`.
+const KERNEL_WITH_CONTEXTS: &str = "QEMU_TESTS_KERNEL_WITH_CONTEXTS_";
 /// The same for the QEMUs, as the search path has its directories.
 const QEMU: &str = "QEMU_TESTS_QEMU_";
 /// The same for QEMUs that should be there and are not: a line for each, `RELEASE: WHY`.
@@ -35,8 +38,31 @@ pub(crate) struct Column {
 /// What it takes to run a case.
 #[derive(Clone, Debug)]
 pub(crate) struct Host {
-    kernel: PathBuf,
+    kernels: Kernels,
     pub(crate) qemu: Qemu,
+}
+
+/// The kernel images.
+#[derive(Clone, Debug)]
+struct Kernels {
+    standard: PathBuf,
+    with_contexts: PathBuf,
+}
+
+impl Kernels {
+    /// Those that the environment names for an architecture.
+    fn of(arch: &str) -> Result<Self, String> {
+        let named = |prefix: &str| match env::var_os(format!("{prefix}{arch}")).map(PathBuf::from) {
+            Some(kernel) if kernel.is_file() => Ok(kernel),
+            Some(kernel) => Err(format!("there is no kernel at {}", kernel.display())),
+            None => Err(format!("{prefix}{arch} names no kernel")),
+        };
+        Ok(Self { standard: named(KERNEL)?, with_contexts: named(KERNEL_WITH_CONTEXTS)? })
+    }
+
+    fn of_scenario(&self, scenario: &str) -> &Path {
+        if NEEDS_CONTEXTS.contains(&scenario) { &self.with_contexts } else { &self.standard }
+    }
 }
 
 impl fmt::Display for Column {
@@ -51,9 +77,10 @@ impl Column {
         [self.arch.name(), self.transport(), &self.release]
     }
 
-    /// The machine without anything that a case adds.
-    pub(crate) fn machine(&self, host: &Host) -> Machine {
-        Machine { iommu: self.iommu, ..Machine::new(self.arch, host.kernel.clone()) }
+    /// The machine without anything that a case adds, with the kernel that has the scenario.
+    pub(crate) fn machine(&self, host: &Host, scenario: &str) -> Machine {
+        let kernel = host.kernels.of_scenario(scenario).to_owned();
+        Machine { iommu: self.iommu, ..Machine::new(self.arch, kernel) }
     }
 
     /// Where a case leaves its files.
@@ -90,7 +117,7 @@ pub(crate) fn all() -> Vec<Column> {
 fn of_arch(arch: Arch) -> Vec<Column> {
     let name = arch.name().to_uppercase();
     let variable = |prefix: &str| env::var_os(format!("{prefix}{name}"));
-    let kernel = variable(KERNEL).map(PathBuf::from);
+    let kernels = Kernels::of(&name);
     let qemus = variable(QEMU).unwrap_or_default();
     let missing = variable(MISSING).unwrap_or_default().to_string_lossy().into_owned();
     let there: Vec<Result<Qemu, String>> = env::split_paths(&qemus)
@@ -108,7 +135,7 @@ fn of_arch(arch: Arch) -> Vec<Column> {
             columns.push(Column { arch, iommu, release, newest: false, host });
             continue;
         }
-        columns.extend(there.iter().map(|qemu| column(arch, iommu, kernel.as_deref(), qemu.clone())));
+        columns.extend(there.iter().map(|qemu| column(arch, iommu, &kernels, qemu.clone())));
         columns.extend(absent.iter().map(|(release, why)| {
             let (release, host) = ((*release).to_owned(), Err((*why).to_owned()));
             Column { arch, iommu, release, newest: false, host }
@@ -124,23 +151,24 @@ fn of_arch(arch: Arch) -> Vec<Column> {
     columns
 }
 
-fn column(arch: Arch, iommu: Iommu, kernel: Option<&Path>, qemu: Result<Qemu, String>) -> Column {
+fn column(arch: Arch, iommu: Iommu, kernels: &Result<Kernels, String>, qemu: Result<Qemu, String>) -> Column {
     let release = match &qemu {
         Ok(qemu) => format!("{}.{}", qemu.version.major, qemu.version.minor),
         Err(_) => "unknown".to_owned(),
     };
-    Column { arch, iommu, release, newest: false, host: host(arch, iommu, kernel, qemu) }
+    Column { arch, iommu, release, newest: false, host: host(arch, iommu, kernels, qemu) }
 }
 
-fn host(arch: Arch, iommu: Iommu, kernel: Option<&Path>, qemu: Result<Qemu, String>) -> Result<Host, String> {
+fn host(
+    arch: Arch,
+    iommu: Iommu,
+    kernels: &Result<Kernels, String>,
+    qemu: Result<Qemu, String>,
+) -> Result<Host, String> {
     let need = Need::of(arch, iommu)?;
     let qemu = qemu?;
     if qemu.version < need.oldest {
         return Err(need.why.to_owned());
     }
-    match kernel {
-        Some(kernel) if kernel.is_file() => Ok(Host { kernel: kernel.to_owned(), qemu }),
-        Some(kernel) => Err(format!("there is no kernel at {}", kernel.display())),
-        None => Err(format!("no kernel for {} was named", arch.name())),
-    }
+    Ok(Host { kernels: kernels.clone()?, qemu })
 }

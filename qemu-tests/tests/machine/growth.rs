@@ -84,7 +84,7 @@ impl Growth {
     /// What QEMU saw of the IOMMU, and how many reads of the disk.
     fn boot(&self, column: &Column, host: &Host, requests: u64) -> Result<(Counts, u64)> {
         let directory = column.directory(self.name).join(requests.to_string());
-        let mut machine = column.machine(host);
+        let mut machine = column.machine(host, self.scenario);
         machine.extra = vec!["-trace".into(), self.event.into()];
         let trace = directory.join("trace.log");
         machine.trace = Some(trace.clone());

@@ -123,7 +123,7 @@ fn trial(row: &Row, column: &Column, note: impl Fn(Mark) + Send + 'static) -> Tr
 
 fn run(case: &Case, column: &Column, host: &Host) -> Result<(), Failed> {
     let directory = column.directory(case.name);
-    let mut machine = column.machine(host);
+    let mut machine = column.machine(host, case.scenario);
     machine.iommu = case.iommu.unwrap_or(machine.iommu);
     machine.place = case.place;
     machine.reserved = case.reserved.to_vec();

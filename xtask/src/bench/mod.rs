@@ -28,7 +28,7 @@ use qemu_tests::machine::{Arch, Iommu, Machine};
 use qemu_tests::qemu::Qemu;
 
 use self::figures::Runs;
-use crate::kernel::Kernel;
+use crate::kernel::{Features, Kernel};
 use crate::setup::SetupArguments;
 
 use crate::{backtrace, kernel, paths, progress, setup};
@@ -64,7 +64,7 @@ struct Setting {
 pub(crate) fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
     let arch = Arch::X86_64;
     let qemu = setup::qemu_for_bench(arch, &arguments.setup)?;
-    let kernel = kernel::build(arch)?;
+    let kernel = kernel::build(arch, Features::Standard)?;
     let setting = Setting { qemu, kernel, directory: paths::target().join("bench") };
     if let Some(row) = &arguments.profile {
         return profile(&setting, row);

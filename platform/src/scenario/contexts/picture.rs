@@ -1,0 +1,64 @@
+//! What people read: the domain with its contexts, and what each lets through.
+
+use alloc::format;
+use alloc::string::String;
+
+use virtio_iommu_model::Access;
+
+use super::access::LEN;
+use super::space::Kind;
+use super::{AGENT, NO_CONTEXT, OWN, PAGE, READ_ONLY, SHARED, World};
+use crate::println;
+
+/// Draws the domain.
+pub(super) fn contexts(world: &World) {
+    let domain = world.contexts.domain().id().get();
+    println!();
+    println!("  agent, endpoint {:#x} --- domain {domain} of a virtio-iommu in software", AGENT.get());
+    println!("                           |");
+    for space in &world.spaces {
+        let pasid = space.kind.pasid().map_or_else(|| "no PASID".into(), |pasid| format!("PASID {pasid}"));
+        println!("                           +-- {pasid:<9} {}", space.describe());
+    }
+    println!("                           '-- PASID {NO_CONTEXT:<3} none");
+}
+
+/// Tries each address in each context, in both directions, and draws what came of it.
+pub(super) fn matrix(world: &World) {
+    let columns = Kind::ALL.map(Kind::pasid);
+    println!();
+    println!("  address     no PASID   PASID 1    PASID 2    PASID 3    PASID 4    PASID {NO_CONTEXT}");
+    println!("              MAP        x86-64     Sv39       VMSAv8-64  MAP        none");
+    let own = (0..Kind::ALL.len()).map(|at| OWN + at as u64 * PAGE);
+    for iova in [SHARED, READ_ONLY].into_iter().chain(own) {
+        let mut line = format!("  {iova:<#10x}  ");
+        for pasid in columns.into_iter().chain([Some(NO_CONTEXT)]) {
+            line.push_str(&format!("{:<11}", tried(world, pasid, iova)));
+        }
+        println!("{}", line.trim_end());
+    }
+    println!();
+    world.forget_faults();
+}
+
+/// What an agent may do: by reading, and by writing back what it read.
+fn tried(world: &World, pasid: Option<u32>, iova: u64) -> &'static str {
+    let mut bytes = [0; LEN];
+    let read = world.access(AGENT, pasid, iova, Access::Read(&mut bytes)).is_ok();
+    let write = world.access(AGENT, pasid, iova, Access::Write(&bytes)).is_ok();
+    match (read, write) {
+        (true, true) => "read+write",
+        (true, false) => "read",
+        (false, true) => "write",
+        (false, false) => "blocked",
+    }
+}
+
+/// Draws what changed on the way.
+pub(super) fn told(world: &World) {
+    println!();
+    for line in &world.told {
+        println!("  {line}");
+    }
+    println!();
+}
