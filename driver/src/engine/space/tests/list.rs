@@ -115,8 +115,8 @@ fn a_list_that_is_not_all_live_is_not_unmapped() {
 fn a_list_is_not_whole_once_a_part_was_touched() {
     type Touch = fn(&mut Space, &[Mapped]);
     let touches: [Touch; 6] = [
-        |space, made| _ = (space.change(made[1].record, made[1].range.start(), |_| {})),
-        |space, made| _ = (space.remove(made[4].range.start())),
+        |space, made| _ = space.change(made[1].record, made[1].range.start(), |_| {}),
+        |space, made| _ = space.remove(made[4].range.start()),
         |space, made| space.retain_in(made[0].range, None, |_| true),
         |space, made| space.visit(made[0].record, made[1].range.last(), |_| {}),
         |space, made| {
