@@ -158,12 +158,18 @@ fn who_looks_once_leaves_others_answers_alone() {
         let viommu = world.viommu.clone();
         let other = thread::spawn(move || run(viommu.shared.finish(his)));
         let (key, mut page) = (world.domain.key(), held());
-        let runs = core::iter::once(Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 });
+        let shared = world.shared();
         let placement = Placement::up_to(Iova::new(u64::MAX));
         let place = Place::Anywhere { len: 0x1000, placement, parts: 1 };
-        let mapped =
-            run(async { exchange::map(world.shared(), key, place, runs, READ, &mut page).finish().await });
-        assert!(mapped.is_ok() && page.is_none());
+        let only = Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 };
+        match exchange::map_first(shared, key, only, placement, READ, &mut page) {
+            First::Done(_) => {}
+            first => {
+                let runs = core::iter::once(only);
+                assert!(run(exchange::map(shared, key, place, runs, READ, &mut page, first)).is_ok());
+            }
+        }
+        assert!(page.is_none());
         assert_eq!(other.join().unwrap(), Ok(()));
         device.join().unwrap();
         assert_eq!((world.viommu.stats().maps, world.viommu.stats().quarantined_mappings), (1, 0));
@@ -182,7 +188,7 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
         let (mut page, run) = (held(), Run { phys: PhysAddr::new(Page::PHYS), len: 0x1000 });
         let runs = core::iter::once(run);
         let mut mapping = std::boxed::Box::pin(async {
-            exchange::map(world.shared(), key, Place::At(at()), runs, READ, &mut page).finish().await
+            exchange::map(world.shared(), key, Place::At(at()), runs, READ, &mut page, First::No).await
         });
         let mapped = poll_once(mapping.as_mut());
         drop(mapping);
