@@ -18,8 +18,8 @@ type Begun<'a> = (Request, EndpointPlace, &'a mut DomainRecord);
 impl DomainRecord {
     /// Whether nothing happens when its first endpoint comes or its last one leaves.
     fn is_quiet(&self) -> bool {
-        let idle = self.deferred.as_ref().is_none_or(|list| list.waiting().0 == 0);
-        idle && self.space.is_empty() && !self.orphaned && !self.in_transition && !self.reviving
+        // What is deferred is mapped.
+        self.space.is_empty() && !self.orphaned && !self.in_transition && !self.reviving
     }
 }
 

@@ -31,6 +31,20 @@ fn a_suspended_endpoint_reaches_nothing_and_comes_back_as_it_was() {
     assert_eq!(machine.device().domain_of(EP.get()), Some(domain.id().get()));
 }
 
+/// Fails when the first step of attaching, which is for domains without mappings, takes a suspended endpoint.
+#[test]
+fn a_suspended_endpoint_is_not_attached_to_an_empty_domain() {
+    let (machine, viommu, domain) = Machine::attached(Config::default());
+    let empty = viommu.create_domain(DomainOptions::default()).unwrap();
+    viommu.suspend(EP).unwrap();
+    for domain in [&domain, &empty] {
+        let (attached, requests, _) = machine.traffic(|| viommu.attach(EP, domain));
+        assert_eq!((attached, requests), (Err(AttachError::Suspended(EP)), 0));
+    }
+    viommu.resume(EP).unwrap();
+    assert_eq!(machine.device().domain_of(EP.get()), Some(domain.id().get()));
+}
+
 /// Fails when a failed ATTACH ends the suspension, or a failed DETACH does not.
 #[test]
 fn what_fails_leaves_it_as_it_was() {
