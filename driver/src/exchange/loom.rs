@@ -9,7 +9,6 @@ use super::*;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
 use crate::engine::{AttachPlan, Placement, Purpose};
-use crate::error::RequestError;
 use crate::exchange;
 use crate::id::DomainId;
 use crate::lock::RawLock;

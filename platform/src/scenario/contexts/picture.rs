@@ -1,7 +1,6 @@
 //! What people read: the domain with its contexts, and what each lets through.
 
 use alloc::format;
-use alloc::string::String;
 
 use virtio_iommu_model::Access;
 

@@ -178,7 +178,8 @@ impl World {
         Ok(told)
     }
 
-    fn forget_faults(&self) {
+    /// Polls both drivers, and passes over what they are told.
+    pub(super) fn forget_faults(&self) {
         self.nested.pass_faults_on();
         self.driver.poll();
         while self.driver.next_fault().is_some() {}

@@ -169,6 +169,8 @@ impl World {
         let early = lent.take_back(self);
         let reached = self.allowed("UNMAP is withheld", Way::Write, TRIED, lent.pages()?);
         arm.release();
+        // The driver takes the late answer in.
+        self.forget_faults();
         let stuck = match early {
             Err(error @ NestError::Stuck { .. }) => error.to_string(),
             Err(error) => return Err(format!("an UNMAP without an answer: {error}")),
