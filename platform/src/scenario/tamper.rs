@@ -30,11 +30,13 @@ impl Arm {
         self.armed.store(true, Ordering::SeqCst);
     }
 
-    /// Goes back to what a transport does, and rings the doorbell that was held.
+    /// Goes back to what a transport does, and rings the doorbell as often as it was held: the device counts each.
     pub(super) fn release(&self) {
         self.armed.store(false, Ordering::SeqCst);
         if let Some(transport) = self.transport.get() {
-            transport.inner.notify(REQUEST_QUEUE);
+            for _ in 0..transport.held.swap(0, Ordering::SeqCst) {
+                transport.inner.notify(REQUEST_QUEUE);
+            }
         }
     }
 }
@@ -51,6 +53,8 @@ pub(super) struct Tampered {
     size: AtomicU16,
     /// Used entries that were falsified.
     falsified: AtomicU16,
+    /// Doorbells that were held.
+    held: AtomicU16,
 }
 
 impl Tampered {
@@ -58,8 +62,8 @@ impl Tampered {
     pub(super) fn boxed(inner: Box<dyn Transport>, tamper: Tamper, arm: &Arm) -> Box<dyn Transport> {
         let armed = Arc::clone(&arm.armed);
         let (descriptors, used) = (AtomicU64::new(0), AtomicU64::new(0));
-        let (size, falsified) = (AtomicU16::new(0), AtomicU16::new(0));
-        let tampered = Arc::new(Self { inner, tamper, armed, descriptors, used, size, falsified });
+        let (size, falsified, held) = (AtomicU16::new(0), AtomicU16::new(0), AtomicU16::new(0));
+        let tampered = Arc::new(Self { inner, tamper, armed, descriptors, used, size, falsified, held });
         arm.transport.call_once(|| Arc::clone(&tampered));
         Box::new(Handle(tampered))
     }
@@ -157,6 +161,7 @@ impl Transport for Handle {
         let armed = self.0.armed.load(Ordering::SeqCst);
         let request = queue == REQUEST_QUEUE;
         if request && armed && self.0.tamper == Tamper::HoldDoorbell {
+            self.0.held.fetch_add(1, Ordering::SeqCst);
             return;
         }
         self.0.inner.notify(queue);
