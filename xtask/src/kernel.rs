@@ -63,11 +63,32 @@ pub(crate) fn build(arch: Arch, features: Features) -> Result<Kernel> {
     if !elf.is_file() {
         bail!("the build left no kernel image at {}", elf.display());
     }
+    if features == Features::Standard {
+        without_contexts(&elf)?;
+    }
     let image = match arch.image() {
         Image::Elf => elf.clone(),
         Image::Arm64 => flat(&elf)?,
     };
     Ok(Kernel { elf, image })
+}
+
+/// Parts of symbols that the standard kernel does not have, in either way of mangling: what it is measured with is all that
+/// it consists of.
+const OF_CONTEXTS: [&str; 2] = ["12virtio_iommu8contexts", "18virtio_iommu_model"];
+
+/// Sees that a feature that is off left nothing in the kernel.
+fn without_contexts(elf: &Path) -> Result<()> {
+    let bytes = fs::read(elf).with_context(|| format!("cannot read {}", elf.display()))?;
+    match OF_CONTEXTS.into_iter().find(|part| holds(&bytes, part)) {
+        None => Ok(()),
+        Some(part) => bail!("{} has symbols with {part}, although its feature is off", elf.display()),
+    }
+}
+
+fn holds(bytes: &[u8], part: &str) -> bool {
+    // Symbols are ASCII, and what is not does not matter.
+    String::from_utf8_lossy(bytes).contains(part)
 }
 
 /// Makes the flat image beside the ELF file.
@@ -91,6 +112,13 @@ pub(crate) fn directory(toolchain: Toolchain) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn symbols_are_found_wherever_they_are() {
+        assert!(holds(b"\0_RNvNtCs9dGXsK4UtOz_12virtio_iommu8contexts6nested\0", OF_CONTEXTS[0]));
+        assert!(!holds(b"\0_RNvNtCs9dGXsK4UtOz_12virtio_iommu6domain\0", OF_CONTEXTS[0]));
+        assert!(!holds(b"", OF_CONTEXTS[1]));
+    }
 
     #[test]
     fn only_the_drafts_scenarios_have_its_code() {

@@ -1,5 +1,6 @@
 //! The contexts, each of its kind, and the pages that they map.
 
+use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::String;
 
@@ -111,7 +112,7 @@ pub(super) struct Space {
 
 enum Handle {
     Default(Domain<Guest>),
-    Owned(OwnedContext<Guest, Viommu<Guest>>),
+    Owned(Box<OwnedContext<Guest, Viommu<Guest>>>),
     Mapped(MappedContext<Guest>),
 }
 
@@ -128,7 +129,7 @@ impl Space {
             let table = PageTable::new(format, driver.clone(), TableOptions::default()).map_err(text)?;
             let pasid = pasid.ok_or("a table without a PASID")?;
             let added = contexts.add_owned(pasid, table, asid);
-            added.map(Handle::Owned).map_err(|not_added| text(not_added.error))
+            added.map(|context| Handle::Owned(Box::new(context))).map_err(|not_added| text(not_added.error))
         };
         let handle = match kind {
             Kind::Default => Handle::Default(contexts.domain().clone()),
@@ -180,7 +181,7 @@ impl Space {
 
     pub(super) fn owned(&mut self) -> Result<&mut OwnedContext<Guest, Viommu<Guest>>, String> {
         match &mut self.handle {
-            Handle::Owned(context) => Ok(context),
+            Handle::Owned(context) => Ok(&mut **context),
             Handle::Default(_) | Handle::Mapped(_) => Err(format!("{} is no table", self.kind.name())),
         }
     }
