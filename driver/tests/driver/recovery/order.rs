@@ -8,13 +8,14 @@ use std::task::{Context, Poll, Wake, Waker};
 
 use virtio_iommu::transport::DeviceStatus;
 use virtio_iommu::{
-    BypassError, DomainOptions, EndpointId, Iova, Leave, MapError, Prot, RecoverError, ShutdownError,
+    BypassError, Domain, DomainOptions, EndpointId, Iova, Leave, MapError, PhysAddr, Prot, RecoverError,
+    ShutdownError,
 };
 use virtio_iommu_model::{Config, Endpoint, Request, flag};
 
 use super::hooked::{self, Step};
 use super::{Bench, devices};
-use crate::support::{EP, EP2, PAGE, RW};
+use crate::support::{EP, EP2, PAGE, RW, TestPlatform};
 
 const AT: Iova = Iova::new(0x10_0000);
 
@@ -192,4 +193,57 @@ fn domains_that_are_created_meanwhile_are_their_own() {
     bench.machine.device().add_endpoint(Endpoint::new(id.get()));
     bench.viommu.attach(id, &other).unwrap();
     assert!(!bench.machine.reaches(id, bench.live_at()));
+}
+
+/// What a mapping at an address of the driver's choice comes to at its first poll, which takes the quick way where all is
+/// as usual. Dropped then.
+fn first_poll(domain: &Domain<TestPlatform>, memory: PhysAddr) -> Poll<Result<Iova, MapError>> {
+    // SAFETY: nobody but the test uses the memory.
+    let mut mapping =
+        Box::pin(async { unsafe { domain.map_async(memory, PAGE, RW, Iova::new(u64::MAX)) }.await });
+    mapping.as_mut().poll(&mut Context::from_waker(&Waker::from(Arc::new(Count::default()))))
+}
+
+/// Fails when `StateLock` takes a recovery for usual: then a request goes into a ring that is being reset.
+#[test]
+fn nobody_takes_the_quick_way_while_a_queue_is_reset() {
+    let (bench, hooks) = hooked::bench(Config::default());
+    let (domain, memory) = (bench.domain.clone(), bench.machine.memory(PAGE).phys);
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    let requests = domain.stats().requests;
+    hooks.at_each(move |step| {
+        if matches!(step, Step::ResetQueue(_) | Step::Enable(_)) {
+            assert_eq!(first_poll(&domain, memory), Poll::Pending, "{step:?}");
+            assert_eq!(domain.stats().requests, requests, "{step:?}");
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    bench.viommu.reset_queues().unwrap();
+    hooks.stop();
+    assert!(asked.load(Ordering::Relaxed) >= 2);
+}
+
+/// Fails when the quick way does not look whether its domain gets its mappings again.
+#[test]
+fn nothing_new_is_mapped_the_quick_way_before_a_replay_ends() {
+    let (machine, viommu, hooks) = hooked::live(Config::default(), true);
+    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    viommu.attach(EP, &domain).unwrap();
+    let memory = machine.memory(PAGE).phys;
+    // SAFETY: nobody but the test uses the memory.
+    unsafe { domain.map_at(AT, memory, PAGE, RW) }.unwrap();
+    viommu.detach(EP).unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let (count, handle) = (Arc::clone(&asked), domain.clone());
+    hooks.at_each(move |step| {
+        if step == Step::Notify(0) {
+            assert_eq!(first_poll(&handle, memory), Poll::Ready(Err(MapError::NoEndpoint)));
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    viommu.attach(EP, &domain).unwrap();
+    hooks.stop();
+    assert_eq!(asked.load(Ordering::Relaxed), 2, "ATTACH, and the MAP of what was live");
+    assert!(machine.reaches(EP, AT.get()));
 }
