@@ -198,9 +198,9 @@ fn domains_that_are_created_meanwhile_are_their_own() {
 /// What a mapping at an address of the driver's choice comes to at its first poll, which takes the quick way where all is
 /// as usual. Dropped then.
 fn first_poll(domain: &Domain<TestPlatform>, memory: PhysAddr) -> Poll<Result<Iova, MapError>> {
+    let limit = Iova::new(u64::MAX);
     // SAFETY: nobody but the test uses the memory.
-    let mut mapping =
-        Box::pin(async { unsafe { domain.map_async(memory, PAGE, RW, Iova::new(u64::MAX)) }.await });
+    let mut mapping = Box::pin(unsafe { domain.map_async(memory, PAGE, RW, limit) });
     mapping.as_mut().poll(&mut Context::from_waker(&Waker::from(Arc::new(Count::default()))))
 }
 
