@@ -3,7 +3,7 @@
 use crate::dma::Endpoint;
 use crate::domain::Domain;
 use crate::error::{AttachError, DetachError, DmaError, GroupError};
-use crate::exchange::{self, First, Need, Sent};
+use crate::exchange::{self, Need, Sent};
 use crate::id::EndpointId;
 use crate::options::EndpointOptions;
 use crate::platform::Platform;
@@ -23,24 +23,25 @@ impl<P: Platform> Viommu<P> {
     /// [`AttachError`]. The endpoint's bus mastering must then stay off.
     pub fn attach(&self, endpoint: EndpointId, domain: &Domain<P>) -> Result<(), AttachError> {
         match exchange::attach_first(&self.shared, endpoint, domain.key()) {
-            First::Done(()) => Ok(()),
-            first => self.shared.block_on(self.attach_rest(endpoint, domain, first)),
+            Ok(()) => Ok(()),
+            Err(sent) => self.attach_rest(endpoint, domain, sent),
         }
     }
 
     /// What is left after the first step.
-    async fn attach_rest(
+    #[cold]
+    fn attach_rest(
         &self,
         endpoint: EndpointId,
         domain: &Domain<P>,
-        first: First<'_, P, (), ()>,
+        sent: Option<u16>,
     ) -> Result<(), AttachError> {
-        if let First::Sent((), in_flight) = first {
-            let answered = in_flight.outcome().await;
+        if let Some(slot) = sent {
+            let answered = self.shared.block_on(self.shared.wait_for(slot).outcome());
             answered.map_err(|error| AttachError::Request { endpoint, error })?;
         }
         // It sends nothing where that attached the endpoint, and does what else there is to do.
-        self.attach_async(endpoint, domain).await
+        self.shared.block_on(self.attach_async(endpoint, domain))
     }
 
     /// [`attach`](Self::attach) as a future. Dropped before its end it leaves the endpoint attached, or in a state that
@@ -156,18 +157,23 @@ impl<P: Platform> Viommu<P> {
     /// [`DetachError`]. The endpoint then counts as attached.
     pub fn detach(&self, endpoint: EndpointId) -> Result<(), DetachError> {
         match exchange::detach_first(&self.shared, endpoint) {
-            First::Done(true) => Ok(()),
-            First::Done(false) => {
+            Ok(true) => Ok(()),
+            Ok(false) => {
                 self.collect();
                 Ok(())
             }
-            First::Sent((), in_flight) => {
-                let detached = self.shared.detached(endpoint, self.shared.block_on(in_flight.outcome()));
-                self.collect();
-                detached
-            }
-            First::No => self.shared.block_on(self.detach_async(endpoint)),
+            Err(sent) => self.detach_rest(endpoint, sent),
         }
+    }
+
+    /// What is left after the first step.
+    #[cold]
+    fn detach_rest(&self, endpoint: EndpointId, sent: Option<u16>) -> Result<(), DetachError> {
+        let Some(slot) = sent else { return self.shared.block_on(self.detach_async(endpoint)) };
+        let outcome = self.shared.block_on(self.shared.wait_for(slot).outcome());
+        let detached = self.shared.detached(endpoint, outcome);
+        self.collect();
+        detached
     }
 
     /// [`detach`](Self::detach) as a future. Dropped before its end it leaves the endpoint in a state that is

@@ -6,7 +6,7 @@ use crate::engine::{
     Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose,
 };
 use crate::error::{MapError, UnmapError};
-use crate::exchange::{self, First, FirstUnmap, Owned, Place, Run, Shared};
+use crate::exchange::{self, Owned, Place, Run, Shared};
 use crate::id::DomainId;
 use crate::mappings::{Mappings, Translation};
 use crate::options::UnmapPolicy;
@@ -202,12 +202,12 @@ impl<P: Platform> Domain<P> {
             Place::Anywhere { placement, .. } if prot.is_plain() && run.is_whole(shared.granule) => {
                 exchange::map_first(shared, key, run, placement, purpose, &mut None)
             }
-            _ => First::No,
+            _ => Err(None),
         };
         let range = match first {
-            First::Done(mapped) => mapped.range,
-            first => {
-                exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None, first).await?
+            Ok(mapped) => mapped.range,
+            Err(sent) => {
+                exchange::map(shared, key, place, core::iter::once(run), purpose, &mut None, sent).await?
             }
         };
         self.flush_if_overdue_for(range).await;
@@ -353,8 +353,8 @@ impl<P: Platform> Domain<P> {
         let (shared, key) = (&self.0.shared, self.0.key);
         if !self.defers() {
             return match exchange::unmap_first(shared, key, range, record) {
-                First::Done(()) => Ok(Unmapped::Now),
-                first => self.unmap_rest(range, first).map(|()| Unmapped::Now),
+                Ok(()) => Ok(Unmapped::Now),
+                Err(sent) => self.unmap_rest(range, sent).map(|()| Unmapped::Now),
             };
         }
         match exchange::defer_first(shared, key, range, record) {
@@ -370,20 +370,22 @@ impl<P: Platform> Domain<P> {
         range: IovaRange,
     ) -> impl Future<Output = Result<(), UnmapError>> + Send + '_ {
         // Also when it is dropped before it is polled.
-        exchange::unmap(self.owned(range), range, First::No)
+        exchange::unmap(self.owned(range), range, None)
     }
 
     /// The same for whoever blocks.
     pub(crate) fn unmap_now(&self, range: IovaRange) -> Result<(), UnmapError> {
         match exchange::unmap_first(&self.0.shared, self.0.key, range, MappingHandle::UNKNOWN) {
-            First::Done(()) => Ok(()),
-            first => self.unmap_rest(range, first),
+            Ok(()) => Ok(()),
+            Err(sent) => self.unmap_rest(range, sent),
         }
     }
 
     #[cold]
-    fn unmap_rest(&self, range: IovaRange, first: FirstUnmap<'_, P>) -> Result<(), UnmapError> {
-        self.0.shared.block_on(exchange::unmap(self.owned(range), range, first))
+    fn unmap_rest(&self, range: IovaRange, sent: Option<u16>) -> Result<(), UnmapError> {
+        let shared = &self.0.shared;
+        let first = sent.map(|slot| shared.wait_for(slot));
+        shared.block_on(exchange::unmap(self.owned(range), range, first))
     }
 
     fn owned(&self, range: IovaRange) -> Owned<'_, P> {

@@ -39,14 +39,24 @@ unsafe impl<R: lock_api::RawMutex + Send + Sync> RawLock for LockApi<R> {
     const UNLOCKED: Self = Self(R::INIT);
     type Saved = ();
 
+    #[inline(always)]
     fn acquire(&self) {
-        self.0.lock();
+        // So that the way without a wait is a straight one.
+        if !self.0.try_lock() {
+            wait(&self.0);
+        }
     }
 
     unsafe fn release(&self, (): ()) {
         // SAFETY: the caller holds the lock.
         unsafe { self.0.unlock() };
     }
+}
+
+#[cfg(feature = "lock_api")]
+#[cold]
+fn wait(lock: &impl lock_api::RawMutex) {
+    lock.lock();
 }
 
 /// A spin lock that leaves interrupts as they are.

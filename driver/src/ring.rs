@@ -277,7 +277,20 @@ impl Ring {
         Some(Used { id, len })
     }
 
-    /// Passes over the entry that [`peek`](Self::peek) returned.
+    /// What [`peek`](Self::peek) returns, where it is the only entry that is there.
+    #[inline(always)]
+    pub(crate) fn sole(&mut self) -> Option<Used> {
+        debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
+        let seen = self.memory.used_index();
+        if seen != self.used_idx.wrapping_add(1) || self.published == self.used_idx {
+            return None;
+        }
+        self.seen = seen;
+        let (id, len) = self.memory.used_entry(self.used_idx);
+        Some(Used { id, len })
+    }
+
+    /// Passes over the entry that [`peek`](Self::peek) or [`sole`](Self::sole) returned.
     #[inline(always)]
     pub(crate) fn pass(&mut self) {
         self.used_idx = self.used_idx.wrapping_add(1);

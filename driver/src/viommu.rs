@@ -165,13 +165,14 @@ impl<P: Platform> Viommu<P> {
             return Err(DomainError::NoContexts);
         }
         let limits = Limits::new(&self.shared.options);
-        let mut parts = Some(Engine::prepare_domain(&self.geometry, limits, options.mappings));
-        let mut deferred = match options.unmap {
+        let deferred = match options.unmap {
             UnmapPolicy::Strict => None,
             UnmapPolicy::Deferred(bounds) => Some(DeferredList::new(bounds)),
         };
         let due = deferred.as_ref().map(DeferredList::due);
-        let key = self.shared.state.lock().engine.create_domain(&mut parts, options.kind, &mut deferred)?;
+        let (mappings, kind) = (options.mappings, options.kind);
+        let mut prepared = Some(Engine::prepare_domain(&self.geometry, limits, mappings, kind, deferred));
+        let key = self.shared.state.lock().engine.create_domain(&mut prepared)?;
         Ok(Domain::new(Arc::clone(&self.shared), key, options.unmap, due))
     }
 

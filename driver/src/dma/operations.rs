@@ -6,7 +6,7 @@ use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmap
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose};
 use crate::error::{DmaError, MapError, UnmapError};
-use crate::exchange::{self, First, FirstMap, Mapped, Place, Run, Shared, Wanted};
+use crate::exchange::{self, Mapped, Place, Run, SentMap, Shared, Wanted};
 use crate::platform::Platform;
 use crate::prot::{Direction, Prot};
 use crate::wire::feature::Features;
@@ -51,14 +51,14 @@ impl<P: Platform> Endpoint<P> {
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
         let mapped = match first {
-            First::Done(mapped) => {
+            Ok(mapped) => {
                 view.domain.flush_if_overdue();
                 mapped
             }
-            first => {
+            Err(sent) => {
                 let place = Place::Anywhere { len: run.len, placement, parts: 1 };
                 let run = iter::once(run);
-                let rest = exchange::map(shared, key, place, run, purpose, &mut held, first);
+                let rest = exchange::map(shared, key, place, run, purpose, &mut held, sent);
                 let range = self.block_on(rest).inspect_err(|_| {
                     if let Some(held) = held.take() {
                         shared.release(held);
@@ -345,14 +345,14 @@ impl<P: Platform> Endpoint<P> {
         // A granule of one byte is no mapping by itself.
         let first = match run.len >= 2 {
             true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
-            false => First::No,
+            false => Err(None),
         };
         match first {
-            First::Done(mapped) => {
+            Ok(mapped) => {
                 view.domain.flush_if_overdue();
                 Ok(self.mapping_within(mapped, phys, len))
             }
-            first => self.map_rest(phys, len, (run, placement, purpose), first),
+            Err(sent) => self.map_rest(phys, len, (run, placement, purpose), sent),
         }
     }
 
@@ -362,9 +362,9 @@ impl<P: Platform> Endpoint<P> {
         phys: PhysAddr,
         len: usize,
         wanted: (Run, Placement, Purpose),
-        first: FirstMap<'_, P>,
+        sent: Option<SentMap>,
     ) -> Result<DmaMapping, DmaError> {
-        self.block_on(self.map_rest_async(phys, len, wanted, first))
+        self.block_on(self.map_rest_async(phys, len, wanted, Err(sent)))
     }
 
     async fn map_in_place_async(
@@ -380,7 +380,7 @@ impl<P: Platform> Endpoint<P> {
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = match prot.is_plain() && run.len >= 2 {
             true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
-            false => First::No,
+            false => Err(None),
         };
         self.map_rest_async(phys, len, (run, placement, purpose), first).await
     }
@@ -391,15 +391,15 @@ impl<P: Platform> Endpoint<P> {
         phys: PhysAddr,
         len: usize,
         (run, placement, purpose): (Run, Placement, Purpose),
-        first: FirstMap<'_, P>,
+        first: Result<Mapped, Option<SentMap>>,
     ) -> Result<DmaMapping, DmaError> {
         let domain = &self.view.domain;
         let mapped = match first {
-            First::Done(mapped) => mapped,
-            first => {
+            Ok(mapped) => mapped,
+            Err(sent) => {
                 let place = Place::Anywhere { len: run.len, placement, parts: 1 };
                 let (shared, key, run) = (domain.shared(), domain.key(), iter::once(run));
-                Mapped::of(exchange::map(shared, key, place, run, purpose, &mut None, first).await?)
+                Mapped::of(exchange::map(shared, key, place, run, purpose, &mut None, sent).await?)
             }
         };
         domain.flush_if_overdue_for(mapped.range).await;
@@ -422,13 +422,15 @@ impl<P: Platform> Endpoint<P> {
         let one = if parts == 1 { runs.clone().next() } else { None };
         let first = match one.filter(|run| run.is_whole(view.granule)) {
             Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
-            None => First::No,
+            None => Err(None),
         };
-        if let First::Done(mapped) = first {
-            return Ok(mapped);
+        match first {
+            Ok(mapped) => Ok(mapped),
+            Err(sent) => {
+                let place = Place::Anywhere { len, placement, parts };
+                exchange::map(shared, key, place, runs, purpose, held, sent).await.map(Mapped::of)
+            }
         }
-        let place = Place::Anywhere { len, placement, parts };
-        exchange::map(shared, key, place, runs, purpose, held, first).await.map(Mapped::of)
     }
 
     /// Memory of any place in a granule, mapped by whole granules.

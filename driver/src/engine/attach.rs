@@ -111,8 +111,8 @@ impl Engine {
         let granule = self.geometry.granule;
         // Split borrows: the endpoint's regions are read while the domain's allocator changes.
         let Self { endpoints, domains, .. } = self;
-        let domain = domains.get_mut(key.place()).and_then(Option::as_mut);
-        let domain = domain.filter(|domain| domain.generation == key.generation);
+        let domain = domains.get_mut(key.place()).and_then(Option::as_deref_mut);
+        let domain = domain.filter(|domain| domain.key == key);
         let domain = domain.ok_or(AttachError::DeadDomain)?;
         if endpoints[at].reserved_in == Some(key) {
             return Ok(());

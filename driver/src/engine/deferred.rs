@@ -220,8 +220,7 @@ impl Engine {
     pub(crate) fn next_overdue(&self, after: Option<u32>, now_ns: Option<u64>) -> Option<(u32, DomainKey)> {
         self.domains.iter().enumerate().find_map(|(index, domain)| {
             let (index, domain) = (index as u32, domain.as_ref()?);
-            let key = DomainKey { index, generation: domain.generation };
-            (Some(index) > after && self.is_flush_overdue(key, now_ns)).then_some((index, key))
+            (Some(index) > after && self.is_flush_overdue(domain.key, now_ns)).then_some((index, domain.key))
         })
     }
 

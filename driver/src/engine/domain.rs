@@ -1,8 +1,8 @@
 //! Records of domains.
 
-use super::Geometry;
 use super::deferred::DeferredList;
 use super::space::Space;
+use super::{DomainKey, Geometry};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::MapError;
 use crate::id::DomainId;
@@ -31,7 +31,8 @@ pub struct DomainStats {
 }
 
 pub(crate) struct DomainRecord {
-    pub generation: u32,
+    /// Set, as the number is, when it gets its place.
+    pub key: DomainKey,
     pub id: DomainId,
     pub kind: DomainKind,
     /// Endpoints whose ATTACH was confirmed.
@@ -51,6 +52,23 @@ pub(crate) struct DomainRecord {
 }
 
 impl DomainRecord {
+    /// A record that has no place and no number yet.
+    pub(super) fn new(space: Space, kind: DomainKind, deferred: Option<DeferredList>) -> Self {
+        Self {
+            key: DomainKey::new(u32::MAX, u32::MAX),
+            id: DomainId::new(u32::MAX),
+            kind,
+            attached: 0,
+            possible: 0,
+            space,
+            deferred,
+            stats: DomainStats::default(),
+            in_transition: false,
+            reviving: false,
+            orphaned: false,
+        }
+    }
+
     /// What it did so far.
     pub(crate) fn stats(&self) -> DomainStats {
         let (mappings, deferred_bytes) = self.deferred.as_ref().map_or((0, 0), DeferredList::waiting);

@@ -65,9 +65,9 @@ impl Engine {
     ) -> bool {
         let Self { endpoints, domains, confirmed, .. } = self;
         let Some(endpoint) = endpoints.get_mut(at) else { return false };
-        let Some(domain) = domains.get_mut(key.place()).and_then(Option::as_mut) else { return false };
+        let Some(domain) = domains.get_mut(key.place()).and_then(Option::as_deref_mut) else { return false };
         let waits = endpoint.id == id && endpoint.attachment == Attachment::Attaching(key);
-        if !waits || domain.generation != key.generation || !domain.is_quiet() || !endpoint.is_plain() {
+        if !waits || domain.key != key || !domain.is_quiet() || !endpoint.is_plain() {
             return false;
         }
         (endpoint.attachment, endpoint.wanted) = (Attachment::Attached(key), true);
@@ -103,11 +103,11 @@ impl Engine {
     ) -> bool {
         let Self { endpoints, domains, confirmed, .. } = self;
         let Some(endpoint) = endpoints.get_mut(at) else { return false };
-        let Some(domain) = domains.get_mut(key.place()).and_then(Option::as_mut) else { return false };
+        let Some(domain) = domains.get_mut(key.place()).and_then(Option::as_deref_mut) else { return false };
         let waits = endpoint.id == id
             && endpoint.attachment == Attachment::Detaching { domain: key, was_attached: true };
         // Where it dies with its last endpoint, it has no mappings to lose.
-        if !waits || domain.generation != key.generation || !domain.is_quiet() {
+        if !waits || domain.key != key || !domain.is_quiet() {
             return false;
         }
         endpoint.attachment = Attachment::Detached;

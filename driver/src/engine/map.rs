@@ -418,11 +418,10 @@ impl Engine {
         if self.released == 0 {
             return None;
         }
-        let (index, generation) = self.domains.iter().enumerate().find_map(|(index, domain)| {
-            let domain = domain.as_ref()?;
+        let key = self.domains.iter().flatten().find_map(|domain| {
             let released = domain.space.tally().released;
-            (released > 0).then_some((index as u32, domain.generation))
+            (released > 0).then_some(domain.key)
         })?;
-        self.take_released(DomainKey { index, generation }, IovaRange::WHOLE)
+        self.take_released(key, IovaRange::WHOLE)
     }
 }

@@ -27,7 +27,6 @@ pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
-pub(crate) use quick::Unheld;
 pub(crate) use recover::Revival;
 
 use crate::addr::{Iova, IovaRange};
@@ -35,27 +34,30 @@ use crate::error::DomainError;
 use crate::fault::FaultWindow;
 use crate::id::{DomainId, EndpointId};
 use crate::options::{DomainKind, Options};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 use space::{Room, Space};
 
-/// Names a domain's record. The generation tells a record from a later one in the same place.
+/// Names a domain's record: its place in the lower half, and a generation that tells it from a later one there in the
+/// upper. One word, since each request is compared by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct DomainKey {
-    index: u32,
-    generation: u32,
-}
+pub(crate) struct DomainKey(u64);
 
 impl DomainKey {
+    fn new(place: u32, generation: u32) -> Self {
+        Self(u64::from(place) | u64::from(generation) << 32)
+    }
+
     #[inline(always)]
     fn place(self) -> usize {
-        self.index as usize
+        self.0 as u32 as usize
     }
 
     /// A number that no other domain of any IOMMU has.
     #[cfg(feature = "dma-api-0_10")]
     pub(crate) fn unique(self) -> u32 {
-        self.generation
+        (self.0 >> 32) as u32
     }
 }
 
@@ -174,7 +176,8 @@ pub(crate) struct Engine {
     endpoints: Vec<EndpointRecord>,
     /// Where an endpoint was that was looked for: a hint.
     last_place: usize,
-    domains: Vec<Option<DomainRecord>>,
+    /// Boxed, so that one is found without a multiplication.
+    domains: Vec<Option<Box<DomainRecord>>>,
     next_domain_id: u32,
     /// Numbers that an earlier life of the device still uses.
     retired_ids: Vec<u32>,
@@ -212,9 +215,16 @@ impl Engine {
         }
     }
 
-    /// The part of a domain's record that needs memory, made before the lock is taken.
-    pub(crate) fn prepare_domain(geometry: &Geometry, limits: Limits, mappings: usize) -> Space {
-        Space::new(geometry.usable, geometry.granule, limits.room(mappings))
+    /// A domain's record with room for so many mappings, made before the lock is taken. Allocates.
+    pub(crate) fn prepare_domain(
+        geometry: &Geometry,
+        limits: Limits,
+        mappings: usize,
+        kind: DomainKind,
+        deferred: Option<DeferredList>,
+    ) -> Box<DomainRecord> {
+        let space = Space::new(geometry.usable, geometry.granule, limits.room(mappings));
+        Box::new(DomainRecord::new(space, kind, deferred))
     }
 
     /// How many records a domain lacks for so many mappings in all.
@@ -236,34 +246,21 @@ impl Engine {
         }
     }
 
-    /// Takes `space`, unless there is an error: then the caller drops it outside of the lock.
+    /// Takes `prepared`, unless there is an error: then the caller drops it outside of the lock.
     pub(crate) fn create_domain(
         &mut self,
-        space: &mut Option<Space>,
-        kind: DomainKind,
-        deferred: &mut Option<DeferredList>,
+        prepared: &mut Option<Box<DomainRecord>>,
     ) -> Result<DomainKey, DomainError> {
         let Some(index) = self.domains.iter().position(Option::is_none) else {
             return Err(DomainError::TooMany { limit: self.limits.domains });
         };
         let id = self.next_id()?;
         let limit = self.limits.domains;
-        let space = space.take().ok_or(DomainError::TooMany { limit })?;
-        let generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
-        self.domains[index] = Some(DomainRecord {
-            generation,
-            id,
-            kind,
-            attached: 0,
-            possible: 0,
-            space,
-            deferred: deferred.take(),
-            stats: DomainStats::default(),
-            in_transition: false,
-            reviving: false,
-            orphaned: false,
-        });
-        Ok(DomainKey { index: index as u32, generation })
+        let mut domain = prepared.take().ok_or(DomainError::TooMany { limit })?;
+        let key = DomainKey::new(index as u32, GENERATIONS.fetch_add(1, Ordering::Relaxed));
+        (domain.key, domain.id) = (key, id);
+        self.domains[index] = Some(domain);
+        Ok(key)
     }
 
     /// A domain number that nothing uses: numbers go round the device's range, and one is in use as long as its
@@ -289,14 +286,14 @@ impl Engine {
     }
 
     pub(crate) fn domain(&self, key: DomainKey) -> Option<&DomainRecord> {
-        let record = self.domains.get(key.place())?.as_ref()?;
-        (record.generation == key.generation).then_some(record)
+        let record = self.domains.get(key.place())?.as_deref()?;
+        (record.key == key).then_some(record)
     }
 
     #[inline]
     pub(crate) fn domain_mut(&mut self, key: DomainKey) -> Option<&mut DomainRecord> {
-        let record = self.domains.get_mut(key.place())?.as_mut()?;
-        (record.generation == key.generation).then_some(record)
+        let record = self.domains.get_mut(key.place())?.as_deref_mut()?;
+        (record.key == key).then_some(record)
     }
 
     /// Counts a request that was sent for a domain.
@@ -308,7 +305,7 @@ impl Engine {
 
     /// The embedder let go of a domain. Its record is returned, to be dropped outside of the lock, as soon as
     /// nothing depends on it: now or by [`take_orphan`](Self::take_orphan).
-    pub(crate) fn release_domain(&mut self, key: DomainKey) -> Option<DomainRecord> {
+    pub(crate) fn release_domain(&mut self, key: DomainKey) -> Option<Box<DomainRecord>> {
         self.domain_mut(key)?.orphaned = true;
         self.orphans += 1;
         self.revoke_if_empty(key.place());
@@ -316,7 +313,7 @@ impl Engine {
     }
 
     /// A record that was let go of and that nothing depends on any more.
-    pub(crate) fn take_orphan(&mut self) -> Option<DomainRecord> {
+    pub(crate) fn take_orphan(&mut self) -> Option<Box<DomainRecord>> {
         // With every detachment this is asked, and nearly always for nothing.
         if self.orphans == 0 {
             return None;
@@ -324,7 +321,7 @@ impl Engine {
         (0..self.domains.len()).find_map(|index| self.take_if_idle(index))
     }
 
-    fn take_if_idle(&mut self, index: usize) -> Option<DomainRecord> {
+    fn take_if_idle(&mut self, index: usize) -> Option<Box<DomainRecord>> {
         let idle = self.domains[index].take_if(|domain| domain.orphaned && domain.is_idle());
         self.orphans -= usize::from(idle.is_some());
         idle
@@ -354,14 +351,14 @@ impl Engine {
     ) -> Option<(DomainKey, IovaRange)> {
         let stuck = MappingState::Quarantined { in_flight: false };
         self.domains.iter().enumerate().find_map(|(index, domain)| {
-            let (index, domain) = (index as u32, domain.as_ref()?);
+            let domain = domain.as_ref()?;
             let first = match after {
-                Some((key, _)) if index < key.index => return None,
-                Some((key, range)) if index == key.index => range.start().checked_add(1)?,
+                Some((key, _)) if index < key.place() => return None,
+                Some((key, range)) if index == key.place() => range.start().checked_add(1)?,
                 _ => Iova::new(0),
             };
             let record = domain.space.iter_from(first).find(|record| record.state == stuck)?;
-            Some((DomainKey { index, generation: domain.generation }, record.range))
+            Some((domain.key, record.range))
         })
     }
 }

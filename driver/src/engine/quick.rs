@@ -90,12 +90,6 @@ impl Confirming<'_> {
     }
 }
 
-/// What a mapping held that is gone.
-pub(crate) enum Unheld {
-    Nothing,
-    Memory(HeldMemory),
-}
-
 impl Engine {
     /// Begins a mapping of whole granules for reading, writing or both, where `placement` allows. The request for it is
     /// then sent in any case.
@@ -108,10 +102,7 @@ impl Engine {
         held: &mut Option<HeldMemory>,
     ) -> Option<(&mut DomainRecord, Mapped)> {
         debug_assert!(purpose.prot.is_plain() && run.is_whole(self.geometry.granule));
-        let domain = self.domains.get_mut(key.place())?.as_mut()?;
-        if domain.generation != key.generation || !domain.takes_mappings() {
-            return None;
-        }
+        let domain = self.domain_mut(key).filter(|domain| domain.takes_mappings())?;
         let mapped = domain.space.make(run, placement, (purpose, list), held)?;
         Some((domain, mapped))
     }
@@ -166,16 +157,29 @@ impl Engine {
         true
     }
 
-    /// The device confirmed an UNMAP that somebody waits for. `None` where there is more to it.
+    /// The device confirmed an UNMAP that somebody waits for, of one mapping that holds no memory. False where there is more
+    /// to it.
     #[inline(always)]
-    pub(crate) fn unmapped_one(
+    pub(crate) fn unmapped_one(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+        let Some(domain) = self.domain_mut(key) else { return false };
+        if !domain.space.end_unmapped_plain(record, range) {
+            return false;
+        }
+        domain.stats.unmaps += 1;
+        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
+        self.confirmed.unmaps += 1;
+        true
+    }
+
+    /// The same of one that holds memory, which is returned. `None` where there is more to it.
+    pub(crate) fn unmapped_held(
         &mut self,
         key: DomainKey,
         range: IovaRange,
         record: MappingHandle,
-    ) -> Option<Unheld> {
+    ) -> Option<HeldMemory> {
         let domain = self.domain_mut(key)?;
-        let held = domain.space.end_unmapped(record, range)?;
+        let held = domain.space.end_unmapped_held(record, range)?;
         domain.stats.unmaps += 1;
         domain.stats.mapped_bytes -= range.len_minus_one() + 1;
         self.confirmed.unmaps += 1;
@@ -186,8 +190,8 @@ impl Engine {
     #[inline]
     pub(crate) fn confirming(&mut self, key: DomainKey) -> Option<Confirming<'_>> {
         let Self { domains, confirmed, .. } = self;
-        let domain = domains.get_mut(key.place())?.as_mut()?;
-        let usual = domain.generation == key.generation && domain.possible > 0;
+        let domain = domains.get_mut(key.place())?.as_deref_mut()?;
+        let usual = domain.key == key && domain.possible > 0;
         usual.then_some(Confirming { key, domain, confirmed, maps: Sum::default(), unmaps: Sum::default() })
     }
 

@@ -44,8 +44,7 @@ impl Engine {
     pub(crate) fn next_to_revive(&self, after: Option<u32>) -> Option<(u32, DomainKey)> {
         self.domains.iter().enumerate().find_map(|(index, domain)| {
             let (index, domain) = (index as u32, domain.as_ref()?);
-            let key = DomainKey { index, generation: domain.generation };
-            (Some(index) > after && domain.possible > 0).then_some((index, key))
+            (Some(index) > after && domain.possible > 0).then_some((index, domain.key))
         })
     }
 

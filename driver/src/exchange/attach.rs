@@ -1,6 +1,5 @@
 //! Attaching and detaching endpoints, and mapping again what a domain lost.
 
-use super::quick::First;
 use super::{Need, Sent, Shared, State, flush};
 use crate::addr::IovaRange;
 use crate::engine::{AttachPlan, DomainKey, Op};
@@ -100,53 +99,59 @@ impl<P: Platform> Shared<P> {
     }
 }
 
-/// Attaches an endpoint that is known, in no domain and in no group, to a domain without mappings.
+/// Attaches an endpoint that is known, in no domain and in no group, to a domain without mappings. Where it did not succeed
+/// with the slot of what was sent, if that is still to be waited for.
 pub(crate) fn attach_first<P: Platform>(
     shared: &Shared<P>,
     endpoint: EndpointId,
     key: DomainKey,
-) -> First<'_, P, (), ()> {
+) -> Result<(), Option<u16>> {
     let op = Op::Attach { endpoint, domain: key };
     let (slot, place) = {
-        let Some(mut state) = shared.state.usual() else { return First::No };
+        let Some(mut state) = shared.state.usual() else { return Err(None) };
         let State { engine, requests, sent, .. } = &mut *state;
-        let Some(slot) = requests.free_slot() else { return First::No };
-        let Some((request, place, domain)) = engine.begin_attach_one(endpoint, key) else { return First::No };
-        let wanted = requests.send_one(slot, &request, op);
+        let Some(slot) = requests.free_slot() else { return Err(None) };
+        let Some((request, place, domain)) = engine.begin_attach_one(endpoint, key) else { return Err(None) };
+        let index = slot.index();
+        let wanted = slot.send(&request, op);
         *sent += 1;
         shared.note_sent(domain, wanted);
-        (slot, place)
+        (index, place)
     };
-    let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };
+    let Some(mut state) = shared.answer(slot) else { return Err(Some(slot)) };
     if !state.engine.attached_one(place, endpoint, key) {
         state.succeeded(op);
         // What more there is to do finds the endpoint where it is to be.
-        return First::No;
+        return Err(None);
     }
-    First::Done(())
+    Ok(())
 }
 
 /// Detaches an endpoint that is in no group from a domain without mappings. Says whether it had none to the end: else what
-/// it had may wait to go back to its owner.
-pub(crate) fn detach_first<P: Platform>(shared: &Shared<P>, endpoint: EndpointId) -> First<'_, P, bool, ()> {
+/// it had may wait to go back to its owner. Where it did not succeed as [`attach_first`].
+pub(crate) fn detach_first<P: Platform>(
+    shared: &Shared<P>,
+    endpoint: EndpointId,
+) -> Result<bool, Option<u16>> {
     let (slot, place, key) = {
-        let Some(mut state) = shared.state.usual() else { return First::No };
+        let Some(mut state) = shared.state.usual() else { return Err(None) };
         let State { engine, requests, sent, .. } = &mut *state;
-        let Some(slot) = requests.free_slot() else { return First::No };
+        let Some(slot) = requests.free_slot() else { return Err(None) };
         let Some(((request, place, domain), key)) = engine.begin_detach_one(endpoint) else {
-            return First::No;
+            return Err(None);
         };
-        let wanted = requests.send_one(slot, &request, Op::Detach { endpoint, domain: key });
+        let index = slot.index();
+        let wanted = slot.send(&request, Op::Detach { endpoint, domain: key });
         *sent += 1;
         shared.note_sent(domain, wanted);
-        (slot, place, key)
+        (index, place, key)
     };
-    let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };
+    let Some(mut state) = shared.answer(slot) else { return Err(Some(slot)) };
     let done = state.engine.detached_one(place, endpoint, key);
     if !done {
         state.succeeded(Op::Detach { endpoint, domain: key });
     }
-    First::Done(done)
+    Ok(done)
 }
 
 /// Ends a replay, finished or dropped. What a dropped one did not get to is mapped when an endpoint is attached next.

@@ -1,7 +1,6 @@
 //! Mapping and unmapping several that have nothing to do with each other: a request each, and one doorbell for as many as
 //! the ring takes.
 
-use super::quick::First;
 use super::unmap::{Owned, unmap};
 use super::{Mapped, Need, Run, Shared, State};
 use crate::dma::DmaMapping;
@@ -55,7 +54,7 @@ pub(crate) async fn map_each<P: Platform>(
         let submit = |state: &mut State| -> Batch {
             let mut batch = Batch::default();
             let name = *each.name.get_or_insert_with(|| state.engine.begin_list());
-            while next < count && state.requests.free_slot().is_some() {
+            while next < count && state.requests.has_free_slot() {
                 next += each.submit_usual((next, &wanted, &mapping), (purpose, name), state, &mut batch);
                 if next == count {
                     break;
@@ -127,7 +126,7 @@ impl<P: Platform> Each<'_, P> {
             let made = domain.space.make(run, placement, (purpose, name), &mut None);
             let Some(mapped @ Mapped { range, record }) = made else { break };
             let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
-            requests.queue_one(slot, &request, Op::Map { domain: key, range, record }, batch);
+            slot.queue(&request, Op::Map { domain: key, range, record }, batch);
             *place = Some(mapping(next, mapped));
             next += 1;
         }
@@ -155,7 +154,7 @@ impl<P: Platform> Each<'_, P> {
         let (mapped, domain) = engine.begin_anywhere(self.key, (run, placement), (purpose, name))?;
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
-        requests.queue_one(slot, &request, Op::Map { domain: self.key, range, record }, batch);
+        slot.queue(&request, Op::Map { domain: self.key, range, record }, batch);
         *sent += 1;
         self.made[next] = Some(mapping(next, mapped));
         Ok(true)
@@ -199,7 +198,7 @@ pub(crate) async fn unmap_each<P: Platform>(
                     rest.next += 1;
                     if let Some(mapping) = place.take() {
                         let owned = Owned::new(shared, key, mapping.range());
-                        result = result.and(unmap(owned, mapping.range(), First::No).await);
+                        result = result.and(unmap(owned, mapping.range(), None).await);
                     }
                 }
                 return result;
@@ -254,7 +253,7 @@ impl<P: Platform> Rest<'_, P> {
                 let range = mapping.range();
                 let Some(record) = domain.space.begin_unmap(range, mapping.record()) else { break };
                 let request = Request::Unmap { domain: domain.id, range };
-                requests.queue_one(slot, &request, Op::Unmap { domain: self.key, range, record }, batch);
+                slot.queue(&request, Op::Unmap { domain: self.key, range, record }, batch);
             }
             self.next += 1;
         }
@@ -266,7 +265,7 @@ impl<P: Platform> Rest<'_, P> {
     /// Begins and submits while there are slots. Called under the lock.
     fn submit(&mut self, state: &mut State, result: &mut Result<(), UnmapError>) -> Batch {
         let mut batch = Batch::default();
-        while self.next < self.mappings.len() && state.requests.free_slot().is_some() {
+        while self.next < self.mappings.len() && state.requests.has_free_slot() {
             self.submit_usual(state, &mut batch);
             let State { engine, requests, sent, .. } = &mut *state;
             let Some(slot) = requests.free_slot() else { break };
@@ -277,7 +276,7 @@ impl<P: Platform> Rest<'_, P> {
                 Ok(UnmapPlan::Send(request, op)) => {
                     engine.count_request(self.key);
                     *sent += 1;
-                    requests.queue_one(slot, &request, op, &mut batch);
+                    slot.queue(&request, op, &mut batch);
                 }
                 Ok(UnmapPlan::Nothing) => {}
                 Err(error) => *result = result.and(Err(error)),

@@ -1,6 +1,5 @@
 //! Unmapping later, and many at once: what a domain with the deferred policy does.
 
-use super::quick::First;
 use super::unmap::{Owned, reclaim, unmap};
 use super::{InFlight, Mapped, Need, Shared, State};
 use crate::addr::IovaRange;
@@ -28,7 +27,7 @@ pub(crate) async fn unmap_by_policy<P: Platform>(
         deferral = defer();
     }
     match deferral {
-        Deferral::Strict | Deferral::Full => unmap(owned, range, First::No).await.map(|()| Unmapped::Now),
+        Deferral::Strict | Deferral::Full => unmap(owned, range, None).await.map(|()| Unmapped::Now),
         Deferral::Deferred => {
             owned.settled();
             Ok(Unmapped::AtFlush)

@@ -1,7 +1,7 @@
 //! Mapping lists of runs.
 
 use super::flush::flush_all_the_same;
-use super::quick::{First, FirstMap, SentMap};
+use super::quick::SentMap;
 use super::unmap::{Owned, unmap};
 use super::{InFlight, Mapped, Need, Shared, State};
 use crate::addr::{IovaRange, PhysAddr};
@@ -121,7 +121,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             }
         };
         let mut begun = Ok(());
-        while self.free.is_some() && begun.is_ok() && state.requests.free_slot().is_some() {
+        while self.free.is_some() && begun.is_ok() && state.requests.has_free_slot() {
             if held.is_none() {
                 self.submit_parts(state, (purpose, name), &mut batch);
             }
@@ -147,7 +147,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             && let Some(Mapped { range, record }) = parts.push(run)
         {
             let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
-            requests.queue_one(slot, &request, Op::Map { domain: key, range, record }, batch);
+            slot.queue(&request, Op::Map { domain: key, range, record }, batch);
             next = runs.next();
         }
         (self.run, self.runs) = (next, runs);
@@ -174,7 +174,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let range = range.ok_or(MapError::Empty)?;
         let (record, domain) = engine.begin_map(self.key, (name, range), phys, purpose, held)?;
         let request = Request::Map { domain, range, phys, prot: purpose.prot };
-        requests.queue_one(slot, &request, Op::Map { domain: self.key, range, record }, batch);
+        slot.queue(&request, Op::Map { domain: self.key, range, record }, batch);
         *sent += 1;
         (self.run, self.free, self.free_record) =
             (self.runs.next(), free.after(range), MappingHandle::UNKNOWN);
@@ -183,7 +183,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
 }
 
 /// Maps runs, which fill the place that they go to. All or nothing: on an error no mapping is left, their addresses are
-/// free and `held` is back, except for what is in quarantine. `first` says what was done for a list of one already.
+/// free and `held` is back, except for what is in quarantine. `first` is what was sent for a list of one already.
 ///
 /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
 /// of an earlier life: it gets another (I12).
@@ -194,14 +194,15 @@ pub(crate) fn map<'a, P: Platform>(
     runs: impl Iterator<Item = Run> + Clone + Send + 'a,
     purpose: Purpose,
     held: &'a mut Option<HeldMemory>,
-    first: FirstMap<'a, P>,
+    first: Option<SentMap>,
 ) -> impl Future<Output = Result<IovaRange, MapError>> + Send + 'a {
     let mut lent = held.is_some();
     let mut list = List::new(shared, key, runs.clone());
     let mut sent = None;
-    if let First::Sent(SentMap { range, name, lent: memory }, in_flight) = first {
-        lent = memory;
-        (list.name, list.whole, list.owned) = (Some(name), Some(range), Some(range));
+    if let Some(first) = first {
+        let (range, in_flight) = (first.mapped.range, first.in_flight(shared));
+        lent = first.lent;
+        (list.name, list.whole, list.owned) = (Some(first.name), Some(range), Some(range));
         list.run = list.runs.next();
         sent = Some((Some(in_flight), Ok(())));
     }
@@ -306,7 +307,7 @@ async fn roll_back<P: Platform>(
             Unmade::Live(range) => {
                 list.owned = owned.after(range);
                 if let Err(UnmapError::Request { error, .. }) =
-                    unmap(Owned::new(shared, key, range), range, First::No).await
+                    unmap(Owned::new(shared, key, range), range, None).await
                 {
                     result = Err(error);
                 }

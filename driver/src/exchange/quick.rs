@@ -2,12 +2,13 @@
 //!
 //! Each function here is the first step of an operation, without a future: it sends the request and looks at the ring
 //! once. Wherever anything is unusual it has done nothing, or what it sent is still to be waited for, and the future takes
-//! over, which knows the rare states and the words for what is wrong.
+//! over, which knows the rare states and the words for what is wrong. What these functions return has no destructor, so
+//! that it costs nothing on the way of success.
 
 use super::{InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose, Unheld};
+use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose};
 #[cfg(feature = "bench")]
 use crate::error::RequestError;
 use crate::exchange::Run;
@@ -29,26 +30,21 @@ impl Mapped {
     }
 }
 
-/// What became of an operation's first step.
-pub(crate) enum First<'a, P: Platform, T, S> {
-    Done(T),
-    /// The request was sent, and is not answered yet, or not with success.
-    Sent(S, InFlight<'a, P>),
-    /// Nothing was done.
-    No,
-}
-
-/// What became of the first step of mapping one run.
-pub(crate) type FirstMap<'a, P> = First<'a, P, Mapped, SentMap>;
-/// The same of unmapping.
-pub(crate) type FirstUnmap<'a, P> = First<'a, P, (), ()>;
-
-/// A MAP that is not answered yet.
+/// A MAP that was sent alone, and is not answered yet, or not with success.
+#[derive(Clone, Copy)]
 pub(crate) struct SentMap {
-    pub range: IovaRange,
+    slot: u16,
+    pub mapped: Mapped,
     pub name: ListId,
     /// Whether its record holds memory.
     pub lent: bool,
+}
+
+impl SentMap {
+    /// Its answer, to be waited for.
+    pub(super) fn in_flight<P: Platform>(self, shared: &Shared<P>) -> InFlight<'_, P> {
+        shared.wait_for(self.slot)
+    }
 }
 
 impl<P: Platform> Shared<P> {
@@ -61,8 +57,9 @@ impl<P: Platform> Shared<P> {
         if state.requests.take_one(slot) { Some(state) } else { None }
     }
 
+    /// The answer of a request that was sent alone as `slot`, to be waited for.
     #[cold]
-    pub(super) fn wait_for(&self, slot: u16) -> InFlight<'_, P> {
+    pub(crate) fn wait_for(&self, slot: u16) -> InFlight<'_, P> {
         let batch = { self.state.lock().requests.batch_of(slot) };
         InFlight::new(self, batch)
     }
@@ -73,12 +70,13 @@ impl<P: Platform> Shared<P> {
         let slot = {
             let Some(mut state) = self.state.usual() else { return Err(RequestError::NoSlot) };
             let Some(slot) = state.requests.free_slot() else { return Err(RequestError::NoSlot) };
-            let wanted = state.requests.send_one(slot, request, Op::None);
+            let index = slot.index();
+            let wanted = slot.send(request, Op::None);
             state.sent += 1;
             if wanted {
                 self.note_doorbell();
             }
-            slot
+            index
         };
         match self.answer(slot) {
             Some(_) => Ok(()),
@@ -87,75 +85,86 @@ impl<P: Platform> Shared<P> {
     }
 }
 
-/// Maps a run where `placement` allows, for reading, writing or both. With `held` as for [`map`](super::map).
+/// Maps a run where `placement` allows, for reading, writing or both. With `held` as for [`map`](super::map), which takes
+/// over where it did not succeed, with what was sent.
 #[inline(always)]
-pub(crate) fn map_first<'a, P: Platform>(
-    shared: &'a Shared<P>,
+pub(crate) fn map_first<P: Platform>(
+    shared: &Shared<P>,
     key: DomainKey,
     run: Run,
     placement: Placement,
     purpose: Purpose,
     held: &mut Option<HeldMemory>,
-) -> FirstMap<'a, P> {
+) -> Result<Mapped, Option<SentMap>> {
     let lent = held.is_some();
-    let (slot, mapped, name) = {
-        let Some(mut state) = shared.state.usual() else { return First::No };
+    let sent = {
+        let Some(mut state) = shared.state.usual() else { return Err(None) };
         let State { engine, requests, sent, .. } = &mut *state;
-        let Some(slot) = requests.free_slot() else { return First::No };
+        let Some(slot) = requests.free_slot() else { return Err(None) };
         let name = engine.begin_list();
         let begun = engine.begin_one(key, (run, placement), (purpose, name), held);
-        let Some((domain, mapped)) = begun else { return First::No };
+        let Some((domain, mapped)) = begun else { return Err(None) };
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
-        let wanted = requests.send_one(slot, &request, Op::Map { domain: key, range, record });
+        let index = slot.index();
+        let wanted = slot.send(&request, Op::Map { domain: key, range, record });
         *sent += 1;
         shared.note_sent(domain, wanted);
-        (slot, mapped, name)
+        SentMap { slot: index, mapped, name, lent }
     };
-    let Mapped { range, record } = mapped;
-    let Some(mut state) = shared.answer(slot) else {
-        return First::Sent(SentMap { range, name, lent }, shared.wait_for(slot));
-    };
+    let Some(mut state) = shared.answer(sent.slot) else { return Err(Some(sent)) };
+    let Mapped { range, record } = sent.mapped;
     if !state.engine.mapped_one(key, range, record) {
         state.succeeded(Op::Map { domain: key, range, record });
     }
-    First::Done(mapped)
+    Ok(sent.mapped)
 }
 
-/// Unmaps live mappings that touch each other, the first of which `record` may be the record of.
+/// Unmaps live mappings that touch each other, the first of which `record` may be the record of. Where it did not succeed
+/// [`unmap`](super::unmap) takes over, with the slot of what was sent.
 #[inline(always)]
 pub(crate) fn unmap_first<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
     range: IovaRange,
     record: MappingHandle,
-) -> FirstUnmap<'_, P> {
+) -> Result<(), Option<u16>> {
     let (slot, record) = {
-        let Some(mut state) = shared.state.usual() else { return First::No };
+        let Some(mut state) = shared.state.usual() else { return Err(None) };
         let State { engine, requests, sent, .. } = &mut *state;
-        let Some(slot) = requests.free_slot() else { return First::No };
-        let Some((domain, record)) = engine.begin_unmap_one(key, range, record) else { return First::No };
+        let Some(slot) = requests.free_slot() else { return Err(None) };
+        let Some((domain, record)) = engine.begin_unmap_one(key, range, record) else { return Err(None) };
         let request = Request::Unmap { domain: domain.id, range };
-        let wanted = requests.send_one(slot, &request, Op::Unmap { domain: key, range, record });
+        let index = slot.index();
+        let wanted = slot.send(&request, Op::Unmap { domain: key, range, record });
         *sent += 1;
         shared.note_sent(domain, wanted);
-        (slot, record)
+        (index, record)
     };
-    let Some(mut state) = shared.answer(slot) else { return First::Sent((), shared.wait_for(slot)) };
-    match state.engine.unmapped_one(key, range, record) {
-        Some(Unheld::Nothing) => {}
-        Some(Unheld::Memory(held)) => {
-            drop(state);
-            shared.release(held);
-        }
-        None if state.engine.unmapped_run(key, range, record) => {}
-        None => {
-            state.succeeded(Op::Unmap { domain: key, range, record });
-            drop(state);
-            shared.release_unmapped(key, range);
-        }
+    let Some(mut state) = shared.answer(slot) else { return Err(Some(slot)) };
+    if !state.engine.unmapped_one(key, range, record) {
+        unmapped_more(shared, state, key, range, record);
     }
-    First::Done(())
+    Ok(())
+}
+
+/// The device confirmed an UNMAP of more than one mapping that holds no memory.
+#[cold]
+fn unmapped_more<P: Platform>(
+    shared: &Shared<P>,
+    mut state: Guard<'_, P::Lock, State>,
+    key: DomainKey,
+    range: IovaRange,
+    record: MappingHandle,
+) {
+    if let Some(held) = state.engine.unmapped_held(key, range, record) {
+        drop(state);
+        shared.release(held);
+    } else if !state.engine.unmapped_run(key, range, record) {
+        state.succeeded(Op::Unmap { domain: key, range, record });
+        drop(state);
+        shared.release_unmapped(key, range);
+    }
 }
 
 /// Defers the unmapping of one live mapping, which `record` may be the record of. [`Deferral::Strict`] where nothing was

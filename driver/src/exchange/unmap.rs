@@ -1,6 +1,5 @@
 //! Unmapping.
 
-use super::quick::{First, FirstUnmap};
 use super::{InFlight, Need, Shared, State};
 use crate::addr::IovaRange;
 use crate::engine::{DomainKey, Engine, UnmapPlan};
@@ -25,21 +24,20 @@ impl<P: Platform> Drop for Owned<'_, P> {
     }
 }
 
-/// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner. `first` says what was done
+/// Unmaps whole neighbouring mappings. Memory that was held for them goes back to its owner. `first` is what was sent
 /// already, if it is one.
 pub(crate) async fn unmap<P: Platform>(
     mut owned: Owned<'_, P>,
     range: IovaRange,
-    first: FirstUnmap<'_, P>,
+    first: Option<InFlight<'_, P>>,
 ) -> Result<(), UnmapError> {
     let result = match first {
-        First::Done(()) => Ok(()),
-        First::Sent((), in_flight) => {
+        Some(in_flight) => {
             // The record says what it is.
             owned.settled();
             owned.end(in_flight, range).await
         }
-        First::No => unmap_once(&mut owned, range, Engine::begin_unmap).await,
+        None => unmap_once(&mut owned, range, Engine::begin_unmap).await,
     };
     let refused = Err(RequestError::Refused(Status::Range));
     if !matches!(result, Err(UnmapError::Request { error, .. }) if Err(error) == refused) {

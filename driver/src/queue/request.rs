@@ -3,7 +3,7 @@
 use super::slot::{NO_SLOT, Outcome, STRIDE, Slot, SlotState, TAIL_AT, judge};
 use crate::engine::Op;
 use crate::error::RequestError;
-use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, UsedIndexJumped};
+use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, Used, UsedIndexJumped};
 use crate::shared_memory::SharedMemory;
 use crate::wire::request::{Encoded, MAX_READABLE, PROBE_READABLE, Request, Status, TAIL_LEN, TAIL_SENTINEL};
 use alloc::vec::Vec;
@@ -61,6 +61,60 @@ impl Areas {
         let probe_readable = slots + STRIDE * usize::from(size / 2);
         let probe_writable = probe_readable + PROBE_READABLE.next_multiple_of(STRIDE);
         Self { slots, probe_readable, probe_writable, len: probe_writable + probe_size + TAIL_LEN }
+    }
+}
+
+/// A slot that no request is in, in a queue that is not broken.
+pub(crate) struct FreeSlot<'a> {
+    index: u16,
+    slot: &'a mut Slot,
+    ring: &'a mut Ring,
+    /// The queue's first free slot, which this is.
+    free: &'a mut u16,
+}
+
+impl<'a> FreeSlot<'a> {
+    /// Names it to [`RequestQueue::take_one`].
+    #[inline(always)]
+    pub(crate) fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Puts a request that is no PROBE here and shows it to the device, where all is [usual](RequestQueue::is_usual). Says
+    /// whether the device wants the doorbell.
+    #[inline(always)]
+    pub(crate) fn send(self, request: &Request, op: Op) -> bool {
+        let index = self.index;
+        self.fill(request, op).publish_one(2 * index)
+    }
+
+    /// [`RequestQueue::submit`] for a request that has what it needs. The lock is held from the first of a batch to the last:
+    /// slots come off the free list one after the other, so that they are linked already.
+    #[inline(always)]
+    pub(crate) fn queue(self, request: &Request, op: Op, batch: &mut Batch) {
+        let index = self.index;
+        self.fill(request, op).push(2 * index);
+        if batch.len == 0 {
+            batch.head = index;
+        }
+        batch.tail = index;
+        batch.len += 1;
+    }
+
+    #[inline(always)]
+    fn fill(self, request: &Request, op: Op) -> &'a mut Ring {
+        let Self { index, slot, ring, free } = self;
+        *free = slot.next;
+        (slot.state, slot.op) = (SlotState::InFlight, op);
+        // A PROBE has an area of its own.
+        if !matches!(request, Request::Probe { .. }) {
+            let memory = ring.memory_mut();
+            let Encoded { words, len } = request.encode();
+            memory.write_cell(index, &words);
+            memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
+            memory.set_readable_len(index, len as u32);
+        }
+        ring
     }
 }
 
@@ -162,17 +216,11 @@ impl RequestQueue {
         if probe {
             self.write_probe(index, request);
         }
-        self.queue_one(index, request, op, batch);
+        match self.free_slot() {
+            Some(slot) => slot.queue(request, op, batch),
+            None => return false,
+        }
         true
-    }
-
-    #[inline(always)]
-    fn write_request(&mut self, index: u16, request: &Request) {
-        let memory = self.ring.memory_mut();
-        let Encoded { words, len } = request.encode();
-        memory.write_cell(index, &words);
-        memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
-        memory.set_readable_len(index, len as u32);
     }
 
     #[cold]
@@ -245,48 +293,32 @@ impl RequestQueue {
         self.broken.is_none() && quiet && self.probing.is_none()
     }
 
-    /// A free slot for [`send_one`](Self::send_one) and [`queue_one`](Self::queue_one).
+    /// A slot to put a request into.
     #[inline(always)]
-    pub(crate) fn free_slot(&self) -> Option<u16> {
-        if self.free == NO_SLOT { None } else { Some(self.free) }
+    pub(crate) fn free_slot(&mut self) -> Option<FreeSlot<'_>> {
+        let Self { ring, slots, free, .. } = self;
+        // The end of the list is beyond the slots.
+        let (index, slot) = (*free, slots.get_mut(usize::from(*free))?);
+        Some(FreeSlot { index, slot, ring, free })
     }
 
-    /// Puts a request that is no PROBE into the [free slot](Self::free_slot) and shows it to the device, where all is
-    /// [usual](Self::is_usual). Says whether the device wants the doorbell.
-    #[inline(always)]
-    pub(crate) fn send_one(&mut self, index: u16, request: &Request, op: Op) -> bool {
-        self.fill(index, request, op);
-        self.ring.publish_one(2 * index)
+    pub(crate) fn has_free_slot(&self) -> bool {
+        self.free != NO_SLOT
     }
 
-    /// [`submit`](Self::submit) for a request that has what it needs, in the [free slot](Self::free_slot). The lock is held from
-    /// the first of a batch to the last: slots come off the free list one after the other, so that they are linked already.
-    #[inline(always)]
-    pub(crate) fn queue_one(&mut self, index: u16, request: &Request, op: Op, batch: &mut Batch) {
-        self.fill(index, request, op);
-        self.ring.push(2 * index);
-        if batch.len == 0 {
-            batch.head = index;
-        }
-        batch.tail = index;
-        batch.len += 1;
-    }
-
-    #[inline(always)]
-    fn fill(&mut self, index: u16, request: &Request, op: Op) {
-        debug_assert!(self.broken.is_none() && self.free == index);
-        let slot = &mut self.slots[usize::from(index)];
-        self.free = slot.next;
-        (slot.state, slot.op) = (SlotState::InFlight, op);
-        if !matches!(request, Request::Probe { .. }) {
-            self.write_request(index, request);
-        }
-    }
-
-    /// Takes the success of a request that [`send_one`](Self::send_one) sent, where all is [usual](Self::is_usual), if it
-    /// is the next in the ring. Whether it was.
+    /// Takes the success of a request that was [sent](FreeSlot::send), where all is [usual](Self::is_usual), if it is the
+    /// next in the ring. Whether it was.
     #[inline(always)]
     pub(crate) fn take_one(&mut self, index: u16) -> bool {
+        debug_assert!(self.is_usual());
+        match self.ring.sole() {
+            Some(used) => self.take_used(index, used).is_some(),
+            None => self.take_one_of_several(index),
+        }
+    }
+
+    #[cold]
+    fn take_one_of_several(&mut self, index: u16) -> bool {
         self.take_at(index).is_some()
     }
 
@@ -314,6 +346,12 @@ impl RequestQueue {
     fn take_at(&mut self, index: u16) -> Option<(&Op, u16)> {
         debug_assert!(self.is_usual());
         let used = self.ring.peek()?;
+        self.take_used(index, used)
+    }
+
+    /// The same for the entry that is the next in the ring.
+    #[inline(always)]
+    fn take_used(&mut self, index: u16, used: Used) -> Option<(&Op, u16)> {
         let slot = self.slots.get_mut(usize::from(index))?;
         let mine = used.id == 2 * u32::from(index) && slot.state == SlotState::InFlight;
         // Before the answer is known to be there the device may be writing it.
@@ -329,7 +367,7 @@ impl RequestQueue {
         Some((&slot.op, next))
     }
 
-    /// A request that [`send_one`](Self::send_one) sent, to be waited for.
+    /// A request that was [sent](FreeSlot::send), to be waited for.
     pub(crate) fn batch_of(&self, index: u16) -> Batch {
         Batch { head: index, tail: index, len: 1 }
     }

@@ -26,8 +26,9 @@ pub(crate) enum SlotState {
     Abandoned,
 }
 
-/// The driver's private side of a slot.
+/// The driver's private side of a slot. As long as a cell in shared memory, so that one shift finds both.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
 pub(super) struct Slot {
     pub state: SlotState,
     /// What the request does to the driver's records, while it is not free.

@@ -5,8 +5,8 @@ use super::order::Wanted;
 use super::slab::Index;
 use crate::addr::{Iova, IovaRange};
 use crate::dma::HeldMemory;
+use crate::engine::Placement;
 use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
-use crate::engine::{Placement, Unheld};
 use crate::exchange::{Mapped, Run};
 
 impl Space {
@@ -205,17 +205,8 @@ impl Space {
         (record.range.last() == range.last()).then_some(count)
     }
 
-    /// The device confirmed the UNMAP of a record that waits for that: its addresses are free. With the memory that was
-    /// held for it. `None` where it is not there, or not so.
-    #[inline(always)]
-    pub(crate) fn end_unmapped(&mut self, handle: MappingHandle, range: IovaRange) -> Option<Unheld> {
-        match self.end_unmapped_plain(handle, range) {
-            true => Some(Unheld::Nothing),
-            false => self.end_unmapped_held(handle, range).map(Unheld::Memory),
-        }
-    }
-
-    /// The same for a record that holds no memory. False where it is not there, or not so.
+    /// The device confirmed the UNMAP of a record that waits for that, and holds no memory: its addresses are free. False
+    /// where it is not there, or not so.
     #[inline(always)]
     pub(crate) fn end_unmapped_plain(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Self { order, magazines, .. } = self;
@@ -233,8 +224,12 @@ impl Space {
         true
     }
 
-    #[inline(never)]
-    fn end_unmapped_held(&mut self, handle: MappingHandle, range: IovaRange) -> Option<HeldMemory> {
+    /// The same for a record that holds memory, which is returned.
+    pub(crate) fn end_unmapped_held(
+        &mut self,
+        handle: MappingHandle,
+        range: IovaRange,
+    ) -> Option<HeldMemory> {
         let Self { order, magazines, .. } = self;
         let (granule, granules) = (order.granule(), order.granules(range));
         let record = order.get_mut(handle.0).filter(|record| was_unmapped(record, range))?;

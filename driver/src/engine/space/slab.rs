@@ -133,7 +133,7 @@ impl Slab {
         }
     }
 
-    #[inline(never)]
+    #[cold]
     fn get_more(&self, index: Index) -> Option<&Record> {
         let (chunk, at) = place(index)?;
         self.more.get(chunk)?.get(at)
@@ -148,7 +148,7 @@ impl Slab {
         self.get_more_mut(index)
     }
 
-    #[inline(never)]
+    #[cold]
     fn get_more_mut(&mut self, index: Index) -> Option<&mut Record> {
         let (chunk, at) = place(index)?;
         self.more.get_mut(chunk)?.get_mut(at)

@@ -164,10 +164,10 @@ fn who_looks_once_leaves_others_answers_alone() {
         let place = Place::Anywhere { len: 0x1000, placement, parts: 1 };
         let mapped = run(async {
             match exchange::map_first(shared, key, whole, placement, READ, &mut page) {
-                First::Done(mapped) => Ok(mapped.range),
-                first => {
+                Ok(mapped) => Ok(mapped.range),
+                Err(sent) => {
                     let runs = core::iter::once(whole);
-                    exchange::map(shared, key, place, runs, READ, &mut page, first).await
+                    exchange::map(shared, key, place, runs, READ, &mut page, sent).await
                 }
             }
         });
@@ -191,7 +191,7 @@ fn a_dropped_map_keeps_the_page_until_it_is_reclaimed() {
         let runs = core::iter::once(run);
         let mut mapping = std::boxed::Box::pin(async {
             let (shared, place) = (world.shared(), Place::At(at()));
-            exchange::map(shared, key, place, runs, READ, &mut page, First::No).await
+            exchange::map(shared, key, place, runs, READ, &mut page, None).await
         });
         let mapped = poll_once(mapping.as_mut());
         drop(mapping);
