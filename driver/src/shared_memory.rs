@@ -28,10 +28,12 @@ const MIN_ALIGN: usize = 8;
 struct Places {
     avail: NonNull<u8>,
     used: NonNull<u8>,
+    /// Where the device says after which available entry it wants a doorbell.
+    avail_event: NonNull<u8>,
     /// The ring's size, less one.
-    mask: u16,
+    mask: usize,
     cells: NonNull<u8>,
-    cell_mask: u16,
+    cell_mask: usize,
 }
 
 // SAFETY: the memory belongs to no thread, and this is its only owner.
@@ -49,7 +51,8 @@ impl SharedMemory {
         assert!(memory.len >= CELL_LEN, "DMA memory is too short");
         // INVARIANT: the caller's promise, and the checks above: with all places at the start no access passes 64 bytes.
         let start = memory.ptr;
-        Self { memory, places: Places { avail: start, used: start, mask: 0, cells: start, cell_mask: 0 } }
+        let (avail, used, avail_event, cells) = (start, start, start, start);
+        Self { memory, places: Places { avail, used, avail_event, mask: 0, cells, cell_mask: 0 } }
     }
 
     /// Says where a ring lies, whose entries are then reached by any index, modulo its size.
@@ -61,8 +64,9 @@ impl SharedMemory {
         let avail = self.at(layout.avail, 6 + 2 * usize::from(size), 2);
         let used = self.at(layout.used, 6 + 8 * usize::from(size), 4);
         assert!(size.is_power_of_two() && 16 * usize::from(size) <= layout.avail, "no ring");
+        let avail_event = self.at(layout.used + 4 + 8 * usize::from(size), 2, 2);
         // INVARIANT: checked just now.
-        (self.places.avail, self.places.used, self.places.mask) = (avail, used, size - 1);
+        self.places = Places { avail, used, avail_event, mask: usize::from(size - 1), ..self.places };
         self
     }
 
@@ -75,7 +79,7 @@ impl SharedMemory {
         let cells = self.at(start, CELL_LEN * usize::from(count), 8);
         assert!(count.is_power_of_two() && 32 * usize::from(count) <= start, "no cells");
         // INVARIANT: checked just now.
-        (self.places.cells, self.places.cell_mask) = (cells, count - 1);
+        (self.places.cells, self.places.cell_mask) = (cells, usize::from(count - 1));
         self
     }
 
@@ -116,7 +120,7 @@ impl SharedMemory {
     /// Writes an entry of the available ring.
     #[inline]
     pub(crate) fn set_avail_entry(&mut self, index: u16, head: u16) {
-        let entry = usize::from(index & self.places.mask);
+        let entry = usize::from(index) & self.places.mask;
         self.placed_u16(self.places.avail, 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
     }
 
@@ -128,14 +132,13 @@ impl SharedMemory {
 
     #[inline]
     pub(crate) fn set_used_event(&mut self, index: u16) {
-        let at = 6 + 2 * usize::from(self.places.mask);
+        let at = 6 + 2 * self.places.mask;
         self.placed_u16(self.places.avail, at).store(index.to_le(), Ordering::Relaxed);
     }
 
     #[inline]
     pub(crate) fn avail_event(&self) -> u16 {
-        let at = 12 + 8 * usize::from(self.places.mask);
-        u16::from_le(self.placed_u16(self.places.used, at).load(Ordering::Relaxed))
+        u16::from_le(self.placed_u16(self.places.avail_event, 0).load(Ordering::Relaxed))
     }
 
     #[inline]
@@ -152,37 +155,34 @@ impl SharedMemory {
     /// An entry of the used ring: id and length.
     #[inline]
     pub(crate) fn used_entry(&self, index: u16) -> (u32, u32) {
-        let entry = usize::from(index & self.places.mask);
+        let entry = usize::from(index) & self.places.mask;
         let at = self.placed(self.places.used, 4 + 8 * entry).cast::<u32>();
         // SAFETY: inside the region and aligned by the invariant; volatile, since the device may write at any time.
         let (id, len) = unsafe { (at.read_volatile(), at.add(1).read_volatile()) };
         (u32::from_le(id), u32::from_le(len))
     }
 
-    /// Writes the length of the first of the two descriptors that a cell has.
+    /// Writes words to the beginning of a cell, four bytes at `AT`, and to the first of the two descriptors that the cell has
+    /// how many bytes of the words there are.
     #[inline(always)]
-    pub(crate) fn set_readable_len(&mut self, index: u16, len: u32) {
-        let at = self.placed(self.memory.ptr, 32 * self.cell(index) + 8).cast::<u32>();
-        // SAFETY: inside the region and aligned by the invariant; no reference covers it.
-        unsafe { at.write_volatile(len.to_le()) };
-    }
-
-    /// Writes words to the beginning of a cell.
-    #[inline(always)]
-    pub(crate) fn write_cell<const N: usize>(&mut self, index: u16, words: &[u64; N]) {
-        const { assert!(8 * N <= CELL_LEN, "outside of the cell") };
-        let at = self.placed(self.places.cells, CELL_LEN * self.cell(index)).cast::<[u64; N]>();
+    pub(crate) fn fill_cell<const N: usize, const AT: usize>(
+        &mut self,
+        index: u16,
+        (words, len): (&[u64; N], u32),
+        bytes: [u8; 4],
+    ) {
+        const { assert!(8 * N <= AT && AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
+        // Both addresses first: for all that the compiler knows, what is written could change the places.
+        let cell = self.cell(index);
+        let start = self.placed(self.places.cells, CELL_LEN * cell);
+        let descriptor_len = self.placed(self.memory.ptr, 32 * cell + 8).cast::<u32>();
         // SAFETY: inside the region and aligned, since cells are; no reference covers it.
-        unsafe { at.write(*words) };
-    }
-
-    /// Writes four bytes of a cell, at `AT`.
-    #[inline(always)]
-    pub(crate) fn write_cell_tail<const AT: usize>(&mut self, index: u16, bytes: [u8; 4]) {
-        const { assert!(AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
-        let at = self.placed(self.places.cells, CELL_LEN * self.cell(index) + AT).cast::<[u8; 4]>();
-        // SAFETY: as above.
-        unsafe { at.write(bytes) };
+        unsafe {
+            start.cast::<[u64; N]>().write(*words);
+            start.add(AT).cast::<[u8; 4]>().write(bytes);
+        }
+        // SAFETY: inside the region and aligned by the invariant; no reference covers it.
+        unsafe { descriptor_len.write_volatile(len.to_le()) };
     }
 
     /// Reads four bytes of a cell, at `AT`.
@@ -196,7 +196,7 @@ impl SharedMemory {
 
     #[inline(always)]
     fn cell(&self, index: u16) -> usize {
-        usize::from(index & self.places.cell_mask)
+        usize::from(index) & self.places.cell_mask
     }
 
     #[inline]

@@ -89,7 +89,7 @@ impl<P: Platform> Shared<P> {
     /// known for certain.
     pub(super) fn is_in_doubt(&self, key: DomainKey) -> bool {
         let state = self.state.lock();
-        state.engine.domain(key).is_some_and(|domain| domain.possible != domain.attached)
+        state.engine.domain(key).is_some_and(|domain| domain.possible != domain.attached())
     }
 
     /// Whether the device has nothing of the domain: no endpoint is or may be in it, and none bypasses.

@@ -44,6 +44,9 @@ pub(super) struct View<P: Platform> {
     bounce: Option<(BouncePool, IovaRange)>,
     /// Nothing is mapped, or shared, any more.
     closed: AtomicBool,
+    /// It is not closed, has no constraints, and unmaps at once: whole granules are mapped without a look at more than
+    /// this.
+    pub(super) straight: AtomicBool,
     /// The bounce pages were unmapped, or are in quarantine.
     bounce_gone: AtomicBool,
 }
@@ -66,6 +69,9 @@ impl<P: Platform> Endpoint<P> {
         let faulting = domain.allocate(granule, Placement::up_to(limit), 1)?;
         let mut unused = Unused { domain: domain.clone(), range: Some(faulting) };
         let (closed, bounce_gone) = (AtomicBool::new(false), AtomicBool::new(false));
+        let free = boundary.is_none() && limit >= viommu.input_range().last();
+        // A granule of one byte is no mapping by itself.
+        let straight = AtomicBool::new(free && granule >= 2 && !domain.defers());
         let bounce = None;
         let view = View {
             viommu,
@@ -78,6 +84,7 @@ impl<P: Platform> Endpoint<P> {
             faulting,
             bounce,
             closed,
+            straight,
             bounce_gone,
         };
         let mut endpoint = Self { view: Arc::new(view), tag: "bounce pages" };
@@ -126,6 +133,7 @@ impl<P: Platform> Endpoint<P> {
     /// [`Viommu::detach`] can be tried later.
     pub fn close(&self) -> Result<(), DetachError> {
         let view = &*self.view;
+        view.straight.store(false, Ordering::Release);
         let first = !view.closed.swap(true, Ordering::AcqRel);
         let retired = view.bounce.as_ref().filter(|(pool, _)| first && pool.retire());
         let free_bounce = || {

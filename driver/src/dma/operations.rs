@@ -1,7 +1,7 @@
 //! The operations of an endpoint's view as futures.
 
 use super::endpoint::View;
-use super::scatter::{Extent, Runs, place, rounded, survey};
+use super::scatter::{Extent, Runs, is_rounded, place, rounded, survey};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose};
@@ -12,6 +12,7 @@ use crate::prot::{Direction, Prot};
 use crate::wire::feature::Features;
 use core::future::Future;
 use core::iter;
+use core::sync::atomic::Ordering;
 
 /// The operations of [`DmaDevice`](super::DmaDevice) as futures. One that is dropped before its end leaves what it sent
 /// in quarantine, and gives memory back that it did not send.
@@ -331,6 +332,25 @@ impl<P: Platform> Endpoint<P> {
     /// Whole granules around what is asked for. The caller promises the memory.
     #[inline(always)]
     pub(super) fn map_in_place(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        direction: Direction,
+    ) -> Result<DmaMapping, DmaError> {
+        let (view, run) = (&*self.view, Run { phys, len: len as u64 });
+        if !view.straight.load(Ordering::Acquire) || !is_rounded(run, view.granule) {
+            return self.map_with_constraints(phys, len, direction);
+        }
+        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
+        let (shared, key, placement) = (view.domain.shared(), view.domain.key(), Placement::ANYWHERE);
+        match exchange::map_first(shared, key, run, placement, purpose, &mut None) {
+            Ok(mapped) => Ok(self.mapping(mapped, mapped.range.start(), len)),
+            Err(sent) => self.map_rest(phys, len, (run, placement, purpose), sent),
+        }
+    }
+
+    /// The same whatever is asked for.
+    fn map_with_constraints(
         &self,
         phys: PhysAddr,
         len: usize,

@@ -92,7 +92,7 @@ impl Engine {
         };
         let domain = self.domain(key).ok_or(AttachError::DeadDomain)?;
         // Mappings that the device may still have, or get, or have lost, although no endpoint is known to be there.
-        if domain.attached == 0 && domain.space.is_in_doubt() {
+        if domain.attached() == 0 && domain.space.is_in_doubt() {
             return Err(AttachError::DeadDomain);
         }
         self.reserve_for(at, key)?;
@@ -151,10 +151,12 @@ impl Engine {
         let number = |engine: &Self, key| engine.domain(key).map(|domain| domain.id);
         if let (Some(theirs), Some(ours)) = (number(self, parked), number(self, key)) {
             if let Some(domain) = self.domain_mut(parked) {
-                (domain.id, domain.attached, domain.possible) = (ours, 0, 0);
+                (domain.id, domain.possible) = (ours, 0);
+                domain.set_attached(0);
             }
             if let Some(domain) = self.domain_mut(key) {
-                (domain.id, domain.attached, domain.possible) = (theirs, 1, 1);
+                (domain.id, domain.possible) = (theirs, 1);
+                domain.set_attached(1);
             }
         }
         if let Some(endpoint) = self.endpoint_mut(id) {
@@ -172,7 +174,7 @@ impl Engine {
             _ => return Err(not_attached),
         };
         let domain = self.domain_mut(key).ok_or(not_attached)?;
-        domain.attached -= u32::from(was_attached);
+        domain.set_attached(domain.attached() - u32::from(was_attached));
         let request = Request::Detach { domain: domain.id, endpoint: id };
         if let Some(endpoint) = self.endpoint_mut(id) {
             endpoint.attachment = Attachment::Detaching { domain: key, was_attached };
@@ -196,11 +198,11 @@ impl Engine {
     /// where it has mappings, where something is under way, or where it is done already.
     pub(crate) fn begin_renumber(&mut self, key: DomainKey) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
-        let quiet = domain.space.is_empty() && domain.attached == domain.possible;
-        if !quiet || domain.in_transition {
+        let quiet = domain.space.is_empty() && domain.attached() == domain.possible;
+        if !quiet || domain.is_in_transition() {
             return false;
         }
-        domain.in_transition = true;
+        domain.set_in_transition(true);
         for endpoint in &mut self.endpoints {
             let attached = endpoint.attachment == Attachment::Attached(key);
             if attached || endpoint.rejoin == Some(key) {
@@ -244,7 +246,7 @@ impl Engine {
     /// Ends a renumbering or a replay.
     pub(crate) fn end_transition(&mut self, key: DomainKey) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.in_transition = false;
+            domain.set_in_transition(false);
         }
     }
 }

@@ -35,8 +35,10 @@ pub(crate) struct DomainRecord {
     pub key: DomainKey,
     pub id: DomainId,
     pub kind: DomainKind,
+    /// [`key`](Self::key) as long as it takes mappings, so that one look says both.
+    pub mappable: DomainKey,
     /// Endpoints whose ATTACH was confirmed.
-    pub attached: u32,
+    attached: u32,
     /// Endpoints that may be attached: those, and the ones under way or of unknown outcome.
     pub possible: u32,
     pub space: Space,
@@ -44,7 +46,7 @@ pub(crate) struct DomainRecord {
     pub deferred: Option<DeferredList>,
     pub stats: DomainStats,
     /// The domain is getting another number, or its mappings again: nothing new is mapped meanwhile.
-    pub in_transition: bool,
+    in_transition: bool,
     /// Its endpoints are coming back after a reset, so that it is worth waiting for.
     pub reviving: bool,
     /// The embedder let go of the domain: its record goes as soon as nothing depends on it.
@@ -55,7 +57,8 @@ impl DomainRecord {
     /// A record that has no place and no number yet.
     pub(super) fn new(space: Space, kind: DomainKind, deferred: Option<DeferredList>) -> Self {
         Self {
-            key: DomainKey::new(u32::MAX, u32::MAX),
+            key: DomainKey::NONE,
+            mappable: DomainKey::NONE,
             id: DomainId::new(u32::MAX),
             kind,
             attached: 0,
@@ -73,6 +76,29 @@ impl DomainRecord {
     pub(crate) fn stats(&self) -> DomainStats {
         let (mappings, deferred_bytes) = self.deferred.as_ref().map_or((0, 0), DeferredList::waiting);
         DomainStats { deferred_mappings: mappings as u64, deferred_bytes, ..self.stats }
+    }
+
+    pub(crate) fn attached(&self) -> u32 {
+        self.attached
+    }
+
+    pub(crate) fn set_attached(&mut self, attached: u32) {
+        self.attached = attached;
+        self.update_mappable();
+    }
+
+    pub(crate) fn is_in_transition(&self) -> bool {
+        self.in_transition
+    }
+
+    pub(crate) fn set_in_transition(&mut self, in_transition: bool) {
+        self.in_transition = in_transition;
+        self.update_mappable();
+    }
+
+    fn update_mappable(&mut self) {
+        let takes = self.kind == DomainKind::Translated && self.attached > 0 && !self.in_transition;
+        self.mappable = if takes { self.key } else { DomainKey::NONE };
     }
 
     /// Whether nothing on the device's side or in the quarantine depends on the record.

@@ -19,7 +19,7 @@ impl DomainRecord {
     /// Whether nothing happens when its first endpoint comes or its last one leaves.
     fn is_quiet(&self) -> bool {
         // What is deferred is mapped.
-        self.space.is_empty() && !self.orphaned && !self.in_transition && !self.reviving
+        self.space.is_empty() && !self.orphaned && !self.is_in_transition() && !self.reviving
     }
 }
 
@@ -71,7 +71,7 @@ impl Engine {
             return false;
         }
         (endpoint.attachment, endpoint.wanted) = (Attachment::Attached(key), true);
-        domain.attached += 1;
+        domain.set_attached(domain.attached() + 1);
         confirmed.attaches += 1;
         true
     }
@@ -89,7 +89,7 @@ impl Engine {
         endpoint.attachment = Attachment::Detaching { domain: key, was_attached: true };
         endpoint.wanted = false;
         let domain = self.domain_mut(key)?;
-        domain.attached -= 1;
+        domain.set_attached(domain.attached() - 1);
         let request = Request::Detach { domain: domain.id, endpoint: id };
         Some(((request, EndpointPlace(at), domain), key))
     }

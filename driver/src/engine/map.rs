@@ -29,6 +29,9 @@ pub(crate) struct Placement {
 }
 
 impl Placement {
+    /// Anywhere.
+    pub(crate) const ANYWHERE: Self = Self::up_to(Iova::mask(64));
+
     /// Anywhere up to `limit`.
     pub(crate) const fn up_to(limit: Iova) -> Self {
         Self { limit, align: 1 }
@@ -339,8 +342,10 @@ impl Engine {
     /// is mapped before [`end_transition`](Self::end_transition).
     pub(crate) fn begin_replay(&mut self, key: DomainKey) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
-        let needed = !domain.in_transition && domain.space.tally().lost > 0;
-        domain.in_transition |= needed;
+        let needed = !domain.is_in_transition() && domain.space.tally().lost > 0;
+        if needed {
+            domain.set_in_transition(true);
+        }
         needed
     }
 

@@ -45,6 +45,9 @@ use space::{Room, Space};
 pub(crate) struct DomainKey(u64);
 
 impl DomainKey {
+    /// No domain's: there are not as many places.
+    const NONE: Self = Self(u64::MAX);
+
     fn new(place: u32, generation: u32) -> Self {
         Self(u64::from(place) | u64::from(generation) << 32)
     }

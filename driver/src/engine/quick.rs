@@ -12,19 +12,7 @@ use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::id::DomainId;
-use crate::options::DomainKind;
 use crate::prot::Prot;
-
-impl DomainRecord {
-    /// Whether [`check`](Self::check) has nothing against a mapping of whole granules for reading, writing or both.
-    #[inline(always)]
-    pub(super) fn takes_mappings(&self) -> bool {
-        self.kind == DomainKind::Translated
-            && self.attached > 0
-            && !self.in_transition
-            && !self.space.is_full()
-    }
-}
 
 /// Successes of one domain's requests, which are counted together.
 #[must_use = "they are counted at the end"]
@@ -102,16 +90,24 @@ impl Engine {
         held: &mut Option<HeldMemory>,
     ) -> Option<(&mut DomainRecord, Mapped)> {
         debug_assert!(purpose.prot.is_plain() && run.is_whole(self.geometry.granule));
-        let domain = self.domain_mut(key).filter(|domain| domain.takes_mappings())?;
+        let domain = self.mappable(key)?;
         let mapped = domain.space.make(run, placement, (purpose, list), held)?;
         Some((domain, mapped))
     }
 
-    /// The domain, where it takes mappings of whole granules for this. Whoever makes some, one by one, looks whether it is
-    /// full before each.
+    /// The domain, where it takes mappings of whole granules for this. Making one fails where it is
+    /// full.
     #[inline(always)]
     pub(crate) fn usual_domain(&mut self, key: DomainKey, prot: Prot) -> Option<&mut DomainRecord> {
-        self.domain_mut(key).filter(|domain| prot.is_plain() && domain.takes_mappings())
+        self.mappable(key).filter(|_| prot.is_plain())
+    }
+
+    /// The domain, where [`DomainRecord::check`] has nothing against a mapping of whole granules for reading, writing or both
+    /// but that it may be full.
+    #[inline(always)]
+    fn mappable(&mut self, key: DomainKey) -> Option<&mut DomainRecord> {
+        let domain = self.domains.get_mut(key.place())?.as_deref_mut()?;
+        (domain.mappable == key).then_some(domain)
     }
 
     /// Begins to map a list for reading, writing or both at addresses that were taken for it. With the number that its
@@ -145,7 +141,7 @@ impl Engine {
     /// The device confirmed a MAP that somebody waits for. False where there is more to it.
     #[inline(always)]
     pub(crate) fn mapped_one(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
-        let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
+        let Some(domain) = self.mappable(key) else { return false };
         if !domain.space.confirm(record, range) {
             return false;
         }

@@ -57,7 +57,8 @@ impl Engine {
         let domain = self.domain_mut(key)?;
         let old = domain.id;
         domain.id = fresh.unwrap_or(old);
-        (domain.attached, domain.reviving) = (0, true);
+        domain.set_attached(0);
+        domain.reviving = true;
         for endpoint in self.endpoints.iter_mut().filter(|endpoint| endpoint.domain() == Some(key)) {
             let attached = endpoint.attachment == Attachment::Attached(key);
             // Or it was, before a recovery that lost it.
@@ -121,7 +122,7 @@ impl Engine {
 
     /// Whether an endpoint is attached for certain, so that the domain exists for the device.
     pub(crate) fn has_endpoint(&self, key: DomainKey) -> bool {
-        self.domain(key).is_some_and(|domain| domain.attached > 0)
+        self.domain(key).is_some_and(|domain| domain.attached() > 0)
     }
 
     /// Whether an endpoint may be in what the device knows by a number that the domain had before.

@@ -55,7 +55,7 @@ impl Engine {
     }
 
     fn settle_attach(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome, abandoned: bool) {
-        let deserted = |domain: &DomainRecord| domain.attached == 0 && domain.space.is_in_doubt();
+        let deserted = |domain: &DomainRecord| domain.attached() == 0 && domain.space.is_in_doubt();
         match outcome {
             Ok(()) => {
                 self.confirmed.attaches += 1;
@@ -238,7 +238,7 @@ impl Engine {
             endpoint.rejoin = None;
         }
         if let Some(domain) = self.domain_mut(key) {
-            domain.attached += 1;
+            domain.set_attached(domain.attached() + 1);
         }
     }
 

@@ -291,7 +291,7 @@ fn attachments_in_doubt_stay_in_doubt() {
     engine.answer(op, Ok(()));
     assert_eq!(engine.endpoint(EP).unwrap().attachment, Attachment::Detached);
     let record = engine.domain(key).unwrap();
-    assert_eq!((record.attached, record.possible), (0, 0));
+    assert_eq!((record.attached(), record.possible), (0, 0));
 }
 
 #[test]
@@ -315,7 +315,7 @@ fn counts_of_endpoints_return_to_zero_by_every_way() {
                     engine.answer(op, outcome);
                 }
                 let record = engine.domain(key).unwrap();
-                assert_eq!((record.attached, record.possible), (0, 0), "{attach:?} {detach:?} {late}");
+                assert_eq!((record.attached(), record.possible), (0, 0), "{attach:?} {detach:?} {late}");
                 assert_eq!(engine.endpoint(EP).unwrap().attachment, Attachment::Detached);
             }
         }
@@ -370,7 +370,7 @@ fn attaching_again_takes_nothing() {
     let key = domain(&mut engine);
     engine.attach(EP, key);
     assert_eq!(engine.begin_attach(EP, key), Ok(AttachPlan::Nothing));
-    assert_eq!(engine.domain(key).unwrap().attached, 1);
+    assert_eq!(engine.domain(key).unwrap().attached(), 1);
 }
 
 #[test]

@@ -120,7 +120,7 @@ impl<P: Platform> Each<'_, P> {
             let (Some(slot), Ok(Wanted { run, placement })) = (requests.free_slot(), wanted(next)) else {
                 break;
             };
-            if !run.is_whole(granule) || domain.space.is_full() {
+            if !run.is_whole(granule) {
                 break;
             }
             let made = domain.space.make(run, placement, (purpose, name), &mut None);

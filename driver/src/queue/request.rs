@@ -5,7 +5,9 @@ use crate::engine::Op;
 use crate::error::RequestError;
 use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, Used, UsedIndexJumped};
 use crate::shared_memory::SharedMemory;
-use crate::wire::request::{Encoded, MAX_READABLE, PROBE_READABLE, Request, Status, TAIL_LEN, TAIL_SENTINEL};
+use crate::wire::request::{
+    Encoded, MAX_READABLE, PROBE_READABLE, Request, Status, TAIL_LEN, TAIL_SENTINEL, WORDS,
+};
 use alloc::vec::Vec;
 use core::task::Waker;
 
@@ -110,9 +112,7 @@ impl<'a> FreeSlot<'a> {
         if !matches!(request, Request::Probe { .. }) {
             let memory = ring.memory_mut();
             let Encoded { words, len } = request.encode();
-            memory.write_cell(index, &words);
-            memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
-            memory.set_readable_len(index, len as u32);
+            memory.fill_cell::<WORDS, TAIL_AT>(index, (&words, len as u32), TAIL_SENTINEL);
         }
         ring
     }

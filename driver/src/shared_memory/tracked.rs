@@ -114,18 +114,18 @@ impl SharedMemory {
         (self.read_u32(at), self.read_u32(at + 4))
     }
 
-    pub(crate) fn set_readable_len(&mut self, index: u16, len: u32) {
-        self.cells.write(32 * usize::from(index & self.places.cell_mask) + 8, &len.to_le_bytes());
-    }
-
-    pub(crate) fn write_cell<const N: usize>(&mut self, index: u16, words: &[u64; N]) {
+    pub(crate) fn fill_cell<const N: usize, const AT: usize>(
+        &mut self,
+        index: u16,
+        (words, len): (&[u64; N], u32),
+        bytes: [u8; 4],
+    ) {
+        let at = self.cell(index);
         for (number, word) in words.iter().enumerate() {
-            self.cells.write(self.cell(index) + 8 * number, &word.to_ne_bytes());
+            self.cells.write(at + 8 * number, &word.to_ne_bytes());
         }
-    }
-
-    pub(crate) fn write_cell_tail<const AT: usize>(&mut self, index: u16, bytes: [u8; 4]) {
-        self.cells.write(self.cell(index) + AT, &bytes);
+        self.cells.write(at + AT, &bytes);
+        self.cells.write(32 * usize::from(index & self.places.cell_mask) + 8, &len.to_le_bytes());
     }
 
     pub(crate) fn read_cell<const AT: usize>(&self, index: u16) -> [u8; 4] {

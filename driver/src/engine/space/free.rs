@@ -35,7 +35,7 @@ impl Space {
             found => found,
         };
         let Some((index, range)) = found else { return Ok(None) };
-        self.outside += parts;
+        self.set_others(self.others + parts);
         self.remember(index, range.start());
         Ok(Some(range))
     }
@@ -62,7 +62,7 @@ impl Space {
         self.make_room();
         let Some(next) = self.clear(range) else { return Ok(false) };
         let Some(index) = self.order.insert(range, Holder::Taken, next) else { return Err(ListFull) };
-        self.outside += 1;
+        self.set_others(self.others + 1);
         self.remember(index, range.start());
         Ok(true)
     }
@@ -116,7 +116,7 @@ impl Space {
             let next = self.clear(piece).ok_or(ReserveError::InUse)?;
             self.order.insert(piece, Holder::Reserved, next).ok_or(ReserveError::ListFull)?;
             self.holes.push(piece);
-            self.outside += 1;
+            self.set_others(self.others + 1);
         }
         Ok(())
     }
@@ -141,9 +141,9 @@ impl Space {
         };
         let found = self.find(range.start()).filter(taken);
         debug_assert!(found.is_some(), "{range} was not taken");
-        debug_assert!(parts <= self.outside);
+        debug_assert!(parts <= self.others);
         if let Some(index) = found {
-            self.outside -= parts;
+            self.set_others(self.others - parts);
             self.free(index);
         }
     }

@@ -215,7 +215,6 @@ impl Space {
             return false;
         }
         self.mappings -= count;
-        self.outside -= count;
         self.order.merge_parts(first, last, count);
         let Self { order, magazines, .. } = self;
         let granules = order.granules(range);
@@ -265,6 +264,7 @@ impl Parts<'_> {
         let Self { space, first, following, last, count, next, end, rank, .. } = self;
         let rest = IovaRange::new(Iova::new(next), Iova::new(end));
         space.mappings += count;
+        space.set_others(space.others - count);
         if count == 0 {
             return rest.map(|range| Mapped { range, record: MappingHandle(first) });
         }

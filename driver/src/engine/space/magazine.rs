@@ -8,8 +8,8 @@ use crate::engine::mapping::{Holder, Record};
 /// Sizes in granules up to this one have a magazine each; beyond it the powers of two have.
 const SMALL: u64 = 32;
 
-/// 1 to 32 granules, and 64 to 4096.
-const CLASSES: usize = SMALL as usize + 7;
+/// None, which stays empty, 1 to 32 granules, and 64 to 4096.
+const CLASSES: usize = SMALL as usize + 8;
 
 /// The most ranges in all magazines. Few in unit tests, so that they give way to each other there.
 pub(super) const MAX_CACHED: usize = if cfg!(test) { 8 } else { 512 };
@@ -26,13 +26,13 @@ pub(super) struct Magazines {
 /// Which magazine keeps ranges of so many granules.
 #[inline(always)]
 fn class_of(granules: u64) -> Option<usize> {
-    match granules {
-        0 => None,
-        1..=SMALL => Some(granules as usize - 1),
-        _ if !granules.is_power_of_two() => None,
-        _ => Some(SMALL as usize + (granules / SMALL).trailing_zeros() as usize - 1)
-            .filter(|class| *class < CLASSES),
-    }
+    if granules <= SMALL { Some(granules as usize) } else { class_of_many(granules) }
+}
+
+#[cold]
+fn class_of_many(granules: u64) -> Option<usize> {
+    let class = SMALL as usize + (granules / SMALL).trailing_zeros() as usize;
+    Some(class).filter(|class| granules.is_power_of_two() && *class < CLASSES)
 }
 
 /// The next record of a magazine.
@@ -170,6 +170,6 @@ mod tests {
     fn each_size_has_its_own_magazine() {
         let classes: [_; 9] = [0, 1, 32, 33, 63, 64, 128, 4096, 8192].map(class_of);
         let last = CLASSES - 1;
-        assert_eq!(classes, [None, Some(0), Some(31), None, None, Some(32), Some(33), Some(last), None]);
+        assert_eq!(classes, [Some(0), Some(1), Some(32), None, None, Some(33), Some(34), Some(last), None]);
     }
 }

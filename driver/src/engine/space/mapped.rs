@@ -25,6 +25,7 @@ impl Space {
             self.split(index, range.last().checked_add(1)?)?;
         }
         self.mappings += 1;
+        self.set_others(self.others - 1);
         self.order[index].begin(phys, purpose, list, held.take().map(HeldMemory::into_kept));
         Some(MappingHandle(index))
     }
@@ -89,7 +90,6 @@ impl Space {
     /// So many mappings ended.
     fn ended(&mut self, count: usize) {
         self.mappings -= count;
-        self.outside -= count;
     }
 
     /// The mapping that contains `address`.

@@ -67,7 +67,7 @@ impl Room {
 /// The addresses of a domain.
 ///
 /// # Invariants
-/// `outside` counts what was taken and may come back by parts, mappings, and what is reserved. It never passes the
+/// `others` counts what was taken and may come back by parts, and what is reserved. With the mappings it never passes the
 /// capacity of `order`, so that each part finds a record: a free one, or one of a cached range.
 pub(crate) struct Space {
     order: Order,
@@ -78,8 +78,10 @@ pub(crate) struct Space {
     /// What is reserved for good.
     holes: Vec<IovaRange>,
     room: Room,
-    outside: usize,
+    others: usize,
     mappings: usize,
+    /// How many mappings there may be, as long as `others` stays as it is.
+    most: usize,
     tally: Tally,
     /// How often something happened to a part of a [list](list) by itself. No list is whole that was made before.
     touched: u32,
@@ -102,8 +104,9 @@ impl Space {
             usable,
             holes: Vec::with_capacity(room.holes),
             room,
-            outside: 0,
+            others: 0,
             mappings: 0,
+            most: room.mappings,
             tally: Tally::default(),
             touched: 1,
         }
@@ -139,6 +142,7 @@ impl Space {
         };
         let most = self.order.capacity() - self.room.holes - self.room.others;
         self.room.mappings = self.room.mappings.max(mappings.min(most));
+        self.set_others(self.others);
         unused
     }
 
@@ -161,7 +165,12 @@ impl Space {
     }
 
     fn room_left(&self) -> usize {
-        self.order.capacity() - self.outside
+        self.order.capacity() - self.others - self.mappings
+    }
+
+    fn set_others(&mut self, others: usize) {
+        self.others = others;
+        self.most = self.room.mappings.min(self.order.capacity() - others);
     }
 
     fn hint(&self, address: Iova) -> usize {

@@ -20,7 +20,7 @@ impl Space {
         (purpose, list): (Purpose, ListId),
         held: &mut Option<HeldMemory>,
     ) -> Option<Mapped> {
-        if self.room_left() == 0 {
+        if self.mappings >= self.most {
             return None;
         }
         // All ranges of a magazine are as long, and only 0 lies below the lowest address.
@@ -39,7 +39,6 @@ impl Space {
         let range = record.range;
         let kept = if held.is_some() { held.take().map(HeldMemory::into_kept) } else { None };
         record.begin(run.phys, purpose, list, kept);
-        self.outside += 1;
         self.mappings += 1;
         Some(Mapped { range, record: MappingHandle(index) })
     }
@@ -144,7 +143,6 @@ impl Space {
         }
         let Some(count) = self.count_unmapped(first, range) else { return false };
         self.mappings -= count;
-        self.outside -= count;
         let mut index = first.0;
         for _ in 0..count {
             // What was made together is freed as one range: from here to there.
@@ -216,7 +214,6 @@ impl Space {
             return false;
         }
         self.mappings -= 1;
-        self.outside -= 1;
         (record.holder, record.counted) = (Holder::Taken, false);
         if !magazines.keep(handle.0, record, granules) {
             self.free(handle.0);
@@ -235,7 +232,6 @@ impl Space {
         let record = order.get_mut(handle.0).filter(|record| was_unmapped(record, range))?;
         let held = record.take_held(granule)?;
         self.mappings -= 1;
-        self.outside -= 1;
         (record.holder, record.counted) = (Holder::Taken, false);
         if !magazines.keep(handle.0, record, granules) {
             self.free(handle.0);

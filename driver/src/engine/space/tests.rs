@@ -59,7 +59,9 @@ impl Space {
         assert_eq!(count(Holder::Cached), self.magazines.count(&self.order));
         assert_eq!(count(Holder::End), 1);
         let used = records().count() - count(Holder::Cached) - 1;
-        assert!(used <= self.outside && self.outside <= self.order.capacity(), "{used} {}", self.outside);
+        let outside = self.others + self.mappings;
+        assert!(used <= outside && outside <= self.order.capacity(), "{used} {outside}");
+        assert_eq!(self.most, self.room.mappings.min(self.order.capacity() - self.others));
         // Counted anew.
         let mut tally = Tally::default();
         for record in records().filter(|record| record.holder.is_mapping()) {

@@ -18,9 +18,7 @@ impl RequestQueue {
         self.free = slot.next;
         (slot.state, slot.op) = (SlotState::InFlight, Op::None);
         let memory = self.ring.memory_mut();
-        memory.write_cell(index, &request.words);
-        memory.write_cell_tail::<TAIL_AT>(index, TAIL_SENTINEL);
-        memory.set_readable_len(index, request.len as u32);
+        memory.fill_cell::<_, TAIL_AT>(index, (&request.words, request.len as u32), TAIL_SENTINEL);
         self.ring.push(2 * index);
         // Slots come off the free list one after the other: they are linked already.
         if batch.len == 0 {
