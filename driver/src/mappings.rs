@@ -50,7 +50,9 @@ impl MappingStatus {
             | MappingState::Unmapping
             | MappingState::Apart => Self::Changing,
             MappingState::Deferred => Self::Deferred,
-            MappingState::Quarantined { .. } | MappingState::Stranded => Self::Quarantined,
+            MappingState::Quarantined | MappingState::QuarantinedInFlight | MappingState::Stranded => {
+                Self::Quarantined
+            }
             MappingState::Released | MappingState::Returned => Self::Returning,
         }
     }

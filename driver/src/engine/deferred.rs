@@ -258,7 +258,7 @@ impl Engine {
         for deferred in ranges {
             domain.space.retain_in(deferred.range, None, |record| {
                 if record.state == MappingState::Deferred {
-                    record.state = MappingState::Quarantined { in_flight: false };
+                    record.state = MappingState::Quarantined;
                 }
                 true
             });
@@ -293,7 +293,7 @@ impl Engine {
         after: Option<IovaRange>,
     ) -> Option<IovaRange> {
         let given_up = |record: &&Record| {
-            record.state == MappingState::Quarantined { in_flight: false }
+            record.state == MappingState::Quarantined
                 && after.is_none_or(|after| record.range.start() > after.last())
         };
         self.domain(key)?.space.iter_in(range).find(given_up).map(|record| record.range)

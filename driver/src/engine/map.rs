@@ -216,7 +216,7 @@ impl Engine {
         key: DomainKey,
         range: IovaRange,
     ) -> Result<UnmapPlan, UnmapError> {
-        self.begin_unmap_of(key, range, MappingState::Quarantined { in_flight: false })
+        self.begin_unmap_of(key, range, MappingState::Quarantined)
     }
 
     pub(super) fn begin_unmap_of(
@@ -306,7 +306,7 @@ impl Engine {
             record.owned = false;
             match record.state {
                 MappingState::Live | MappingState::Apart => {
-                    record.state = MappingState::Quarantined { in_flight: false };
+                    record.state = MappingState::Quarantined;
                 }
                 MappingState::Returned if record.holds_memory() => {
                     record.state = MappingState::Released;

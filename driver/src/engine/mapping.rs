@@ -26,6 +26,7 @@ use crate::dma::{HeldMemory, Kept};
 use crate::prot::Prot;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub(crate) enum MappingState {
     /// MAP was, or is about to be, sent.
     Mapping,
@@ -39,9 +40,10 @@ pub(crate) enum MappingState {
     Unmapping,
     /// UNMAP for this and others was answered RANGE: whoever sent it unmaps each by itself.
     Apart,
-    /// The device may still reach the memory, and nobody uses the mapping, or its owner cannot. `in_flight` while
-    /// the device owes an answer about it.
-    Quarantined { in_flight: bool },
+    /// The device may still reach the memory, and nobody uses the mapping, or its owner cannot.
+    Quarantined,
+    /// The same, and the device owes an answer about it.
+    QuarantinedInFlight,
     /// The device was reset, and an endpoint may still reach the memory by a number that the domain does not have any
     /// more: no UNMAP can be sent for it.
     Stranded,
@@ -87,6 +89,7 @@ impl MappingHandle {
 
 /// Who has the addresses of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub(super) enum Holder {
     /// The record is not in use.
     Nobody,
@@ -117,6 +120,7 @@ impl Holder {
 ///
 /// Small, since there may be millions: what held memory has in common with its mapping is kept once, and the links of
 /// [`Order`](super::space) lie between the rest.
+#[repr(C)]
 pub(crate) struct Record {
     /// Never changed but by the space that the record is in.
     pub range: IovaRange,
@@ -131,15 +135,31 @@ pub(crate) struct Record {
     list: u32,
     list_high: u8,
     pub(super) rank: i8,
-    pub(super) holder: Holder,
     prot: u8,
+    /// Whether somebody counts on it, who will unmap it. Such a record does not go by itself, in quarantine neither.
+    pub owned: bool,
+    // The following four are looked at together, in one word.
     pub state: MappingState,
+    pub(super) holder: Holder,
     /// Whether the device may have it. False when the domain died since.
     pub on_device: bool,
     /// Whether its bytes are in the domain's count of mapped ones.
     pub counted: bool,
-    /// Whether somebody counts on it, who will unmap it. Such a record does not go by itself, in quarantine neither.
-    pub owned: bool,
+}
+
+/// What most records are like at each step of their way: a state, who has it, whether it is on the device, and whether it
+/// counts.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Standing(u32);
+
+impl Standing {
+    pub(super) const MAPPING: Self = Self::new(MappingState::Mapping, Holder::Mapping, true, false);
+    pub(super) const LIVE: Self = Self::new(MappingState::Live, Holder::Mapping, true, true);
+    pub(super) const UNMAPPING: Self = Self::new(MappingState::Unmapping, Holder::Mapping, true, true);
+
+    const fn new(state: MappingState, holder: Holder, on_device: bool, counted: bool) -> Self {
+        Self(u32::from_ne_bytes([state as u8, holder as u8, on_device as u8, counted as u8]))
+    }
 }
 
 #[cfg(target_pointer_width = "64")]
@@ -160,12 +180,12 @@ impl Record {
             list: 0,
             list_high: 0,
             rank: 0,
-            holder,
             prot: 0,
+            owned: false,
             state: MappingState::Mapping,
+            holder,
             on_device: false,
             counted: false,
-            owned: false,
         }
     }
 
@@ -210,6 +230,18 @@ impl Record {
         }
     }
 
+    #[inline(always)]
+    pub(super) fn standing(&self) -> Standing {
+        Standing::new(self.state, self.holder, self.on_device, self.counted)
+    }
+
+    /// The device confirmed its MAP, which somebody waits for.
+    #[inline(always)]
+    pub(super) fn make_live(&mut self, holder: Holder) {
+        self.owned = true;
+        (self.state, self.holder, self.on_device, self.counted) = (MappingState::Live, holder, true, true);
+    }
+
     /// What it allows.
     pub(crate) fn prot(&self) -> Prot {
         Prot::from_bits_retain(self.prot.into())
@@ -242,14 +274,18 @@ impl Record {
             MappingState::Live | MappingState::Apart | MappingState::Deferred => self.on_device,
             MappingState::Mapping | MappingState::Replaying | MappingState::Unmapping => true,
             MappingState::Stranded => true,
-            MappingState::Quarantined { in_flight } => in_flight || self.on_device,
+            MappingState::QuarantinedInFlight => true,
+            MappingState::Quarantined => self.on_device,
             MappingState::Released | MappingState::Returned => false,
         }
     }
 
     /// Whether it is out of use until an answer, a detachment or a recovery tells what became of it.
     pub(crate) fn is_stuck(&self) -> bool {
-        matches!(self.state, MappingState::Quarantined { .. } | MappingState::Stranded)
+        matches!(
+            self.state,
+            MappingState::Quarantined | MappingState::QuarantinedInFlight | MappingState::Stranded
+        )
     }
 
     /// Whether it has to be mapped again, since the domain died.
@@ -310,7 +346,7 @@ impl Tally {
     #[cold]
     fn count(&mut self, record: &Record, by: fn(&mut u64, u64)) {
         let quarantined = match record.state {
-            MappingState::Quarantined { .. } => !record.owned,
+            MappingState::Quarantined | MappingState::QuarantinedInFlight => !record.owned,
             state => state == MappingState::Stranded,
         };
         let bytes = if quarantined { record.range.len_bytes().unwrap_or(0) } else { 0 };

@@ -352,7 +352,7 @@ impl Engine {
         &self,
         after: Option<(DomainKey, IovaRange)>,
     ) -> Option<(DomainKey, IovaRange)> {
-        let stuck = MappingState::Quarantined { in_flight: false };
+        let stuck = MappingState::Quarantined;
         self.domains.iter().enumerate().find_map(|(index, domain)| {
             let domain = domain.as_ref()?;
             let first = match after {

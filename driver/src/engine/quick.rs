@@ -45,7 +45,7 @@ impl Confirming<'_> {
     pub(crate) fn take(&mut self, op: &Op) -> bool {
         match *op {
             Op::Map { domain, range, record } if domain == self.key => {
-                let done = self.domain.space.confirm(record, range);
+                let done = self.domain.space.confirm_part(record, range);
                 if done {
                     self.maps.add(range);
                 }

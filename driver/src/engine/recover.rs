@@ -31,8 +31,8 @@ impl Engine {
         for index in 0..self.domains.len() {
             let Some(domain) = self.domains[index].as_mut() else { continue };
             domain.space.retain_all(|record| {
-                if let MappingState::Quarantined { in_flight } = &mut record.state {
-                    *in_flight = false;
+                if record.state == MappingState::QuarantinedInFlight {
+                    record.state = MappingState::Quarantined;
                 }
                 true
             });

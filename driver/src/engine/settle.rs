@@ -41,7 +41,7 @@ impl Engine {
             Op::Map { domain, range, .. }
             | Op::Replay { domain, range, .. }
             | Op::Unmap { domain, range, .. } => {
-                self.mark(domain, range, MappingState::Quarantined { in_flight: true });
+                self.mark(domain, range, MappingState::QuarantinedInFlight);
             }
         }
     }
@@ -117,7 +117,7 @@ impl Engine {
         match outcome {
             Ok(()) => self.mapped(key, (range, record), |record| record.owned = !abandoned),
             Err(error) if error.outcome_unknown() => {
-                self.mark(key, range, MappingState::Quarantined { in_flight: false });
+                self.mark(key, range, MappingState::Quarantined);
             }
             // The device said no: nothing was mapped. Whoever sent it takes the record out, in the order of his list.
             Err(_) if abandoned => self.let_go(key, range, Some(record)),
@@ -130,7 +130,7 @@ impl Engine {
         match outcome {
             Ok(()) => self.mapped(key, mapping, |_| {}),
             Err(error) if error.outcome_unknown() => {
-                self.mark(key, range, MappingState::Quarantined { in_flight: false });
+                self.mark(key, range, MappingState::Quarantined);
             }
             // The device said no: as before the replay.
             Err(_) => self.let_go(key, range, Some(record)),
@@ -154,7 +154,7 @@ impl Engine {
             record.counted = true;
             record.state = match record.owned {
                 true => MappingState::Live,
-                false => MappingState::Quarantined { in_flight: false },
+                false => MappingState::Quarantined,
             };
         });
         // A late answer: the domain may have died since.
@@ -184,7 +184,7 @@ impl Engine {
                 self.mark(key, range, MappingState::Apart);
             }
             // Whatever the reason: it counts as mapped.
-            Err(_) => self.mark(key, range, MappingState::Quarantined { in_flight: false }),
+            Err(_) => self.mark(key, range, MappingState::Quarantined),
         }
     }
 
@@ -274,7 +274,7 @@ impl Engine {
         let mut released = 0;
         domain.space.retain_all(|record| {
             uncount(record, &mut stats.mapped_bytes);
-            let settled = MappingState::Quarantined { in_flight: false };
+            let settled = MappingState::Quarantined;
             let leaving = [settled, MappingState::Stranded, MappingState::Deferred];
             let quarantined = leaving.contains(&record.state);
             if quarantined && record.owned {

@@ -161,7 +161,9 @@ fn an_answer_reaches_no_later_mapping_in_the_same_place() {
 /// I3: every way to lose an answer, and every late answer.
 #[test]
 fn what_is_in_doubt_is_quarantined_until_the_answer() {
-    let quarantined = |in_flight| Some(MappingState::Quarantined { in_flight });
+    let quarantined = |in_flight| {
+        Some(if in_flight { MappingState::QuarantinedInFlight } else { MappingState::Quarantined })
+    };
     for (late, after) in
         [(Ok(()), quarantined(false)), (Err(REFUSED), None), (Err(TIMED_OUT), quarantined(false))]
     {
@@ -247,7 +249,7 @@ fn the_last_detach_revokes_what_is_not_in_flight() {
     engine.answer(op, Ok(()));
     assert_eq!(engine.state(key, live), Some(MappingState::Live));
     assert_eq!(engine.state(key, stuck), Some(MappingState::Released));
-    assert_eq!(engine.state(key, in_flight), Some(MappingState::Quarantined { in_flight: true }));
+    assert_eq!(engine.state(key, in_flight), Some(MappingState::QuarantinedInFlight));
     assert!(engine.is_gone(key, live));
     assert_eq!(engine.begin_unmap(key, live), Ok(UnmapPlan::Nothing));
     assert!(engine.take_released(key, stuck).is_some());
@@ -405,7 +407,7 @@ fn range_for_several_sets_them_apart() {
     }
     assert_eq!(engine.next_apart(key, range(1, 2)), None);
     assert_eq!(engine.state(key, range(1, 1)), None);
-    assert_eq!(engine.state(key, range(2, 1)), Some(MappingState::Quarantined { in_flight: false }));
+    assert_eq!(engine.state(key, range(2, 1)), Some(MappingState::Quarantined));
 }
 
 /// Loses an endpoint of the domain in a recovery.
@@ -483,7 +485,7 @@ fn what_is_stranded_in_part_is_given_up_as_a_whole() {
     engine.map(key, range(2, 1), None);
     assert!(is_stranded(engine.begin_unmap(key, range(1, 2))));
     assert_eq!(engine.state(key, range(1, 1)), Some(MappingState::Stranded));
-    let quarantined = Some(MappingState::Quarantined { in_flight: false });
+    let quarantined = Some(MappingState::Quarantined);
     assert_eq!(engine.state(key, range(2, 1)), quarantined);
     // What is nobody's stays so.
     assert_eq!(engine.begin_unmap(key, range(1, 1)), Err(UnmapError::NotMapped(range(1, 1).start())));

@@ -30,7 +30,11 @@ impl Space {
         };
         let granules = self.order.page(Iova::new(len));
         let cached = self.magazines.pop(&mut self.order, granules, suits);
-        let found = match cached.map(|(index, record)| (index, record.range)) {
+        let taken = cached.map(|(index, record)| {
+            record.holder = Holder::Taken;
+            (index, record.range)
+        });
+        let found = match taken {
             None => self.search(Wanted { len, align, lowest, limit }),
             found => found,
         };

@@ -45,7 +45,7 @@ impl Magazines {
         Self { tops: [NIL; CLASSES], cached: 0, victim: 0 }
     }
 
-    /// Takes the latest range of this size, if it suits.
+    /// Takes the latest range of this size, if it suits. The caller says who has it now.
     #[inline(always)]
     pub(super) fn pop<'o>(
         &mut self,
@@ -60,7 +60,6 @@ impl Magazines {
             return None;
         }
         *top = below(record);
-        record.holder = Holder::Taken;
         self.cached -= 1;
         Some((index, record))
     }
@@ -73,7 +72,7 @@ impl Magazines {
         if self.cached >= MAX_CACHED || record.rank < 0 {
             return false;
         }
-        record.holder = Holder::Cached;
+        (record.holder, record.counted) = (Holder::Cached, false);
         record.phys = PhysAddr::new(self.tops[class].into());
         self.tops[class] = index;
         self.cached += 1;

@@ -6,7 +6,7 @@ use super::slab::Index;
 use crate::addr::{Iova, IovaRange};
 use crate::dma::HeldMemory;
 use crate::engine::Placement;
-use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
+use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record, Standing};
 use crate::exchange::{Mapped, Run};
 
 impl Space {
@@ -56,13 +56,26 @@ impl Space {
     #[inline(always)]
     pub(crate) fn confirm(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Some(record) = self.order.get_mut(handle.0) else { return false };
+        // Before and after it adds nothing to the tally.
+        if record.range.start() == range.start() && record.standing() == Standing::MAPPING {
+            debug_assert!(record.range == range);
+            record.make_live(Holder::Mapping);
+            return true;
+        }
+        false
+    }
+
+    /// The same for one that may be in a list.
+    #[inline(always)]
+    pub(crate) fn confirm_part(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
+        let Some(record) = self.order.get_mut(handle.0) else { return false };
         let waits = record.holder.is_mapping()
             && record.range.start() == range.start()
             && record.state == MappingState::Mapping;
         if waits {
             debug_assert!(record.range == range && record.on_device);
-            // Before and after it adds nothing to the tally.
-            (record.state, record.counted, record.owned) = (MappingState::Live, true, true);
+            // As above.
+            record.make_live(record.holder);
         }
         waits
     }
@@ -70,15 +83,22 @@ impl Space {
     /// Marks the live mappings of exactly this range, the first of which the handle may name, as being unmapped.
     #[inline(always)]
     pub(crate) fn begin_unmap(&mut self, range: IovaRange, handle: MappingHandle) -> Option<MappingHandle> {
-        if let Some(record) = self.order.get_mut(handle.0)
-            && record.range == range
-            && is_live(record)
-        {
-            // As above.
-            (record.state, record.owned) = (MappingState::Unmapping, false);
-            return Some(handle);
+        match self.begin_unmap_named(range, handle) {
+            true => Some(handle),
+            false => self.begin_unmap_run(range),
         }
-        self.begin_unmap_run(range)
+    }
+
+    /// The same for the one mapping that the handle names. False, and nothing changed, where it is another.
+    #[inline(always)]
+    fn begin_unmap_named(&mut self, range: IovaRange, handle: MappingHandle) -> bool {
+        let Some(record) = self.order.get_mut(handle.0) else { return false };
+        if record.range != range || record.standing() != Standing::LIVE {
+            return false;
+        }
+        // As above.
+        (record.state, record.owned) = (MappingState::Unmapping, false);
+        true
     }
 
     /// Marks the one live mapping of exactly this range, which the handle may name, as deferred, or a list of them. Its
@@ -91,7 +111,7 @@ impl Space {
     ) -> Option<(MappingHandle, usize)> {
         if let Some(record) = self.order.get_mut(handle.0)
             && record.range == range
-            && is_live(record)
+            && record.standing() == Standing::LIVE
         {
             // As above.
             (record.state, record.owned) = (MappingState::Deferred, false);
@@ -100,7 +120,7 @@ impl Space {
         self.defer_list(range)
     }
 
-    #[inline(never)]
+    #[cold]
     fn begin_unmap_run(&mut self, range: IovaRange) -> Option<MappingHandle> {
         let first = self.find(range.start())?;
         if self.mark_list(first, range, MappingState::Live, MappingState::Unmapping).is_some() {
@@ -110,7 +130,7 @@ impl Space {
         // Bounded by the records in the range, as below.
         loop {
             let record = self.order.get(index)?;
-            if !(is_live(record) || is_live_part(record)) || record.range.last() > range.last() {
+            if !is_live(record) || record.range.last() > range.last() {
                 return None;
             }
             if record.range.last() == range.last() {
@@ -214,9 +234,8 @@ impl Space {
             return false;
         }
         self.mappings -= 1;
-        (record.holder, record.counted) = (Holder::Taken, false);
         if !magazines.keep(handle.0, record, granules) {
-            self.free(handle.0);
+            self.free_unmapped(handle.0);
         }
         true
     }
@@ -232,32 +251,29 @@ impl Space {
         let record = order.get_mut(handle.0).filter(|record| was_unmapped(record, range))?;
         let held = record.take_held(granule)?;
         self.mappings -= 1;
-        (record.holder, record.counted) = (Holder::Taken, false);
         if !magazines.keep(handle.0, record, granules) {
-            self.free(handle.0);
+            self.free_unmapped(handle.0);
         }
         Some(held)
     }
+
+    /// Frees what no magazine keeps.
+    #[cold]
+    fn free_unmapped(&mut self, index: Index) {
+        self.order[index].holder = Holder::Taken;
+        self.free(index);
+    }
 }
 
-/// Whether it is the record of exactly this range, and waited for an UNMAP's answer.
+/// Whether it is the record of exactly this range, and no more, and waited for an UNMAP's answer.
 #[inline(always)]
 fn was_unmapped(record: &Record, range: IovaRange) -> bool {
-    let waited = record.holder == Holder::Mapping
-        && record.range == range
-        && record.state == MappingState::Unmapping
-        && record.counted;
-    debug_assert!(!waited || record.on_device && !record.owned);
+    let waited = record.range == range && record.standing() == Standing::UNMAPPING;
+    debug_assert!(!waited || !record.owned);
     waited
 }
 
-/// Whether it is the record of a mapping that is live on the device, and is in a list.
-fn is_live_part(record: &Record) -> bool {
-    record.holder.is_mapping() && record.state == MappingState::Live && record.on_device
-}
-
-/// Whether it is the record of a mapping that is live on the device, and no part of a list.
-#[inline(always)]
+/// Whether it is the record of a mapping that is live on the device, in a list or not.
 fn is_live(record: &Record) -> bool {
-    record.holder == Holder::Mapping && record.state == MappingState::Live && record.on_device
+    record.holder.is_mapping() && record.state == MappingState::Live && record.on_device
 }

@@ -2,7 +2,9 @@
 
 use super::*;
 use crate::engine::mapping::MappingState;
-use crate::engine::mapping::MappingState::{Deferred, Live, Mapping, Quarantined, Unmapping};
+use crate::engine::mapping::MappingState::{
+    Deferred, Live, Mapping, Quarantined, QuarantinedInFlight, Unmapping,
+};
 use crate::exchange::{Mapped, Run};
 
 fn run(pages: u64) -> Run {
@@ -27,7 +29,7 @@ fn make(space: &mut Space, parts: &[u64], left_out: &[usize]) -> (IovaRange, Vec
         rest = behind;
     }
     for (at, part) in made.iter().enumerate().filter(|(at, _)| !left_out.contains(at)) {
-        assert!(space.confirm(part.record, part.range), "{at}");
+        assert!(space.confirm_part(part.record, part.range), "{at}");
     }
     space.check();
     (range, made)
@@ -101,7 +103,7 @@ fn a_list_that_is_not_all_live_is_not_unmapped() {
     assert!(space.iter_in(range).all(|record| record.owned || record.state == Mapping));
     space.retain_in(range, None, |_| false);
     let (range, made) = make(&mut space, &[1; 5], &[]);
-    let stuck = Quarantined { in_flight: false };
+    let stuck = Quarantined;
     space.change(made[2].record, made[2].range.start(), |record| record.state = stuck);
     assert!(!is_whole(&space, range));
     assert!(space.begin_unmap(range, MappingHandle::UNKNOWN).is_none());
@@ -154,7 +156,7 @@ fn a_part_that_changed_while_its_list_was_unmapped_is_not_freed_with_it() {
     let (range, made) = make(&mut space, &[1; 5], &[]);
     let first = space.begin_unmap(range, MappingHandle::UNKNOWN).expect("all live");
     space.change(made[3].record, made[3].range.start(), |record| {
-        record.state = Quarantined { in_flight: true };
+        record.state = QuarantinedInFlight;
     });
     assert!(!space.end_unmapped_run(first, range));
     assert_eq!(space.len(), 5);
@@ -179,7 +181,7 @@ fn a_part_that_went_with_its_list_is_not_found() {
         assert!(space.get(part.range.start()).is_none() && space.handle(part.range.start()).is_none());
         assert!(space.begin_unmap(part.range, part.record).is_none());
         assert!(space.defer(part.record, part.range).is_none());
-        assert!(!space.confirm(part.record, part.range));
+        assert!(!space.confirm_part(part.record, part.range));
     }
 }
 
@@ -189,7 +191,7 @@ fn a_run_is_flushed_as_a_whole_or_not_at_all() {
     let mut space = space(pages(1, 100), 20);
     let (list, made) = make(&mut space, &[1; 3], &[]);
     let (single, handle) = map(&mut space, GRANULE);
-    assert!(space.confirm(handle, single));
+    assert!(space.confirm_part(handle, single));
     assert_eq!(single.last().get() + 1, list.start().get(), "else they are no run");
     let defer = |space: &mut Space| {
         [(single, handle), (list, MappingHandle::UNKNOWN)].map(|(range, handle)| {

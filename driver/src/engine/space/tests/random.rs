@@ -187,7 +187,7 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
                 let page = range.start().get() / GRANULE;
                 plain.ranges.push((page, space.order.granules(range), Who::Mapped { handle }));
                 if answered >> number & 1 == 1 {
-                    assert!(space.confirm(handle, range));
+                    assert!(space.confirm_part(handle, range));
                 }
             }
             if let Some(rest) = rest {
@@ -237,8 +237,8 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
             let (page, len, Who::Mapped { handle }) = plain.ranges[at] else { return };
             let states = [
                 MappingState::Live,
-                MappingState::Quarantined { in_flight: false },
-                MappingState::Quarantined { in_flight: true },
+                MappingState::Quarantined,
+                MappingState::QuarantinedInFlight,
                 MappingState::Stranded,
                 MappingState::Released,
                 MappingState::Apart,
