@@ -3,7 +3,7 @@
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::Unmapped;
 use crate::engine::{
-    Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose,
+    Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose, Tag,
 };
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, Owned, Place, Run, Shared};
@@ -94,7 +94,7 @@ impl<P: Platform> Domain<P> {
     /// Where `iova` leads, by the driver's records, quarantined mappings included. Asks nothing of the device.
     pub fn translate(&self, iova: Iova) -> Option<Translation> {
         let key = self.0.key;
-        self.with(|engine| engine.domain(key)?.space.containing(iova).map(Translation::of))
+        self.with(|engine| Some(Translation::of(engine.domain(key)?.space.containing(iova)?, engine)))
     }
 
     /// All mappings that are recorded, those in quarantine included, in the order of their addresses: to find what
@@ -106,7 +106,7 @@ impl<P: Platform> Domain<P> {
     /// The first mapping that starts at or above `from`.
     pub(crate) fn next_mapping(&self, from: Iova) -> Option<Translation> {
         let key = self.0.key;
-        self.with(|engine| engine.domain(key)?.space.iter_from(from).next().map(Translation::of))
+        self.with(|engine| Some(Translation::of(engine.domain(key)?.space.iter_from(from).next()?, engine)))
     }
 
     /// Makes room for `mappings` mappings in all. Allocates; mapping and unmapping never do.
@@ -196,7 +196,7 @@ impl<P: Platform> Domain<P> {
     }
 
     async fn map_run(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
-        let purpose = Purpose { prot, tag: "" };
+        let purpose = Purpose { prot, tag: Tag::NONE };
         let (shared, key) = (&self.0.shared, self.0.key);
         let first = match place {
             Place::Anywhere { placement, .. } if prot.is_plain() && run.is_whole(shared.granule) => {
@@ -404,6 +404,11 @@ impl<P: Platform> Domain<P> {
         parts: usize,
     ) -> Result<IovaRange, MapError> {
         self.with(|engine| engine.allocate(self.0.key, len, placement, parts))
+    }
+
+    /// The tag of this name.
+    pub(crate) fn tag(&self, name: &'static str) -> Tag {
+        self.with(|engine| engine.tag(name))
     }
 
     /// Gives back what was allocated for one mapping and not mapped.

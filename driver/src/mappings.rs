@@ -2,7 +2,7 @@
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::{MappingState, Record};
+use crate::engine::{Engine, MappingState, Record};
 use crate::platform::Platform;
 use crate::prot::Prot;
 use core::fmt;
@@ -59,13 +59,13 @@ impl MappingStatus {
 }
 
 impl Translation {
-    pub(crate) fn of(record: &Record) -> Self {
+    pub(crate) fn of(record: &Record, engine: &Engine) -> Self {
         Self {
             range: record.range,
             phys: record.phys,
             prot: record.prot(),
             status: MappingStatus::of(record),
-            tag: record.tag,
+            tag: engine.tag_of(record),
         }
     }
 }

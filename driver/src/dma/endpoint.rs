@@ -5,7 +5,7 @@ use super::msi::{DOORBELL_LEN, MsiDoorbell, is_in_window};
 use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::{MappingHandle, Placement};
+use crate::engine::{MappingHandle, Placement, Tag};
 use crate::error::{DetachError, DmaError, UnmapError};
 use crate::id::EndpointId;
 use crate::mappings::Translation;
@@ -27,7 +27,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 /// and the address that faults out of use: [`close`](Self::close) ends it in order.
 pub struct Endpoint<P: Platform> {
     pub(super) view: Arc<View<P>>,
-    pub(super) tag: &'static str,
+    pub(super) tag: Tag,
 }
 
 /// What all clones of an endpoint share.
@@ -73,6 +73,7 @@ impl<P: Platform> Endpoint<P> {
         // A granule of one byte is no mapping by itself.
         let straight = AtomicBool::new(free && granule >= 2 && !domain.defers());
         let bounce = None;
+        let tag = domain.tag("bounce pages");
         let view = View {
             viommu,
             id,
@@ -87,7 +88,7 @@ impl<P: Platform> Endpoint<P> {
             straight,
             bounce_gone,
         };
-        let mut endpoint = Self { view: Arc::new(view), tag: "bounce pages" };
+        let mut endpoint = Self { view: Arc::new(view), tag };
         if bounce_bytes > 0 {
             let pages = endpoint.alloc_coherent_async(bounce_bytes).await?;
             let (len, range) = (pages.len_bytes(), pages.mapping.range);
@@ -100,7 +101,8 @@ impl<P: Platform> Endpoint<P> {
             }
         }
         unused.range = None;
-        Ok(endpoint.tagged(""))
+        endpoint.tag = Tag::NONE;
+        Ok(endpoint)
     }
 
     /// The domain.
@@ -109,10 +111,10 @@ impl<P: Platform> Endpoint<P> {
     }
 
     /// The same view, whose mappings go by this name from now on ([`Translation::tag`](crate::Translation::tag)): for
-    /// people who look for whoever forgot to unmap.
+    /// people who look for whoever forgot to unmap. An IOMMU keeps 254 names; further ones all become `(other)`.
     #[must_use]
     pub fn tagged(&self, tag: &'static str) -> Self {
-        Self { view: Arc::clone(&self.view), tag }
+        Self { view: Arc::clone(&self.view), tag: self.view.domain.tag(tag) }
     }
 
     /// The addresses that are never mapped.
@@ -229,7 +231,7 @@ impl<P: Platform> Drop for View<P> {
 
 impl<P: Platform> Clone for Endpoint<P> {
     fn clone(&self) -> Self {
-        self.tagged(self.tag)
+        Self { view: Arc::clone(&self.view), tag: self.tag }
     }
 }
 

@@ -344,7 +344,9 @@ impl<P: Platform> Endpoint<P> {
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key, placement) = (view.domain.shared(), view.domain.key(), Placement::ANYWHERE);
         match exchange::map_first(shared, key, run, placement, purpose, &mut None) {
-            Ok(mapped) => Ok(self.mapping(mapped, mapped.range.start(), len)),
+            Ok(Mapped { range, record }) => {
+                Ok(DmaMapping { domain: key, iova: range.start(), len, range, record })
+            }
             Err(sent) => self.map_rest(phys, len, (run, placement, purpose), sent),
         }
     }

@@ -21,6 +21,7 @@
 //! Addresses that are not free for another reason have a record too, so that there is one place that says who has them:
 //! see [`Holder`].
 
+use super::Tag;
 use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::{HeldMemory, Kept};
 use crate::prot::Prot;
@@ -59,21 +60,32 @@ pub(crate) enum MappingState {
 pub(crate) struct Purpose {
     pub prot: Prot,
     /// For people who look for whoever forgot to unmap.
-    pub tag: &'static str,
+    pub tag: Tag,
 }
 
 /// Names a list of mappings that are made together, and rolled back together: what lies at their addresses by then
 /// may be another's.
 ///
-/// Records keep 40 bits of it: at a million lists a second they repeat after twelve days, and the list would have to be
-/// rolled back for that long.
+/// Records keep 48 bits of it: at a million lists a second they repeat after nine years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ListId(pub(super) u64);
 
-impl ListId {
-    /// The lower 32 bits, and the 8 above them.
-    fn kept(self) -> (u32, u8) {
-        (self.0 as u32, (self.0 >> 32) as u8)
+/// Whose a mapping is, and what it allows: the list that it was made with, its tag, and its flags, from the highest bits to
+/// the lowest. One word, since all of it is written at once.
+#[derive(Clone, Copy)]
+struct Making(u64);
+
+impl Making {
+    const NONE: Self = Self(0);
+
+    #[inline(always)]
+    fn new(Purpose { prot, tag }: Purpose, ListId(list): ListId) -> Self {
+        // The standard's flags take three bits.
+        Self(list << 16 | u64::from(tag.0) << 8 | u64::from(prot.bits() as u8))
+    }
+
+    fn list(self) -> u64 {
+        self.0 >> 16
     }
 }
 
@@ -125,17 +137,14 @@ pub(crate) struct Record {
     /// Never changed but by the space that the record is in.
     pub range: IovaRange,
     pub phys: PhysAddr,
-    pub tag: &'static str,
     kept: Option<Kept>,
+    making: Making,
     pub(super) left: u32,
     pub(super) right: u32,
     pub(super) prev: u32,
     pub(super) next: u32,
     pub(super) gap: u32,
-    list: u32,
-    list_high: u8,
     pub(super) rank: i8,
-    prot: u8,
     /// Whether somebody counts on it, who will unmap it. Such a record does not go by itself, in quarantine neither.
     pub owned: bool,
     // The following four are looked at together, in one word.
@@ -163,24 +172,21 @@ impl Standing {
 }
 
 #[cfg(target_pointer_width = "64")]
-const _: () = assert!(size_of::<Record>() == 88);
+const _: () = assert!(size_of::<Record>() == 80);
 
 impl Record {
     pub(super) fn new(range: IovaRange, holder: Holder) -> Self {
         Self {
             range,
             phys: PhysAddr::new(0),
-            tag: "",
             kept: None,
+            making: Making::NONE,
             left: u32::MAX,
             right: u32::MAX,
             prev: u32::MAX,
             next: u32::MAX,
             gap: 0,
-            list: 0,
-            list_high: 0,
             rank: 0,
-            prot: 0,
             owned: false,
             state: MappingState::Mapping,
             holder,
@@ -193,9 +199,7 @@ impl Record {
     #[inline]
     pub(super) fn begin(&mut self, phys: PhysAddr, purpose: Purpose, list: ListId, kept: Option<Kept>) {
         self.holder = Holder::Mapping;
-        (self.phys, self.tag, self.kept) = (phys, purpose.tag, kept);
-        (self.list, self.list_high) = list.kept();
-        self.prot = purpose.prot.bits() as u8;
+        (self.phys, self.kept, self.making) = (phys, kept, Making::new(purpose, list));
         (self.state, self.on_device, self.counted, self.owned) = (MappingState::Mapping, true, false, false);
     }
 
@@ -207,22 +211,18 @@ impl Record {
         list: ListId,
         (prev, rank): (u32, i8),
     ) -> Self {
-        let (list, list_high) = list.kept();
         Self {
             range,
             phys,
-            tag: purpose.tag,
             kept: None,
+            making: Making::new(purpose, list),
             left: u32::MAX,
             right: u32::MAX,
             prev,
             next: u32::MAX,
             gap: 0,
-            list,
-            list_high,
             rank,
             holder: Holder::Part,
-            prot: purpose.prot.bits() as u8,
             state: MappingState::Mapping,
             on_device: true,
             counted: false,
@@ -244,17 +244,22 @@ impl Record {
 
     /// What it allows.
     pub(crate) fn prot(&self) -> Prot {
-        Prot::from_bits_retain(self.prot.into())
+        Prot::from_bits_retain((self.making.0 as u8).into())
+    }
+
+    /// What its maker calls it.
+    pub(super) fn tag(&self) -> Tag {
+        Tag((self.making.0 >> 8) as u8)
     }
 
     /// Whether it was made with this list.
     pub(crate) fn is_of(&self, list: ListId) -> bool {
-        (self.list, self.list_high) == list.kept()
+        self.making.list() == Making(list.0 << 16).list()
     }
 
     /// Whether both were made together.
     pub(super) fn is_beside(&self, other: &Self) -> bool {
-        self.list == other.list && self.list_high == other.list_high
+        self.making.list() == other.making.list()
     }
 
     /// Whether there is memory that goes back to its owner when the device cannot reach it any more.

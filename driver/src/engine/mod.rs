@@ -18,6 +18,7 @@ mod quick;
 mod recover;
 mod settle;
 mod space;
+mod tag;
 
 pub(crate) use attach::AttachPlan;
 pub(crate) use deferred::{Deferral, DeferredList, FlushDue, MERGED, first_run};
@@ -28,6 +29,7 @@ use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
 pub(crate) use recover::Revival;
+pub(crate) use tag::Tag;
 
 use crate::addr::{Iova, IovaRange};
 use crate::error::DomainError;
@@ -38,6 +40,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 use space::{Room, Space};
+use tag::Tags;
 
 /// Names a domain's record: its place in the lower half, and a generation that tells it from a later one there in the
 /// upper. One word, since each request is compared by it.
@@ -193,6 +196,7 @@ pub(crate) struct Engine {
     strangers: FaultWindow,
     /// Lists that were begun.
     lists: u64,
+    tags: Tags,
     /// Domains that the embedder let go of.
     orphans: usize,
 }
@@ -214,6 +218,7 @@ impl Engine {
             released: 0,
             strangers: FaultWindow::default(),
             lists: 0,
+            tags: Tags::new(),
             orphans: 0,
         }
     }
@@ -297,6 +302,16 @@ impl Engine {
     pub(crate) fn domain_mut(&mut self, key: DomainKey) -> Option<&mut DomainRecord> {
         let record = self.domains.get_mut(key.place())?.as_deref_mut()?;
         (record.key == key).then_some(record)
+    }
+
+    /// The tag of this name. There are 254 at most besides none: further ones go by one name.
+    pub(crate) fn tag(&mut self, name: &'static str) -> Tag {
+        self.tags.tag(name)
+    }
+
+    /// What the maker of a mapping calls it.
+    pub(crate) fn tag_of(&self, record: &Record) -> &'static str {
+        self.tags.name(record.tag())
     }
 
     /// Counts a request that was sent for a domain.

@@ -140,14 +140,19 @@ impl Engine {
 
     /// The device confirmed a MAP that somebody waits for. False where there is more to it.
     #[inline(always)]
-    pub(crate) fn mapped_one(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
+    pub(crate) fn mapped_one(
+        &mut self,
+        key: DomainKey,
+        (range, len): (IovaRange, u64),
+        record: MappingHandle,
+    ) -> bool {
         let Some(domain) = self.mappable(key) else { return false };
         if !domain.space.confirm(record, range) {
             return false;
         }
         let stats = &mut domain.stats;
         stats.maps += 1;
-        stats.mapped_bytes += range.len_minus_one() + 1;
+        stats.mapped_bytes += len;
         stats.peak_bytes = stats.peak_bytes.max(stats.mapped_bytes);
         self.confirmed.maps += 1;
         true

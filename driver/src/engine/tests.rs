@@ -63,7 +63,7 @@ impl Engine {
     fn sent_map(&mut self, key: DomainKey, range: IovaRange, held: Option<HeldMemory>) -> Op {
         self.take(key, range).unwrap();
         let mut held = held;
-        let purpose = Purpose { prot: Prot::READ, tag: "" };
+        let purpose = Purpose { prot: Prot::READ, tag: Tag::NONE };
         let (record, _) = self.begin_map(key, (LIST, range), PhysAddr::new(0), purpose, &mut held).unwrap();
         Op::Map { domain: key, range, record }
     }
@@ -126,7 +126,7 @@ fn a_mapping_that_leaks_is_found_by_its_tag() {
     engine.attach(EP, key);
     for (page, tag) in [(1, "disk"), (2, "net ring"), (3, "disk")] {
         engine.take(key, range(page, 1)).unwrap();
-        let purpose = Purpose { prot: Prot::READ, tag };
+        let purpose = Purpose { prot: Prot::READ, tag: engine.tag(tag) };
         let place = (LIST, range(page, 1));
         let (record, _) = engine.begin_map(key, place, PhysAddr::new(0), purpose, &mut None).unwrap();
         engine.answer(Op::Map { domain: key, range: place.1, record }, Ok(()));
@@ -136,7 +136,7 @@ fn a_mapping_that_leaks_is_found_by_its_tag() {
         engine.answer(op, Ok(()));
     }
     let left = engine.domain(key).unwrap().space.iter_from(Iova::new(0));
-    let left: Vec<_> = left.map(|record| (record.tag, record.range)).collect();
+    let left: Vec<_> = left.map(|record| (engine.tag_of(record), record.range)).collect();
     assert_eq!(left, [("net ring", range(2, 1))]);
 }
 

@@ -8,7 +8,7 @@
 use super::*;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::{AttachPlan, Placement, Purpose};
+use crate::engine::{AttachPlan, Placement, Purpose, Tag};
 use crate::exchange;
 use crate::id::DomainId;
 use crate::lock::RawLock;
@@ -34,7 +34,7 @@ use core::task::{Context, Poll, Waker};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, AtomicU64};
 
-const READ: Purpose = Purpose { prot: Prot::READ, tag: "" };
+const READ: Purpose = Purpose { prot: Prot::READ, tag: Tag::NONE };
 
 mod tests;
 

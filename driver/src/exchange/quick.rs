@@ -114,7 +114,7 @@ pub(crate) fn map_first<P: Platform>(
     };
     let Some(mut state) = shared.answer(sent.slot) else { return Err(Some(sent)) };
     let Mapped { range, record } = sent.mapped;
-    if !state.engine.mapped_one(key, range, record) {
+    if !state.engine.mapped_one(key, (range, run.len), record) {
         state.succeeded(Op::Map { domain: key, range, record });
     }
     Ok(sent.mapped)

@@ -7,6 +7,7 @@ mod shape;
 use super::magazine::MAX_CACHED;
 use super::*;
 use crate::addr::PhysAddr;
+use crate::engine::Tag;
 use crate::engine::mapping::{ListId, MappingHandle, Purpose};
 use crate::prot::Prot;
 use std::println;
@@ -32,7 +33,7 @@ fn allocate(space: &mut Space, len: u64) -> Option<IovaRange> {
 }
 
 fn purpose() -> Purpose {
-    Purpose { prot: Prot::READ, tag: "test" }
+    Purpose { prot: Prot::READ, tag: Tag::NONE }
 }
 
 fn insert(space: &mut Space, range: IovaRange, list: u64) -> MappingHandle {
