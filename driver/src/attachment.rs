@@ -34,7 +34,7 @@ impl<P: Platform> Viommu<P> {
         &self,
         endpoint: EndpointId,
         domain: &Domain<P>,
-        sent: Option<u16>,
+        sent: Option<usize>,
     ) -> Result<(), AttachError> {
         if let Some(slot) = sent {
             let answered = self.shared.block_on(self.shared.wait_for(slot).outcome());
@@ -168,7 +168,7 @@ impl<P: Platform> Viommu<P> {
 
     /// What is left after the first step.
     #[cold]
-    fn detach_rest(&self, endpoint: EndpointId, sent: Option<u16>) -> Result<(), DetachError> {
+    fn detach_rest(&self, endpoint: EndpointId, sent: Option<usize>) -> Result<(), DetachError> {
         let Some(slot) = sent else { return self.shared.block_on(self.detach_async(endpoint)) };
         let outcome = self.shared.block_on(self.shared.wait_for(slot).outcome());
         let detached = self.shared.detached(endpoint, outcome);

@@ -382,7 +382,7 @@ impl<P: Platform> Domain<P> {
     }
 
     #[cold]
-    fn unmap_rest(&self, range: IovaRange, sent: Option<u16>) -> Result<(), UnmapError> {
+    fn unmap_rest(&self, range: IovaRange, sent: Option<usize>) -> Result<(), UnmapError> {
         let shared = &self.0.shared;
         let first = sent.map(|slot| shared.wait_for(slot));
         shared.block_on(exchange::unmap(self.owned(range), range, first))

@@ -281,12 +281,13 @@ impl Ring {
     #[inline(always)]
     pub(crate) fn sole(&mut self) -> Option<Used> {
         debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
-        let seen = self.memory.used_index();
-        if seen != self.used_idx.wrapping_add(1) || self.published == self.used_idx {
+        let at = self.used_idx;
+        let next = at.wrapping_add(1);
+        if self.published == at || self.memory.used_index() != next {
             return None;
         }
-        self.seen = seen;
-        let (id, len) = self.memory.used_entry(self.used_idx);
+        self.seen = next;
+        let (id, len) = self.memory.used_entry(at);
         Some(Used { id, len })
     }
 

@@ -167,7 +167,7 @@ impl SharedMemory {
     #[inline(always)]
     pub(crate) fn fill_cell<const N: usize, const AT: usize>(
         &mut self,
-        index: u16,
+        index: usize,
         (words, len): (&[u64; N], u32),
         bytes: [u8; 4],
     ) {
@@ -187,7 +187,7 @@ impl SharedMemory {
 
     /// Reads four bytes of a cell, at `AT`.
     #[inline(always)]
-    pub(crate) fn read_cell<const AT: usize>(&self, index: u16) -> [u8; 4] {
+    pub(crate) fn read_cell<const AT: usize>(&self, index: usize) -> [u8; 4] {
         const { assert!(AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
         let at = self.placed(self.places.cells, CELL_LEN * self.cell(index) + AT).cast::<u32>();
         // SAFETY: inside the region and aligned; volatile, since the device may write at any time.
@@ -195,8 +195,8 @@ impl SharedMemory {
     }
 
     #[inline(always)]
-    fn cell(&self, index: u16) -> usize {
-        usize::from(index) & self.places.cell_mask
+    fn cell(&self, index: usize) -> usize {
+        index & self.places.cell_mask
     }
 
     #[inline]

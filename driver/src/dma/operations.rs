@@ -347,7 +347,7 @@ impl<P: Platform> Endpoint<P> {
             Ok(Mapped { range, record }) => {
                 Ok(DmaMapping { domain: key, iova: range.start(), len, range, record })
             }
-            Err(sent) => self.map_rest(phys, len, (run, placement, purpose), sent),
+            Err(sent) => self.map_rest(phys, len, direction, sent),
         }
     }
 
@@ -374,7 +374,7 @@ impl<P: Platform> Endpoint<P> {
                 view.domain.flush_if_overdue();
                 Ok(self.mapping_within(mapped, phys, len))
             }
-            Err(sent) => self.map_rest(phys, len, (run, placement, purpose), sent),
+            Err(sent) => self.map_rest(phys, len, direction, sent),
         }
     }
 
@@ -383,9 +383,12 @@ impl<P: Platform> Endpoint<P> {
         &self,
         phys: PhysAddr,
         len: usize,
-        wanted: (Run, Placement, Purpose),
+        direction: Direction,
         sent: Option<SentMap>,
     ) -> Result<DmaMapping, DmaError> {
+        let run = rounded(PhysSegment { phys, len }, self.view.granule)?;
+        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
+        let wanted = (run, self.view.placement(run.len), purpose);
         self.block_on(self.map_rest_async(phys, len, wanted, Err(sent)))
     }
 

@@ -105,7 +105,7 @@ pub(crate) fn attach_first<P: Platform>(
     shared: &Shared<P>,
     endpoint: EndpointId,
     key: DomainKey,
-) -> Result<(), Option<u16>> {
+) -> Result<(), Option<usize>> {
     let op = Op::Attach { endpoint, domain: key };
     let (slot, place) = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
@@ -132,7 +132,7 @@ pub(crate) fn attach_first<P: Platform>(
 pub(crate) fn detach_first<P: Platform>(
     shared: &Shared<P>,
     endpoint: EndpointId,
-) -> Result<bool, Option<u16>> {
+) -> Result<bool, Option<usize>> {
     let (slot, place, key) = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
         let State { engine, requests, sent, .. } = &mut *state;

@@ -101,9 +101,15 @@ impl<P: Platform> Shared<P> {
             self.kicks.fetch_add(1, Ordering::Relaxed);
             barrier::memory_before_doorbell();
             if !self.request_doorbell.ring(REQUEST_QUEUE) {
-                self.transport.notify(REQUEST_QUEUE);
+                self.notify();
             }
         }
+    }
+
+    /// For transports without a doorbell of one store.
+    #[cold]
+    fn notify(&self) {
+        self.transport.notify(REQUEST_QUEUE);
     }
 
     /// Submits one request and publishes it. Called under the lock.

@@ -33,7 +33,7 @@ impl Mapped {
 /// A MAP that was sent alone, and is not answered yet, or not with success.
 #[derive(Clone, Copy)]
 pub(crate) struct SentMap {
-    slot: u16,
+    slot: usize,
     pub mapped: Mapped,
     pub name: ListId,
     /// Whether its record holds memory.
@@ -51,7 +51,7 @@ impl<P: Platform> Shared<P> {
     /// Rings for a request that was sent as `slot`, and takes its success, if that is there: then with the lock, for
     /// whatever that does to the records.
     #[inline(always)]
-    pub(super) fn answer(&self, slot: u16) -> Option<Guard<'_, P::Lock, State>> {
+    pub(super) fn answer(&self, slot: usize) -> Option<Guard<'_, P::Lock, State>> {
         self.ring();
         let mut state = self.state.usual()?;
         if state.requests.take_one(slot) { Some(state) } else { None }
@@ -59,7 +59,7 @@ impl<P: Platform> Shared<P> {
 
     /// The answer of a request that was sent alone as `slot`, to be waited for.
     #[cold]
-    pub(crate) fn wait_for(&self, slot: u16) -> InFlight<'_, P> {
+    pub(crate) fn wait_for(&self, slot: usize) -> InFlight<'_, P> {
         let batch = { self.state.lock().requests.batch_of(slot) };
         InFlight::new(self, batch)
     }
@@ -128,7 +128,7 @@ pub(crate) fn unmap_first<P: Platform>(
     key: DomainKey,
     range: IovaRange,
     record: MappingHandle,
-) -> Result<(), Option<u16>> {
+) -> Result<(), Option<usize>> {
     let (slot, record) = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
         let State { engine, requests, sent, .. } = &mut *state;

@@ -68,7 +68,7 @@ impl Areas {
 
 /// A slot that no request is in, in a queue that is not broken.
 pub(crate) struct FreeSlot<'a> {
-    index: u16,
+    index: usize,
     slot: &'a mut Slot,
     ring: &'a mut Ring,
     /// The queue's first free slot, which this is.
@@ -78,7 +78,7 @@ pub(crate) struct FreeSlot<'a> {
 impl<'a> FreeSlot<'a> {
     /// Names it to [`RequestQueue::take_one`].
     #[inline(always)]
-    pub(crate) fn index(&self) -> u16 {
+    pub(crate) fn index(&self) -> usize {
         self.index
     }
 
@@ -87,7 +87,7 @@ impl<'a> FreeSlot<'a> {
     #[inline(always)]
     pub(crate) fn send(self, request: &Request, op: Op) -> bool {
         let index = self.index;
-        self.fill(request, op).publish_one(2 * index)
+        self.fill(request, op).publish_one(head_of(index))
     }
 
     /// [`RequestQueue::submit`] for a request that has what it needs. The lock is held from the first of a batch to the last:
@@ -95,11 +95,11 @@ impl<'a> FreeSlot<'a> {
     #[inline(always)]
     pub(crate) fn queue(self, request: &Request, op: Op, batch: &mut Batch) {
         let index = self.index;
-        self.fill(request, op).push(2 * index);
+        self.fill(request, op).push(head_of(index));
         if batch.len == 0 {
-            batch.head = index;
+            batch.head = index as u16;
         }
-        batch.tail = index;
+        batch.tail = index as u16;
         batch.len += 1;
     }
 
@@ -116,6 +116,12 @@ impl<'a> FreeSlot<'a> {
         }
         ring
     }
+}
+
+/// The first descriptor of a slot: there are at most 2^14 slots.
+#[inline(always)]
+fn head_of(index: usize) -> u16 {
+    2 * index as u16
 }
 
 /// The request queue.
@@ -298,8 +304,8 @@ impl RequestQueue {
     pub(crate) fn free_slot(&mut self) -> Option<FreeSlot<'_>> {
         let Self { ring, slots, free, .. } = self;
         // The end of the list is beyond the slots.
-        let (index, slot) = (*free, slots.get_mut(usize::from(*free))?);
-        Some(FreeSlot { index, slot, ring, free })
+        let index = usize::from(*free);
+        Some(FreeSlot { index, slot: slots.get_mut(index)?, ring, free })
     }
 
     pub(crate) fn has_free_slot(&self) -> bool {
@@ -309,7 +315,7 @@ impl RequestQueue {
     /// Takes the success of a request that was [sent](FreeSlot::send), where all is [usual](Self::is_usual), if it is the
     /// next in the ring. Whether it was.
     #[inline(always)]
-    pub(crate) fn take_one(&mut self, index: u16) -> bool {
+    pub(crate) fn take_one(&mut self, index: usize) -> bool {
         debug_assert!(self.is_usual());
         match self.ring.sole() {
             Some(used) => self.take_used(index, used).is_some(),
@@ -318,7 +324,7 @@ impl RequestQueue {
     }
 
     #[cold]
-    fn take_one_of_several(&mut self, index: u16) -> bool {
+    fn take_one_of_several(&mut self, index: usize) -> bool {
         self.take_at(index).is_some()
     }
 
@@ -330,7 +336,7 @@ impl RequestQueue {
         if batch.len == 0 {
             return None;
         }
-        let (op, next) = self.take_at(batch.head)?;
+        let (op, next) = self.take_at(usize::from(batch.head))?;
         batch.head = next;
         batch.len -= 1;
         Some(op)
@@ -343,7 +349,7 @@ impl RequestQueue {
 
     /// What the request in this slot did, and the slot after it, if its success is the next in the ring.
     #[inline(always)]
-    fn take_at(&mut self, index: u16) -> Option<(&Op, u16)> {
+    fn take_at(&mut self, index: usize) -> Option<(&Op, u16)> {
         debug_assert!(self.is_usual());
         let used = self.ring.peek()?;
         self.take_used(index, used)
@@ -351,9 +357,9 @@ impl RequestQueue {
 
     /// The same for the entry that is the next in the ring.
     #[inline(always)]
-    fn take_used(&mut self, index: u16, used: Used) -> Option<(&Op, u16)> {
-        let slot = self.slots.get_mut(usize::from(index))?;
-        let mine = used.id == 2 * u32::from(index) && slot.state == SlotState::InFlight;
+    fn take_used(&mut self, index: usize, used: Used) -> Option<(&Op, u16)> {
+        let slot = self.slots.get_mut(index)?;
+        let mine = used.id == u32::from(head_of(index)) && slot.state == SlotState::InFlight;
         // Before the answer is known to be there the device may be writing it.
         if !(mine && used.len >= TAIL_LEN as u32)
             || self.ring.memory().read_cell::<TAIL_AT>(index)[0] != Status::OK
@@ -362,13 +368,14 @@ impl RequestQueue {
         }
         let next = core::mem::replace(&mut slot.next, self.free);
         slot.state = SlotState::Free;
-        self.free = index;
+        self.free = index as u16;
         self.ring.pass();
         Some((&slot.op, next))
     }
 
     /// A request that was [sent](FreeSlot::send), to be waited for.
-    pub(crate) fn batch_of(&self, index: u16) -> Batch {
+    pub(crate) fn batch_of(&self, index: usize) -> Batch {
+        let index = index as u16;
         Batch { head: index, tail: index, len: 1 }
     }
 
@@ -388,7 +395,7 @@ impl RequestQueue {
             self.ring.memory().read_bytes(self.areas.probe_writable + self.probe_size, &mut tail);
             (self.probe_size + TAIL_LEN, tail[0])
         } else {
-            (TAIL_LEN, self.ring.memory().read_cell::<TAIL_AT>(index)[0])
+            (TAIL_LEN, self.ring.memory().read_cell::<TAIL_AT>(usize::from(index))[0])
         };
         let slot = &mut self.slots[usize::from(index)];
         let outcome = judge(used_len, expected as u32, status);

@@ -27,7 +27,7 @@ struct Places {
     used: usize,
     mask: u16,
     cells: usize,
-    cell_mask: u16,
+    cell_mask: usize,
 }
 
 /// Memory, cell by cell.
@@ -79,7 +79,7 @@ impl SharedMemory {
 
     /// `count` cells of 64 bytes, from `start` on.
     pub(crate) fn with_cells(mut self, start: usize, count: u16) -> Self {
-        (self.places.cells, self.places.cell_mask) = (start, count - 1);
+        (self.places.cells, self.places.cell_mask) = (start, usize::from(count - 1));
         self
     }
 
@@ -116,7 +116,7 @@ impl SharedMemory {
 
     pub(crate) fn fill_cell<const N: usize, const AT: usize>(
         &mut self,
-        index: u16,
+        index: usize,
         (words, len): (&[u64; N], u32),
         bytes: [u8; 4],
     ) {
@@ -125,17 +125,17 @@ impl SharedMemory {
             self.cells.write(at + 8 * number, &word.to_ne_bytes());
         }
         self.cells.write(at + AT, &bytes);
-        self.cells.write(32 * usize::from(index & self.places.cell_mask) + 8, &len.to_le_bytes());
+        self.cells.write(32 * (index & self.places.cell_mask) + 8, &len.to_le_bytes());
     }
 
-    pub(crate) fn read_cell<const AT: usize>(&self, index: u16) -> [u8; 4] {
+    pub(crate) fn read_cell<const AT: usize>(&self, index: usize) -> [u8; 4] {
         let mut bytes = [0; 4];
         self.cells.read(self.cell(index) + AT, &mut bytes);
         bytes
     }
 
-    fn cell(&self, index: u16) -> usize {
-        self.places.cells + CELL_LEN * usize::from(index & self.places.cell_mask)
+    fn cell(&self, index: usize) -> usize {
+        self.places.cells + CELL_LEN * (index & self.places.cell_mask)
     }
 
     /// The device's side of it.

@@ -310,7 +310,7 @@ fn slots_are_neither_lost_nor_doubled() {
     for _ in 0..20_000 {
         match random(4) {
             0 if bench.queue.can_submit(false) => {
-                let slot = bench.queue.free_slot().unwrap().index();
+                let slot = bench.queue.free_slot().unwrap().index() as u16;
                 assert!(!in_flight.contains(&slot), "slot {slot} still belongs to the device");
                 batches.push(bench.submit(&[unmap(1)]));
                 in_flight.push(slot);
