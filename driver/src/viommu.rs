@@ -299,7 +299,7 @@ impl<P: Platform> Viommu<P> {
     pub fn stats(&self) -> Stats {
         let state = self.shared.state.lock();
         let (quarantined_mappings, quarantined_bytes) = state.engine.quarantined();
-        let confirmed = state.engine.confirmed;
+        let confirmed = state.engine.confirmed();
         Stats {
             requests: state.sent,
             kicks: self.shared.kicks.load(Ordering::Relaxed) as u64,

@@ -30,6 +30,47 @@ pub struct DomainStats {
     pub deferred_bytes: u64,
 }
 
+/// What a domain did, as it is counted.
+#[derive(Default)]
+pub(crate) struct Counts {
+    pub maps: u64,
+    pub unmaps: u64,
+    pub requests: u64,
+    pub kicks: u64,
+    peak_bytes: u64,
+    /// How many bytes fewer than the most are mapped. Where it passes 0 there are more than ever.
+    below_peak: u64,
+}
+
+impl Counts {
+    /// The device confirmed so many MAPs, of so many bytes in all.
+    #[inline(always)]
+    pub(super) fn mapped(&mut self, maps: u64, bytes: u64) {
+        self.maps += maps;
+        match self.below_peak.checked_sub(bytes) {
+            Some(below) => self.below_peak = below,
+            None => self.rise(bytes),
+        }
+    }
+
+    #[cold]
+    fn rise(&mut self, bytes: u64) {
+        self.peak_bytes += bytes - self.below_peak;
+        self.below_peak = 0;
+    }
+
+    /// The device confirmed so many UNMAPs, of so many bytes in all.
+    #[inline(always)]
+    pub(super) fn unmapped(&mut self, unmaps: u64, bytes: u64) {
+        self.unmaps += unmaps;
+        self.below_peak += bytes;
+    }
+
+    fn mapped_bytes(&self) -> u64 {
+        self.peak_bytes - self.below_peak
+    }
+}
+
 pub(crate) struct DomainRecord {
     /// Set, as the number is, when it gets its place.
     pub key: DomainKey,
@@ -44,7 +85,7 @@ pub(crate) struct DomainRecord {
     pub space: Space,
     /// What waits for a flush, where unmapping is deferred.
     pub deferred: Option<DeferredList>,
-    pub stats: DomainStats,
+    pub counts: Counts,
     /// The domain is getting another number, or its mappings again: nothing new is mapped meanwhile.
     in_transition: bool,
     /// Its endpoints are coming back after a reset, so that it is worth waiting for.
@@ -65,7 +106,7 @@ impl DomainRecord {
             possible: 0,
             space,
             deferred,
-            stats: DomainStats::default(),
+            counts: Counts::default(),
             in_transition: false,
             reviving: false,
             orphaned: false,
@@ -75,7 +116,17 @@ impl DomainRecord {
     /// What it did so far.
     pub(crate) fn stats(&self) -> DomainStats {
         let (mappings, deferred_bytes) = self.deferred.as_ref().map_or((0, 0), DeferredList::waiting);
-        DomainStats { deferred_mappings: mappings as u64, deferred_bytes, ..self.stats }
+        let Counts { maps, unmaps, requests, kicks, peak_bytes, .. } = self.counts;
+        DomainStats {
+            maps,
+            unmaps,
+            requests,
+            kicks,
+            mapped_bytes: self.counts.mapped_bytes(),
+            peak_bytes,
+            deferred_mappings: mappings as u64,
+            deferred_bytes,
+        }
     }
 
     pub(crate) fn attached(&self) -> u32 {

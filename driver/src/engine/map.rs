@@ -192,7 +192,7 @@ impl Engine {
         let domain = self.domain_mut(key).ok_or(MapError::NoEndpoint)?;
         let record = domain.space.insert(range, phys, (purpose, list), held);
         let record = record.ok_or(MapError::InUse(range))?;
-        domain.stats.requests += 1;
+        domain.counts.requests += 1;
         Ok((record, domain.id))
     }
 

@@ -22,8 +22,8 @@ mod tag;
 
 pub(crate) use attach::AttachPlan;
 pub(crate) use deferred::{Deferral, DeferredList, FlushDue, MERGED, first_run};
-pub(crate) use domain::DomainRecord;
 pub use domain::DomainStats;
+pub(crate) use domain::{Counts, DomainRecord};
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
@@ -164,7 +164,7 @@ const MAX_DOMAINS: usize = 4096;
 /// Reserved regions that a domain has room for, over all its endpoints.
 pub(crate) const MAX_RESERVED: usize = 64;
 
-/// What the device confirmed so far, over all domains.
+/// What the device confirmed so far, over all domains. The engine keeps MAPs and UNMAPs of those that are gone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Confirmed {
     pub attaches: u64,
@@ -189,7 +189,7 @@ pub(crate) struct Engine {
     retired_ids: Vec<u32>,
     /// Whether unattached endpoints are known to be blocked.
     pub(crate) bypass_closed: bool,
-    pub(crate) confirmed: Confirmed,
+    confirmed: Confirmed,
     /// Records in state Released.
     released: usize,
     /// Faults of endpoints that are not known.
@@ -317,7 +317,7 @@ impl Engine {
     /// Counts a request that was sent for a domain.
     pub(crate) fn count_request(&mut self, key: DomainKey) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.stats.requests += 1;
+            domain.counts.requests += 1;
         }
     }
 
@@ -341,7 +341,11 @@ impl Engine {
 
     fn take_if_idle(&mut self, index: usize) -> Option<Box<DomainRecord>> {
         let idle = self.domains[index].take_if(|domain| domain.orphaned && domain.is_idle());
-        self.orphans -= usize::from(idle.is_some());
+        if let Some(domain) = &idle {
+            self.orphans -= 1;
+            self.confirmed.maps += domain.counts.maps;
+            self.confirmed.unmaps += domain.counts.unmaps;
+        }
         idle
     }
 
@@ -351,6 +355,14 @@ impl Engine {
         for index in 0..self.domains.len() {
             self.revoke_if_empty(index);
         }
+    }
+
+    /// What the device confirmed so far, over all domains.
+    pub(crate) fn confirmed(&self) -> Confirmed {
+        self.domains.iter().flatten().fold(self.confirmed, |sum, domain| {
+            let Counts { maps, unmaps, .. } = domain.counts;
+            Confirmed { maps: sum.maps + maps, unmaps: sum.unmaps + unmaps, ..sum }
+        })
     }
 
     /// What is in quarantine: mappings, and their bytes.

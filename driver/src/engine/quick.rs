@@ -4,10 +4,10 @@
 //! the words for what is wrong, and know the rare states.
 
 use super::deferred::Deferral;
-use super::domain::{DomainRecord, DomainStats};
+use super::domain::{Counts, DomainRecord};
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::Parts;
-use super::{Confirmed, DomainKey, Engine, Op, Placement};
+use super::{DomainKey, Engine, Op, Placement};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
@@ -19,7 +19,6 @@ use crate::prot::Prot;
 pub(crate) struct Confirming<'a> {
     key: DomainKey,
     domain: &'a mut DomainRecord,
-    confirmed: &'a mut Confirmed,
     maps: Sum,
     unmaps: Sum,
 }
@@ -66,15 +65,9 @@ impl Confirming<'_> {
     /// Counts what was taken.
     #[inline(always)]
     pub(crate) fn end(self) {
-        let Self { domain, confirmed, maps, unmaps, .. } = self;
-        let stats = &mut domain.stats;
-        stats.maps += maps.count;
-        confirmed.maps += maps.count;
-        stats.mapped_bytes += maps.bytes;
-        stats.peak_bytes = stats.peak_bytes.max(stats.mapped_bytes);
-        stats.unmaps += unmaps.count;
-        confirmed.unmaps += unmaps.count;
-        stats.mapped_bytes -= unmaps.bytes;
+        let Self { domain, maps, unmaps, .. } = self;
+        domain.counts.mapped(maps.count, maps.bytes);
+        domain.counts.unmapped(unmaps.count, unmaps.bytes);
     }
 }
 
@@ -118,10 +111,10 @@ impl Engine {
         key: DomainKey,
         rest: Mapped,
         (purpose, list): (Purpose, ListId),
-    ) -> Option<(DomainId, &mut DomainStats, Parts<'_>)> {
+    ) -> Option<(DomainId, &mut Counts, Parts<'_>)> {
         let domain = self.usual_domain(key, purpose.prot)?;
         let parts = domain.space.begin_parts(rest, (purpose, list))?;
-        Some((domain.id, &mut domain.stats, parts))
+        Some((domain.id, &mut domain.counts, parts))
     }
 
     /// Begins the unmapping of live mappings that touch each other, the first of which the handle may name. The request for
@@ -150,11 +143,7 @@ impl Engine {
         if !domain.space.confirm(record, range) {
             return false;
         }
-        let stats = &mut domain.stats;
-        stats.maps += 1;
-        stats.mapped_bytes += len;
-        stats.peak_bytes = stats.peak_bytes.max(stats.mapped_bytes);
-        self.confirmed.maps += 1;
+        domain.counts.mapped(1, len);
         true
     }
 
@@ -166,9 +155,7 @@ impl Engine {
         if !domain.space.end_unmapped_plain(record, range) {
             return false;
         }
-        domain.stats.unmaps += 1;
-        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
-        self.confirmed.unmaps += 1;
+        domain.counts.unmapped(1, range.len_minus_one() + 1);
         true
     }
 
@@ -181,19 +168,15 @@ impl Engine {
     ) -> Option<HeldMemory> {
         let domain = self.domain_mut(key)?;
         let held = domain.space.end_unmapped_held(record, range)?;
-        domain.stats.unmaps += 1;
-        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
-        self.confirmed.unmaps += 1;
+        domain.counts.unmapped(1, range.len_minus_one() + 1);
         Some(held)
     }
 
     /// Begins to take note of successes of one domain's requests. `None` where there is more to it than to its records.
     #[inline]
     pub(crate) fn confirming(&mut self, key: DomainKey) -> Option<Confirming<'_>> {
-        let Self { domains, confirmed, .. } = self;
-        let domain = domains.get_mut(key.place())?.as_deref_mut()?;
-        let usual = domain.key == key && domain.possible > 0;
-        usual.then_some(Confirming { key, domain, confirmed, maps: Sum::default(), unmaps: Sum::default() })
+        let domain = self.domain_mut(key).filter(|domain| domain.possible > 0)?;
+        Some(Confirming { key, domain, maps: Sum::default(), unmaps: Sum::default() })
     }
 
     /// The same for whole mappings that were made together and hold no memory.
@@ -203,9 +186,7 @@ impl Engine {
         if !domain.space.end_unmapped_run(record, range) {
             return false;
         }
-        domain.stats.unmaps += 1;
-        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
-        self.confirmed.unmaps += 1;
+        domain.counts.unmapped(1, range.len_minus_one() + 1);
         true
     }
 
@@ -220,9 +201,7 @@ impl Engine {
         if !covered || !domain.space.end_flush(run) {
             return false;
         }
-        domain.stats.unmaps += 1;
-        domain.stats.mapped_bytes -= range.len_minus_one() + 1;
-        self.confirmed.unmaps += 1;
+        domain.counts.unmapped(1, range.len_minus_one() + 1);
         true
     }
 

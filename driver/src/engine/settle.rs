@@ -1,6 +1,6 @@
 //! What an answer, or its absence, does to the records.
 
-use super::domain::DomainRecord;
+use super::domain::{Counts, DomainRecord};
 use super::mapping::{MappingHandle, MappingState, Record};
 use super::{Attachment, DomainKey, Engine, Op};
 use crate::addr::IovaRange;
@@ -144,11 +144,8 @@ impl Engine {
         (range, record): (IovaRange, MappingHandle),
         own: impl FnOnce(&mut Record),
     ) {
-        self.confirmed.maps += 1;
         let Some(domain) = self.domain_mut(key) else { return };
-        domain.stats.maps += 1;
-        domain.stats.mapped_bytes += range.len_bytes().unwrap_or(0);
-        domain.stats.peak_bytes = domain.stats.peak_bytes.max(domain.stats.mapped_bytes);
+        domain.counts.mapped(1, range.len_bytes().unwrap_or(0));
         domain.space.change(record, range.start(), |record| {
             own(record);
             record.counted = true;
@@ -172,9 +169,8 @@ impl Engine {
         let dead = self.domain(key).is_some_and(|domain| closed && domain.possible == 0);
         match outcome {
             Ok(()) => {
-                self.confirmed.unmaps += 1;
                 if let Some(domain) = self.domain_mut(key) {
-                    domain.stats.unmaps += 1;
+                    domain.counts.unmapped(1, 0);
                 }
                 self.let_go(key, range, Some(record));
             }
@@ -199,10 +195,10 @@ impl Engine {
     pub(super) fn let_go(&mut self, key: DomainKey, range: IovaRange, first: Option<MappingHandle>) {
         let Some(domain) = self.domain_mut(key) else { return };
         let orphaned = domain.orphaned;
-        let stats = &mut domain.stats;
+        let counts = &mut domain.counts;
         let mut released = 0;
         domain.space.retain_in(range, first, |record| {
-            uncount(record, &mut stats.mapped_bytes);
+            uncount(record, counts);
             if record.owned && !orphaned {
                 (record.state, record.on_device) = (MappingState::Live, false);
                 return true;
@@ -267,13 +263,13 @@ impl Engine {
     pub(super) fn revoke(&mut self, index: usize) {
         let Some(domain) = self.domains[index].as_mut() else { return };
         let deserted = domain.orphaned && domain.possible == 0;
-        let stats = &mut domain.stats;
+        let counts = &mut domain.counts;
         if let Some(deferred) = &mut domain.deferred {
             deferred.clear();
         }
         let mut released = 0;
         domain.space.retain_all(|record| {
-            uncount(record, &mut stats.mapped_bytes);
+            uncount(record, counts);
             let settled = MappingState::Quarantined;
             let leaving = [settled, MappingState::Stranded, MappingState::Deferred];
             let quarantined = leaving.contains(&record.state);
@@ -297,8 +293,8 @@ impl Engine {
     }
 }
 
-fn uncount(record: &mut Record, mapped_bytes: &mut u64) {
+fn uncount(record: &mut Record, counts: &mut Counts) {
     if core::mem::take(&mut record.counted) {
-        *mapped_bytes -= record.range.len_bytes().unwrap_or(0);
+        counts.unmapped(0, record.range.len_bytes().unwrap_or(0));
     }
 }

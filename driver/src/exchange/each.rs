@@ -132,7 +132,7 @@ impl<P: Platform> Each<'_, P> {
         }
         let count = next - first;
         *sent += count as u64;
-        domain.stats.requests += count as u64;
+        domain.counts.requests += count as u64;
         count
     }
 
@@ -259,7 +259,7 @@ impl<P: Platform> Rest<'_, P> {
         }
         let count = u64::from(batch.len() - before);
         *sent += count;
-        domain.stats.requests += count;
+        domain.counts.requests += count;
     }
 
     /// Begins and submits while there are slots. Called under the lock.

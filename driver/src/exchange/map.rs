@@ -138,7 +138,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let (key, granule) = (self.key, engine.geometry.granule);
         let Some(range) = self.free else { return };
         let rest = Mapped { range, record: self.free_record };
-        let Some((domain, stats, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else { return };
+        let Some((domain, counts, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else { return };
         let before = batch.len();
         let (mut next, mut runs) = (self.run, self.runs.clone());
         while let Some(run) = next
@@ -153,7 +153,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         (self.run, self.runs) = (next, runs);
         let count = u64::from(batch.len() - before);
         *sent += count;
-        stats.requests += count;
+        counts.requests += count;
         let rest = parts.end();
         self.free = rest.map(|rest| rest.range);
         self.free_record = rest.map_or(MappingHandle::UNKNOWN, |rest| rest.record);
@@ -333,7 +333,7 @@ async fn make_room<P: Platform>(
 }
 
 fn never_mapped<P: Platform>(shared: &Shared<P>, key: DomainKey) -> bool {
-    shared.state.lock().engine.domain(key).is_some_and(|domain| domain.stats.maps == 0)
+    shared.state.lock().engine.domain(key).is_some_and(|domain| domain.counts.maps == 0)
 }
 
 /// Gives the domain another number: detaches its endpoints, and attaches them again. False where that cannot

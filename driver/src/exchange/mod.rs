@@ -87,9 +87,9 @@ impl<P: Platform> Shared<P> {
     /// Counts a request for its domain, and notes the doorbell where the device wants it. Called under the lock.
     #[inline(always)]
     pub(crate) fn note_sent(&self, domain: &mut DomainRecord, wanted: bool) {
-        domain.stats.requests += 1;
+        domain.counts.requests += 1;
         if wanted {
-            domain.stats.kicks += 1;
+            domain.counts.kicks += 1;
             self.note_doorbell();
         }
     }

@@ -115,7 +115,7 @@ impl State {
         }
         doorbell.store(true, Ordering::Release);
         if let Some(domain) = domain.and_then(|key| self.engine.domain_mut(key)) {
-            domain.stats.kicks += 1;
+            domain.counts.kicks += 1;
         }
     }
 }
