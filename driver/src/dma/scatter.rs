@@ -18,8 +18,9 @@ pub(super) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapErro
 /// Whether it is whole granules already, at least one.
 #[inline(always)]
 pub(super) fn is_rounded(run: Run, granule: u64) -> bool {
-    // The last is below 2^64 - 1. An empty one seems to be as long as can be.
-    (run.phys.get() | run.len) & (granule - 1) == 0 && run.len.wrapping_sub(1) < !run.phys.get()
+    let phys = run.phys.get();
+    // Neither empty nor beyond 2^64 - 2.
+    (phys | run.len) & (granule - 1) == 0 && phys.wrapping_add(run.len) > phys
 }
 
 #[inline(never)]

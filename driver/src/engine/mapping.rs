@@ -198,9 +198,11 @@ impl Record {
     /// Makes a mapping of taken addresses, with the memory that is held for it.
     #[inline]
     pub(super) fn begin(&mut self, phys: PhysAddr, purpose: Purpose, list: ListId, kept: Option<Kept>) {
-        self.holder = Holder::Mapping;
         (self.phys, self.kept, self.making) = (phys, kept, Making::new(purpose, list));
-        (self.state, self.on_device, self.counted, self.owned) = (MappingState::Mapping, true, false, false);
+        self.owned = false;
+        let holder = Holder::Mapping;
+        (self.state, self.holder, self.on_device, self.counted) =
+            (MappingState::Mapping, holder, true, false);
     }
 
     /// One more mapping of a list, behind the record `prev`.

@@ -138,7 +138,9 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let (key, granule) = (self.key, engine.geometry.granule);
         let Some(range) = self.free else { return };
         let rest = Mapped { range, record: self.free_record };
-        let Some((domain, counts, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else { return };
+        let Some((domain, counts, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else {
+            return;
+        };
         let before = batch.len();
         let (mut next, mut runs) = (self.run, self.runs.clone());
         while let Some(run) = next

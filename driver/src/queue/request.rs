@@ -72,7 +72,7 @@ pub(crate) struct FreeSlot<'a> {
     slot: &'a mut Slot,
     ring: &'a mut Ring,
     /// The queue's first free slot, which this is.
-    free: &'a mut u16,
+    free: &'a mut usize,
 }
 
 impl<'a> FreeSlot<'a> {
@@ -106,7 +106,7 @@ impl<'a> FreeSlot<'a> {
     #[inline(always)]
     fn fill(self, request: &Request, op: Op) -> &'a mut Ring {
         let Self { index, slot, ring, free } = self;
-        *free = slot.next;
+        *free = usize::from(slot.next);
         (slot.state, slot.op) = (SlotState::InFlight, op);
         // A PROBE has an area of its own.
         if !matches!(request, Request::Probe { .. }) {
@@ -133,8 +133,8 @@ pub(crate) struct RequestQueue {
     ring: Ring,
     areas: Areas,
     slots: Vec<Slot>,
-    /// The first slot that is free, or [`NO_SLOT`].
-    free: u16,
+    /// The first slot that is free, or one that there is not, [`NO_SLOT`].
+    free: usize,
     abandoned: u16,
     /// The slot that PROBE's area belongs to.
     probing: Option<u16>,
@@ -201,7 +201,7 @@ impl RequestQueue {
 
     /// Whether a request can be submitted now; PROBE also needs its one area.
     pub(crate) fn can_submit(&self, probe: bool) -> bool {
-        self.broken.is_none() && self.free != NO_SLOT && !(probe && self.probing.is_some())
+        self.broken.is_none() && self.has_free_slot() && !(probe && self.probing.is_some())
     }
 
     /// Used entries that named no request in flight.
@@ -218,7 +218,7 @@ impl RequestQueue {
         if !self.can_submit(probe) {
             return false;
         }
-        let index = self.free;
+        let index = self.free as u16;
         if probe {
             self.write_probe(index, request);
         }
@@ -304,12 +304,12 @@ impl RequestQueue {
     pub(crate) fn free_slot(&mut self) -> Option<FreeSlot<'_>> {
         let Self { ring, slots, free, .. } = self;
         // The end of the list is beyond the slots.
-        let index = usize::from(*free);
+        let index = *free;
         Some(FreeSlot { index, slot: slots.get_mut(index)?, ring, free })
     }
 
     pub(crate) fn has_free_slot(&self) -> bool {
-        self.free != NO_SLOT
+        self.free < self.slots.len()
     }
 
     /// Takes the success of a request that was [sent](FreeSlot::send), where all is [usual](Self::is_usual), if it is the
@@ -366,9 +366,9 @@ impl RequestQueue {
         {
             return None;
         }
-        let next = core::mem::replace(&mut slot.next, self.free);
+        let next = core::mem::replace(&mut slot.next, self.free as u16);
         slot.state = SlotState::Free;
-        self.free = index as u16;
+        self.free = index;
         self.ring.pass();
         Some((&slot.op, next))
     }
@@ -551,7 +551,7 @@ impl RequestQueue {
             self.probing = None;
             self.point_at_slot(index);
         }
-        let free = core::mem::replace(&mut self.free, index);
+        let free = core::mem::replace(&mut self.free, usize::from(index)) as u16;
         let slot = &mut self.slots[usize::from(index)];
         (slot.state, slot.next) = (SlotState::Free, free);
     }

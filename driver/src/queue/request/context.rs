@@ -13,9 +13,9 @@ impl RequestQueue {
         if !self.can_submit(false) {
             return false;
         }
-        let index = self.free;
+        let index = self.free as u16;
         let slot = &mut self.slots[usize::from(index)];
-        self.free = slot.next;
+        self.free = usize::from(slot.next);
         (slot.state, slot.op) = (SlotState::InFlight, Op::None);
         let memory = self.ring.memory_mut();
         memory.fill_cell::<_, TAIL_AT>(

@@ -87,7 +87,7 @@ impl Bench {
 
     fn free_slots(&self) -> Vec<u16> {
         let mut free = Vec::new();
-        let mut next = self.queue.free;
+        let mut next = self.queue.free as u16;
         while next != NO_SLOT {
             let index = next;
             assert!(!free.contains(&index), "the free list loops");
