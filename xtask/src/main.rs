@@ -33,6 +33,7 @@ mod qtest;
 mod run;
 mod setup;
 mod test;
+mod vhost;
 
 use std::process::ExitCode;
 

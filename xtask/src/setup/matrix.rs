@@ -1,7 +1,7 @@
 //! The QEMUs that the machine tier runs on: the oldest release that is promised, and a newer one.
 
-use anyhow::Result;
-use qemu_tests::machine::Arch;
+use anyhow::{Error, Result};
+use qemu_tests::machine::{Arch, Iommu};
 use qemu_tests::qemu::{OLDEST, Qemu, Release, Version};
 
 use super::SetupArguments;
@@ -12,6 +12,9 @@ const WANTED: [Wanted; 2] = [
     Wanted::Of(Release { major: OLDEST.major, minor: Some(OLDEST.minor) }),
     Wanted::Since(Version { major: 10, minor: 0, micro: 0 }),
 ];
+
+/// The architecture whose machine has an IOMMU over vhost-user too.
+pub(crate) const VHOST_USER: Arch = Arch::X86_64;
 
 /// What there is for one architecture.
 #[derive(Debug)]
@@ -64,6 +67,21 @@ pub(crate) fn find(archs: &[Arch], arguments: &SetupArguments) -> Vec<Found> {
         }
     }
     found
+}
+
+/// The same for the machine with an IOMMU over vhost-user, if it is one of `archs`. The one that was chosen is not for it if it is older.
+pub(crate) fn find_for_vhost_user(
+    archs: &[Arch],
+    arguments: &SetupArguments,
+) -> Option<Result<Qemu, Missing>> {
+    if !archs.contains(&VHOST_USER) {
+        return None;
+    }
+    let missing = |error: Error| {
+        let why = format!("{error:#}").replace('\n', " ");
+        Missing { release: "11".to_owned(), why }
+    };
+    Some(super::qemu(VHOST_USER, Iommu::VhostUser, arguments).map_err(missing))
 }
 
 impl Found {

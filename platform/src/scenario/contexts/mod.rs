@@ -81,7 +81,7 @@ struct World {
 }
 
 pub(super) fn run(info: &BootInfo) -> ! {
-    let mut report = Report::start(CHECKS);
+    let report = Report::start(CHECKS);
     match info.command_line.get("device") {
         None => beside_the_machine(info, report),
         Some("bus") => on_bus(info, report),
