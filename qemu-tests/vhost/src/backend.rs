@@ -209,3 +209,41 @@ impl Backend {
 fn note(trouble: &mut Option<String>, what: String) {
     trouble.get_or_insert(what);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::window::{COMMAND, OUTCOME, outcome};
+
+    #[test]
+    fn configuration_is_the_devices_and_the_windows() {
+        let mut backend = Backend::new(draft([8]));
+        let space = backend.read_config(0, CONFIG_LEN);
+        assert_eq!(space[..8], (!0xfff_u64).to_le_bytes());
+        assert_eq!(space[WINDOW..WINDOW + 4], *b"AGNT");
+        assert_eq!(backend.read_config(WINDOW - 2, 4), [0, 0, b'A', b'G']);
+        for (offset, len) in [(CONFIG_LEN, 1), (CONFIG_LEN - 1, 2), (usize::MAX, 2)] {
+            assert!(backend.read_config(offset, len).is_empty());
+            assert!(!backend.write_config(offset, &vec![0; len]));
+        }
+    }
+
+    #[test]
+    fn of_a_whole_space_only_what_is_new_reaches_the_device() {
+        let mut backend = Backend::new(draft([8]));
+        let mut copy = backend.read_config(0, CONFIG_LEN);
+        copy[WINDOW + COMMAND] = 99;
+        assert!(backend.write_config(0, &copy));
+        assert_eq!(backend.device().config_writes().len(), 0);
+        assert_eq!(backend.read_config(WINDOW + OUTCOME, 4), outcome::UNKNOWN.to_le_bytes());
+        copy[36] = 0;
+        assert!(backend.write_config(0, &copy));
+        assert_eq!(backend.device().config_writes().len(), 1);
+    }
+
+    #[test]
+    fn single_queues_cannot_be_reset() {
+        assert_eq!(draft([]).device_features() & feature::RING_RESET, 0);
+        assert_ne!(draft([]).device_features() & feature::ATTACH_TABLE, 0);
+    }
+}
