@@ -103,6 +103,9 @@ fn a_driver_that_comes_anew_finds_nothing_of_the_last_one() {
         assert_eq!(vmm.bytes(page, 1), [life]);
         drop((domain, viommu));
         vmm.stop();
+        // Not only the next driver ends what was mapped.
+        assert_eq!(vmm.agent_writes(AGENT, None, IOVA, 0xee), BLOCKED, "after life {life}");
+        assert_eq!(vmm.bytes(page, 1), [life]);
     }
     assert_eq!(running.backend.lock().trouble(), None);
 }
