@@ -1,6 +1,6 @@
 //! The QEMUs that the machine tier runs on: the oldest release that is promised, and a newer one.
 
-use anyhow::{Error, Result};
+use anyhow::{Error, Result, anyhow};
 use qemu_tests::machine::{Arch, Iommu};
 use qemu_tests::qemu::{OLDEST, Qemu, Release, Version};
 
@@ -77,11 +77,11 @@ pub(crate) fn find_for_vhost_user(
     if !archs.contains(&VHOST_USER) {
         return None;
     }
-    let missing = |error: Error| {
-        let why = format!("{error:#}").replace('\n', " ");
-        Missing { release: "11".to_owned(), why }
-    };
-    Some(super::qemu(VHOST_USER, Iommu::VhostUser, arguments).map_err(missing))
+    if !cfg!(target_os = "linux") {
+        return Some(Err(missing("11", &anyhow!("there is no vhost-user but on Linux"))));
+    }
+    let qemu = super::qemu(VHOST_USER, Iommu::VhostUser, arguments);
+    Some(qemu.map_err(|error| missing("11", &error)))
 }
 
 impl Found {
@@ -89,10 +89,11 @@ impl Found {
         match qemu {
             Ok(qemu) if self.qemus.contains(&qemu) => {}
             Ok(qemu) => self.qemus.push(qemu),
-            Err(error) => {
-                let why = format!("{error:#}").replace('\n', " ");
-                self.missing.push(Missing { release: wanted.name(), why });
-            }
+            Err(error) => self.missing.push(missing(&wanted.name(), &error)),
         }
     }
+}
+
+fn missing(release: &str, error: &Error) -> Missing {
+    Missing { release: release.to_owned(), why: format!("{error:#}").replace('\n', " ") }
 }
