@@ -19,9 +19,10 @@ use crate::socket;
 
 /// How long it may take to listen, and, after QEMU, to end.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The numbers that it has to say: rules that the driver broke are none of the guest's.
-const VIOLATIONS: &str = "violations";
+/// The numbers that both say.
 const CLAIMED: [&str; 5] = ["attach", "map", "unmap", "requests", "faults"];
+/// What only the server knows, and what has to be none: rules that the guest's driver broke.
+const VIOLATIONS: &str = "violations";
 
 /// A server that is running. Its socket goes away with the value.
 #[derive(Debug)]
