@@ -64,8 +64,8 @@ pub enum Witness {
 /// A boot to be done.
 #[derive(Clone, Debug)]
 pub struct Boot {
-    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree`, `monitor`, `vhost_user` and, where there is none, `trace` are filled
-    /// in here.
+    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree`, `monitor`, `vhost_user` and, where there is none,
+    /// `trace` are filled in here.
     pub machine: Machine,
     /// The program that serves the IOMMU, where that is [`Iommu::VhostUser`]: it is given the path of a socket.
     pub iommu_server: Option<PathBuf>,

@@ -1,7 +1,7 @@
 //! A process that serves an IOMMU over vhost-user, beside QEMU.
 //!
-//! It says `listening` once there is a socket, and when QEMU has gone what the device was asked, a line for each number. It is a
-//! witness as QEMU's trace is: what the guest claims has to be the same.
+//! It says `listening` once there is a socket, and when QEMU has gone what the device was asked, a line for each
+//! number. It is a witness as QEMU's trace is: what the guest claims has to be the same.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -64,7 +64,8 @@ impl IommuServer {
         &self.socket
     }
 
-    /// After QEMU: what the server came to grief at, or else what speaks against the claims of a guest that passed, a sentence each.
+    /// After QEMU: what the server came to grief at, or else what speaks against the claims of a guest that passed, a
+    /// sentence each.
     pub(crate) fn objections(mut self, claimed: Option<&[Value]>) -> Vec<String> {
         match self.end() {
             Ok((Ended::Exit(0), _)) => {}

@@ -7,7 +7,8 @@ use super::arguments::Arguments;
 /// Bytes of its configuration, with the registers of its agents.
 const CONFIG_BYTES: u32 = 128;
 
-/// The arguments that make it, of the kind of vhost-user device that can be any, and that share all of the memory with whoever serves it.
+/// The arguments that make it, of the kind of vhost-user device that can be any, and that share all of the memory with
+/// whoever serves it.
 pub(super) fn arguments(arguments: &mut Arguments, socket: &Path, memory_mib: u32) {
     arguments.words(&format!("-object memory-backend-memfd,id=memory,size={memory_mib}M,share=on"));
     arguments.words("-machine memory-backend=memory");

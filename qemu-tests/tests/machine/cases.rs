@@ -196,8 +196,8 @@ fn groups() -> Vec<Case> {
     ]
 }
 
-/// Nested domains, by which `edu` reaches memory through two levels, and the draft's contexts, on a model of the device: in the kernel,
-/// and on a bus.
+/// Nested domains, by which `edu` reaches memory through two levels, and the draft's contexts, on a model of the
+/// device: in the kernel, and on a bus.
 fn draft() -> Vec<Case> {
     let on_bus = &["@@ check device ok", "a virtio-iommu at 0000:00:01.0"];
     vec![

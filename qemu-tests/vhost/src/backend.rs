@@ -15,8 +15,8 @@ pub(crate) const QUEUES: u16 = 2;
 /// The length of the configuration space, with the window.
 pub const CONFIG_LEN: usize = WINDOW + WINDOW_LEN;
 
-/// A device of the draft, with these endpoints: what it offers as in the standard, but for the reset of single queues, which vhost-user
-/// has no message for.
+/// A device of the draft, with these endpoints: what it offers as in the standard, but for the reset of single queues,
+/// which vhost-user has no message for.
 pub fn draft(endpoints: impl IntoIterator<Item = u32>) -> Device {
     let config = Config::contexts();
     let mut device = Device::new(Config { features: config.features & !feature::RING_RESET, ..config });
@@ -38,7 +38,8 @@ pub struct Backend {
     trouble: Option<String>,
 }
 
-/// What the device was asked. DETACH is not here: of a context it is the draft's, and of an endpoint the standard's, by the same number.
+/// What the device was asked. DETACH is not here: of a context it is the draft's, and of an endpoint the standard's, by
+/// the same number.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Requests {
     /// ATTACH requests.

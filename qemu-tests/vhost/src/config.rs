@@ -1,7 +1,7 @@
 //! The configuration space as a front end passes it on.
 //!
-//! QEMU passes on a write of any length as the whole space: its copy, in which what the guest wrote is new. The copy is from the last
-//! time that either side passed the space on, so that what differs from that is what was written.
+//! QEMU passes on a write of any length as the whole space: its copy, in which what the guest wrote is new. The copy is
+//! from the last time that either side passed the space on, so that what differs from that is what was written.
 
 /// The space as the front end knows it.
 #[derive(Clone, Debug)]
@@ -20,8 +20,8 @@ impl Known {
         }
     }
 
-    /// The bytes that the guest wrote, when the front end passes on `bytes` at `offset`: those that are new in the whole space, or all
-    /// of a part of it. `None` when they are not in the space.
+    /// The bytes that the guest wrote, when the front end passes on `bytes` at `offset`: those that are new in the
+    /// whole space, or all of a part of it. `None` when they are not in the space.
     pub(crate) fn written(&mut self, offset: usize, bytes: &[u8]) -> Option<Vec<(usize, u8)>> {
         let whole = bytes.len() == self.0.len();
         let end = offset.checked_add(bytes.len())?;

@@ -11,9 +11,10 @@
 //!            memory: the guest's own
 //! ```
 //!
-//! A VMM needs a vhost-user device whose kind can be chosen, as QEMU 11's `vhost-user-test-device-pci` is. It cannot let the DMA of
-//! its other devices be translated out here, so that endpoints live here too: agents, which a guest tells through a [`window`] what
-//! to access. What they read and write is the guest's memory, by the translation that the guest's driver set up.
+//! A VMM needs a vhost-user device whose kind can be chosen, as QEMU 11's `vhost-user-test-device-pci` is. It cannot
+//! let the DMA of its other devices be translated out here, so that endpoints live here too: agents, which a guest
+//! tells through a [`window`] what to access. What they read and write is the guest's memory, by the translation that
+//! the guest's driver set up.
 //!
 //! To a backend a guest that resets its device looks the same as a VMM that pauses: the rings stop. It takes both for a reset.
 

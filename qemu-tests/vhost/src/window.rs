@@ -15,8 +15,8 @@
 //!   0x34  violations   rules that the guest's driver broke
 //! ```
 //!
-//! Whoever writes a command reads its outcome before the next one: QEMU passes on what changes in its copy, and there a command is 0
-//! again only after a look.
+//! Whoever writes a command reads its outcome before the next one: QEMU passes on what changes in its copy, and there a
+//! command is 0 again only after a look.
 
 use std::collections::VecDeque;
 

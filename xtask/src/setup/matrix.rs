@@ -69,7 +69,8 @@ pub(crate) fn find(archs: &[Arch], arguments: &SetupArguments) -> Vec<Found> {
     found
 }
 
-/// The same for the machine with an IOMMU over vhost-user, if it is one of `archs`. The one that was chosen is not for it if it is older.
+/// The same for the machine with an IOMMU over vhost-user, if it is one of `archs`. The one that was chosen is not for
+/// it if it is older.
 pub(crate) fn find_for_vhost_user(
     archs: &[Arch],
     arguments: &SetupArguments,

@@ -70,8 +70,8 @@ fn firmware(arch: Arch) -> &'static [&'static str] {
     }
 }
 
-/// Downloads and unpacks the newest QEMU that is wanted and that the machine's own mirror has, for all of `archs`: for this release, or
-/// else for the next one. Where the same version was unpacked before, for others, they stay.
+/// Downloads and unpacks the newest QEMU that is wanted and that the machine's own mirror has, for all of `archs`: for
+/// this release, or else for the next one. Where the same version was unpacked before, for others, they stay.
 ///
 /// # Errors
 ///

@@ -1,7 +1,8 @@
 //! The agents: what does DMA through the device, and how this kernel tells it to.
 //!
-//! Beside a device that is software in this kernel they are its endpoints. Beside one on a bus they are out there with it, and take
-//! commands through registers that lie behind the device's configuration (`qemu-tests/vhost/src/window.rs` says how).
+//! Beside a device that is software in this kernel they are its endpoints. Beside one on a bus they are out there with
+//! it, and take commands through registers that lie behind the device's configuration (`qemu-tests/vhost/src/window.rs`
+//! says how).
 
 use alloc::format;
 use alloc::string::String;

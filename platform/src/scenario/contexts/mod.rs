@@ -4,8 +4,8 @@
 //! the model walks tables that the driver wrote into the guest's memory, keeps what it found in an IOTLB, and copies bytes
 //! of that memory. Each format of tables has a context, whatever the CPU is: no CPU walks them.
 //!
-//! With `device=bus` the model is not in this kernel but in a process beside the VMM, which has it on PCI as a vhost-user device.
-//! The driver meets it there as any other, and the same is checked.
+//! With `device=bus` the model is not in this kernel but in a process beside the VMM, which has it on PCI as a
+//! vhost-user device. The driver meets it there as any other, and the same is checked.
 //!
 //! ```text
 //!   agent --- domain --+-- no PASID   the default context, MAP and UNMAP
@@ -89,7 +89,8 @@ pub(super) fn run(info: &BootInfo) -> ! {
     }
 }
 
-/// The device is in this kernel, and the machine's own IOMMU keeps the machine's devices from its guest's memory, as from all other.
+/// The device is in this kernel, and the machine's own IOMMU keeps the machine's devices from its guest's memory, as
+/// from all other.
 fn beside_the_machine(info: &BootInfo, mut report: Report) -> ! {
     let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
@@ -129,8 +130,8 @@ fn draft(error: String) -> (&'static str, String) {
     ("draft", error)
 }
 
-/// All but the machine. Makes [`CHECKS_OF_GUEST`] checks, and gives what the driver asked of the device, or says which of them cannot
-/// be made.
+/// All but the machine. Makes [`CHECKS_OF_GUEST`] checks, and gives what the driver asked of the device, or says which
+/// of them cannot be made.
 fn try_all(place: Place, report: &mut Report) -> Result<Stats, (&'static str, String)> {
     let mut world = World::new(place, report).map_err(draft)?;
     picture::contexts(&world);

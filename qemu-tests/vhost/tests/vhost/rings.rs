@@ -50,7 +50,8 @@ unsafe impl Platform for Guest {
     }
 }
 
-/// The VMM's device, as its guest has it. It passes the configuration on as QEMU does: writes as the whole space, out of a copy.
+/// The VMM's device, as its guest has it. It passes the configuration on as QEMU does: writes as the whole space, out
+/// of a copy.
 pub(crate) struct Bus {
     vmm: Arc<Vmm>,
     status: AtomicU8,
