@@ -28,6 +28,8 @@ pub mod topology;
 
 pub use error::BringUpError;
 pub use registers::transport;
+#[cfg(feature = "contexts")]
+pub use registers::transport_apart;
 use topology::{Place, Source, Topology};
 
 /// This kernel, as the driver sees it: frames, a spin lock (handlers of interrupts do not map, unmap or poll), a clock.

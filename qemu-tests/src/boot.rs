@@ -18,6 +18,7 @@ use crate::protocol::{Reason, Verdict};
 use crate::qemu::Qemu;
 use crate::server::{self, Peer, Server, Transfer};
 use crate::trace::Counts;
+use crate::vhost_user::IommuServer;
 use crate::witness;
 
 /// How long a boot may take, unless said otherwise.
@@ -63,8 +64,11 @@ pub enum Witness {
 /// A boot to be done.
 #[derive(Clone, Debug)]
 pub struct Boot {
-    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree`, `monitor` and, where there is none, `trace` are filled in here.
+    /// The machine. Its `disk`, `nvme`, `cmdline`, `device_tree`, `monitor`, `vhost_user` and, where there is none,
+    /// `trace` are filled in here.
     pub machine: Machine,
+    /// The program that serves the IOMMU, where that is [`Iommu::VhostUser`]: it is given the path of a socket.
+    pub iommu_server: Option<PathBuf>,
     /// The scenario's name.
     pub scenario: String,
     /// What the disk and everything random in the guest are made from.
@@ -113,6 +117,7 @@ impl Boot {
         let has_nvme = WRITES_NVME.contains(&scenario) || scenario == STARTS_NVME;
         Self {
             machine,
+            iommu_server: None,
             scenario: scenario.to_owned(),
             seed: DEFAULT_SEED,
             disk: DiskDevice::Present,
@@ -159,6 +164,9 @@ impl Boot {
         let mut hot_plug = (self.scenario == hot_plug::SCENARIO).then(HotPlug::new);
         self.machine.monitor = hot_plug.as_ref().map(|hot_plug| hot_plug.path().to_owned());
 
+        let iommu_server = self.serve_iommu(deadline)?;
+        self.machine.vhost_user = iommu_server.as_ref().map(|server| server.socket().to_owned());
+
         let mut command = Command::new(&qemu.path);
         command.args(self.machine.arguments());
         let mut process = Process::start(&mut command)?;
@@ -181,6 +189,10 @@ impl Boot {
         let verdict = Verdict::read(lines.iter().map(String::as_str), self.machine.arch, ended);
         let mut outcome = Outcome { lines, firmware, verdict, ended, seen: None, objections, stderr, wall };
         let transfers = server.stop();
+        if let Some(server) = iommu_server {
+            let claimed = outcome.verdict.passed().then_some(outcome.verdict.values.as_slice());
+            outcome.objections.extend(server.objections(claimed));
+        }
         if outcome.verdict.passed() {
             self.cross_examine(&disk, &nvme, &trace, &transfers, &mut outcome);
             if let Err(error) = console::verify(&console, self.seed, &outcome.verdict.values) {
@@ -188,6 +200,15 @@ impl Boot {
             }
         }
         Ok(outcome)
+    }
+
+    /// Starts what serves the IOMMU, where the machine's is served.
+    fn serve_iommu(&self, deadline: Option<Duration>) -> Result<Option<IommuServer>> {
+        if self.machine.iommu != Iommu::VhostUser {
+            return Ok(None);
+        }
+        let program = self.iommu_server.as_ref().context("nothing serves the IOMMU")?;
+        IommuServer::start(program, deadline).map(Some)
     }
 
     /// How long the guest is asked to go on for.
@@ -224,7 +245,7 @@ impl Boot {
         transfers: &[Transfer],
         outcome: &mut Outcome,
     ) {
-        if self.machine.iommu != Iommu::Off && self.witness == Witness::Trace {
+        if self.machine.iommu.count() > 0 && self.witness == Witness::Trace {
             match Counts::read(trace, self.machine.iommu.count()) {
                 Ok(seen) => {
                     outcome.objections.extend(witness::differences(&outcome.verdict.values, &seen));

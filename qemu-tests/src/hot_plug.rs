@@ -7,13 +7,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 
 use crate::machine::Arch;
 use crate::qmp::Monitor;
+use crate::socket;
 
 /// The scenario that asks.
 pub(crate) const SCENARIO: &str = "hot-plug";
@@ -30,12 +30,9 @@ pub(crate) struct HotPlug {
 }
 
 impl HotPlug {
-    /// Chooses where the socket will be: in a temporary directory, since the path of a socket is short.
+    /// Chooses where the socket will be.
     pub(crate) fn new() -> Self {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("qemu-tests-{}-{number}.qmp", std::process::id());
-        Self { path: std::env::temp_dir().join(name), monitor: None }
+        Self { path: socket::path("qmp"), monitor: None }
     }
 
     /// Where QEMU has to open its monitor.

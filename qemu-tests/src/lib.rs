@@ -12,7 +12,8 @@
 //!                  console     what came out of the console   /
 //! ```
 //!
-//! While it runs, `hot_plug` does what the guest asks for, by QEMU's monitor (`qmp`).
+//! While it runs, `hot_plug` does what the guest asks for, by QEMU's monitor (`qmp`), and `vhost_user` has a process
+//! beside it that serves the IOMMU, and afterwards says what that was asked.
 //!
 //! `bench` reads what a measuring guest states beside its checks, and the trace to it.
 //!
@@ -34,5 +35,7 @@ pub mod protocol;
 pub mod qemu;
 mod qmp;
 pub mod server;
+mod socket;
 pub mod trace;
+mod vhost_user;
 pub mod witness;

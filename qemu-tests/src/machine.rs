@@ -8,6 +8,7 @@ mod arch;
 mod arguments;
 mod need;
 mod place;
+mod vhost_user;
 
 use std::ffi::OsString;
 use std::ops::RangeInclusive;
@@ -42,6 +43,8 @@ pub enum Iommu {
     Mmio,
     /// Two of them, in the first two slots: one for the root bus, one for a second root bus from 0x10 on, where an `edu` is.
     TwoMmio,
+    /// One of the draft at 00:01.0, which another process serves over vhost-user. Only that process's own agents are behind it.
+    VhostUser,
     /// None; the other devices stay where they are.
     Off,
 }
@@ -51,7 +54,7 @@ impl Iommu {
     pub(crate) fn claims(self, arch: Arch) -> Vec<Claim> {
         match self {
             _ if arch == Arch::X86_64 => Vec::new(),
-            Self::Pci | Self::Off => Vec::new(),
+            Self::Pci | Self::VhostUser | Self::Off => Vec::new(),
             Self::Mmio => vec![Claim { slot: 0, functions: 0..=0xffff }],
             Self::TwoMmio => vec![
                 Claim { slot: 0, functions: 0..=APART - 1 },
@@ -61,19 +64,20 @@ impl Iommu {
     }
 
     /// The words by which the kernel is told what firmware does not say. `microvm` has its PCI host in AML alone, and says
-    /// nothing of the IOMMU in the first of its slots.
+    /// nothing of the IOMMU in the first of its slots. Of one that has no function behind it no firmware says anything.
     pub(crate) fn words(self, arch: Arch) -> &'static str {
         match (arch, self) {
+            (_, Self::VhostUser) => "device=bus",
             (Arch::X86_64, Self::Mmio) => "ecam=0xe0000000 iommu=mmio:0xfeb00000",
             _ => "",
         }
     }
 
-    /// How many there are.
+    /// How many there are that are QEMU's own.
     #[must_use]
     pub fn count(self) -> usize {
         match self {
-            Self::Off => 0,
+            Self::Off | Self::VhostUser => 0,
             Self::Pci | Self::Mmio => 1,
             Self::TwoMmio => 2,
         }
@@ -96,7 +100,8 @@ impl Iommu {
                  -device pcie-root-port,id=apart-port,bus=apart,chassis=9 \
                  -device edu,dma_mask=0xffffffffffffffff,bus=apart-port"
             }
-            Self::Off => "",
+            // Its arguments name a socket.
+            Self::VhostUser | Self::Off => "",
         }
     }
 }
@@ -119,6 +124,8 @@ pub struct Machine {
     pub iommu: Iommu,
     /// Addresses that the IOMMU on PCI reserves.
     pub reserved: Vec<RangeInclusive<u64>>,
+    /// The socket at which an IOMMU over vhost-user is served.
+    pub vhost_user: Option<PathBuf>,
     /// Where the other devices are.
     pub place: Place,
     /// How many CPUs there are.
@@ -155,6 +162,7 @@ impl Machine {
             arch,
             iommu: Iommu::Pci,
             reserved: Vec::new(),
+            vhost_user: None,
             place: Place::RootBus,
             cpus: 1,
             disk: None,
@@ -183,6 +191,9 @@ impl Machine {
             arguments.words(self.iommu.arguments());
         } else {
             arguments.words("-device").word(self.with_reserved());
+        }
+        if let Some(socket) = &self.vhost_user {
+            vhost_user::arguments(&mut arguments, socket, self.memory_mib);
         }
         self.devices(&mut arguments);
         if let Some(monitor) = &self.monitor {
@@ -296,6 +307,16 @@ mod tests {
         assert!(at("virtio-iommu-pci,addr=1") < at("pcie-root-port,id=port4"));
         assert!(at("pcie-root-port,id=port4") < at("edu,dma_mask=0xffffffffffffffff,bus=port4"));
         assert!(!line.contains("port2") && !line.contains("port6"), "no disk, no port for it: {line}");
+    }
+
+    #[test]
+    fn a_served_iommu_shares_the_memory() {
+        let mut machine = Machine::new(Arch::X86_64, "kernel".into());
+        machine.iommu = Iommu::VhostUser;
+        machine.vhost_user = Some("a,b.sock".into());
+        let line = joined(&machine);
+        assert!(line.contains("size=256M,share=on") && line.contains("path=a,,b.sock"), "{line}");
+        assert!(line.contains("vhost-user-test-device-pci,addr=1") && !line.contains("virtio-iommu-pci"));
     }
 
     #[test]

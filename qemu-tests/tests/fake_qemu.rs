@@ -126,6 +126,33 @@ fn without_an_iommu_no_numbers_are_needed() {
     assert!(outcome.passed() && outcome.seen.is_none(), "{}", outcome.summary());
 }
 
+/// A guest with an IOMMU that a script serves, which says this after QEMU.
+fn served(name: &str, says: &str) -> Outcome {
+    let directory = directory(name);
+    let claims = CLAIMS.replace("@@ end", "@@ value requests 5 requests\n@@ value faults 0 records\n@@ end");
+    fs::write(directory.join("claims"), claims).unwrap();
+    let qemu = qemu(&directory, "cat claims; exit 33");
+    let server = directory.join("server");
+    fs::write(&server, format!("#!/bin/sh\necho listening\n{says}\n")).unwrap();
+    fs::set_permissions(&server, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut boot = boot(&directory);
+    boot.scenario = "contexts".into();
+    boot.machine.iommu = Iommu::VhostUser;
+    boot.iommu_server = Some(server);
+    boot.run(&qemu, &mut |_| {}).unwrap()
+}
+
+#[test]
+fn a_served_iommu_has_its_server_for_a_witness() {
+    let numbers = "printf 'attach 1\\nmap 2\\nunmap 0\\nrequests 5\\nfaults 0\\nviolations 0\\n'";
+    let outcome = served("served", numbers);
+    assert!(outcome.passed() && outcome.seen.is_none(), "{}", outcome.summary());
+    let outcome = served("served-other", &numbers.replace("map 2", "map 3"));
+    assert_eq!(outcome.summary(), "the guest claims `map` 2, but the IOMMU's server saw 3");
+    let outcome = served("served-badly", "echo 'the rings cannot be' >&2; exit 1");
+    assert_eq!(outcome.summary(), "the IOMMU's server ended with status 1: the rings cannot be");
+}
+
 #[test]
 fn the_kernel_is_told_scenario_seed_and_digest() {
     let directory = directory("cmdline");

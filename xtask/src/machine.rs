@@ -4,6 +4,7 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 use qemu_tests::machine::Arch;
@@ -11,7 +12,7 @@ use qemu_tests::machine::Arch;
 use crate::kernel::{self, Features};
 use crate::setup::matrix::{self, Found};
 use crate::test::TestArguments;
-use crate::{command, progress};
+use crate::{command, progress, vhost};
 
 /// Builds the kernels, finds the QEMUs, and runs the cases.
 ///
@@ -29,7 +30,7 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     let mut tests = command::cargo(&["test", "--package", "qemu-tests", "--test", "machine"]);
     tests.env_remove("QEMU_TESTS_TIER");
     for arch in Arch::ALL {
-        for variable in ["KERNEL", "KERNEL_WITH_CONTEXTS", "QEMU", "MISSING"] {
+        for variable in ["KERNEL", "KERNEL_WITH_CONTEXTS", "QEMU", "MISSING", "VHOST_QEMU", "VHOST_MISSING"] {
             tests.env_remove(name(variable, arch));
         }
     }
@@ -49,8 +50,27 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
         let with_contexts = kernel::build(*arch, Features::Contexts)?.image;
         tests.env(name("KERNEL_WITH_CONTEXTS", *arch), with_contexts);
     }
+    with_vhost_user(&mut tests, &archs, arguments)?;
     tests.args(arguments.filter.as_slice());
     command::run(&mut tests)
+}
+
+/// Names the QEMU that has an IOMMU over vhost-user, or why there is none, and what serves that.
+fn with_vhost_user(tests: &mut Command, archs: &[Arch], arguments: &TestArguments) -> Result<()> {
+    let arch = matrix::VHOST_USER;
+    match matrix::find_for_vhost_user(archs, &arguments.setup) {
+        None => {}
+        Some(Ok(qemu)) => {
+            let (version, path) = (qemu.version, qemu.path);
+            progress::note(&format!("vhost-user on QEMU {version} at {}", path.display()));
+            tests.env(name("VHOST_QEMU", arch), path);
+            tests.env("QEMU_TESTS_VHOST_SERVER", vhost::build_server()?);
+        }
+        Some(Err(missing)) => {
+            tests.env(name("VHOST_MISSING", arch), format!("{}: {}", missing.release, missing.why));
+        }
+    }
+    Ok(())
 }
 
 /// The architectures that are asked for: by name, or by a filter that names one. A QEMU that was chosen is for one only.

@@ -13,6 +13,7 @@
 //! | `conformance` | whether the table of requirements and the tests agree |
 //! | `setup` | finds or installs the compiler for the kernel and QEMU |
 //! | `kernel` | builds a kernel image; `image` makes a flat one of it |
+//! | `vhost` | builds what serves an IOMMU over vhost-user |
 //! | `backtrace` | names the addresses that a kernel prints when it panics |
 //! | `paths`, `progress`, `command` | where things are, what the user sees, how programs are run |
 
@@ -33,6 +34,7 @@ mod qtest;
 mod run;
 mod setup;
 mod test;
+mod vhost;
 
 use std::process::ExitCode;
 

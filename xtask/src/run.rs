@@ -11,7 +11,7 @@ use qemu_tests::machine::{self, Gdb, Iommu, Machine};
 
 use crate::kernel::{self, Features};
 use crate::setup::SetupArguments;
-use crate::{Arch, backtrace, paths, progress, setup};
+use crate::{Arch, backtrace, paths, progress, setup, vhost};
 
 /// Arguments of `cargo xtask run`.
 #[derive(Args)]
@@ -65,6 +65,8 @@ enum Transport {
     Mmio,
     /// Two of these, for a root bus each
     TwoMmio,
+    /// PCI, of a device that a process beside QEMU serves: the scenario `contexts` finds its device there
+    VhostUser,
 }
 
 /// Where the devices are.
@@ -115,6 +117,7 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
         (Switch::On, Transport::Pci) => Iommu::Pci,
         (Switch::On, Transport::Mmio) => Iommu::Mmio,
         (Switch::On, Transport::TwoMmio) => Iommu::TwoMmio,
+        (Switch::On, Transport::VhostUser) => Iommu::VhostUser,
         (Switch::Off, _) => Iommu::Off,
     };
     let qemu = setup::qemu(arch, iommu, &arguments.setup)?;
@@ -130,6 +133,9 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
     machine.trace = arguments.trace.as_ref().map(std::path::absolute).transpose().context("--trace")?;
     machine.extra = arguments.extra.clone();
     let mut boot = Boot::new(machine, &arguments.scenario, &directory);
+    if iommu == Iommu::VhostUser {
+        boot.iommu_server = Some(vhost::build_server()?);
+    }
     boot.seed = arguments.seed.unwrap_or(DEFAULT_SEED);
     boot.words = arguments.append.clone();
 
@@ -158,6 +164,9 @@ pub(crate) fn run(arguments: &RunArguments) -> Result<ExitCode> {
                 "; QEMU's trace agrees: {} ATTACH, {} DETACH, {} MAP, {} UNMAP, {} kicks",
                 seen.attach, seen.detach, seen.map, seen.unmap, seen.kicks
             ));
+        }
+        if iommu == Iommu::VhostUser {
+            line.push_str("; what served the IOMMU agrees");
         }
         progress::pass(&line);
         Ok(ExitCode::SUCCESS)

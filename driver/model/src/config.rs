@@ -88,7 +88,8 @@ impl Default for Config {
 }
 
 impl Config {
-    /// A device of the draft with contexts, which no VMM has (PROTOCOL 5.8): strict, as the default, with its feature bit.
+    /// A device of the draft with contexts, which no VMM has by itself (PROTOCOL 5.8): strict, as the default, with its
+    /// feature bit.
     pub fn contexts() -> Self {
         Self { features: QEMU_FEATURES | feature::ATTACH_TABLE, ..Self::default() }
     }

@@ -53,7 +53,22 @@ impl Guest {
     /// [`OutOfFrames`].
     pub fn new(base: u64, count: usize, align: usize) -> Result<Self, OutOfFrames> {
         let pages = DmaPages::allocate_aligned(count, align)?;
-        Ok(Self(Arc::new(Inner { base, pages, taken: Mutex::new(vec![false; count]) })))
+        Ok(Self::with(base, pages))
+    }
+
+    /// A guest that knows its pages, `count` of them, by the machine's own addresses: for a device that the machine has.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfFrames`].
+    pub fn at_home(count: usize) -> Result<Self, OutOfFrames> {
+        let pages = DmaPages::allocate(count)?;
+        Ok(Self::with(pages.phys(), pages))
+    }
+
+    fn with(base: u64, pages: DmaPages) -> Self {
+        let taken = Mutex::new(vec![false; pages.frame_count()]);
+        Self(Arc::new(Inner { base, pages, taken }))
     }
 
     /// Its first address.

@@ -17,6 +17,8 @@ use super::topology::Place;
 use crate::lock::InterruptsOff;
 use crate::machine::Machine;
 use crate::memory::map_registers;
+#[cfg(feature = "contexts")]
+use crate::mmio::Mmio;
 use crate::pci::PciAddress;
 use crate::pci::config::ConfigSpace;
 use crate::pci::function::Function;
@@ -33,6 +35,40 @@ pub(super) type MmioAdapter = Adapter<InterruptsOff, MmioTransport<'static>>;
 ///
 /// [`BringUpError`], of its capabilities and regions.
 pub fn transport(machine: &Machine, function: &Function) -> Result<PciTransport, BringUpError> {
+    transport_over(regions(machine, function)?)
+}
+
+/// The same for a function whose configuration belongs to the driver up to `own_len` bytes, and what lies behind that, which is
+/// somebody else's: nothing where it is not 8-byte aligned.
+///
+/// # Errors
+///
+/// As [`transport`].
+#[cfg(feature = "contexts")]
+pub fn transport_apart(
+    machine: &Machine,
+    function: &Function,
+    own_len: usize,
+) -> Result<(PciTransport, Mmio), BringUpError> {
+    let regions = regions(machine, function)?;
+    let Region { ptr, len } = regions.device;
+    let own_len = own_len.min(len);
+    // SAFETY: inside the region.
+    let behind = unsafe { ptr.add(own_len) };
+    let is_aligned = behind.addr().get().is_multiple_of(8);
+    // SAFETY: mapped for good, and the transport below does not know of it. What is not aligned is no register.
+    let rest = unsafe { Mmio::new(behind, if is_aligned { len - own_len } else { 0 }) };
+    let own = Regions { device: Region { ptr, len: own_len }, ..regions };
+    Ok((transport_over(own)?, rest))
+}
+
+fn transport_over(regions: Regions) -> Result<PciTransport, BringUpError> {
+    // SAFETY: mapped for good with decoding on, and the caller has the device for itself.
+    unsafe { PciTransport::new(regions) }.map_err(BringUpError::Region)
+}
+
+/// Maps the structures of a modern virtio function and turns its memory decoding on.
+fn regions(machine: &Machine, function: &Function) -> Result<Regions, BringUpError> {
     let config = machine.pci.config();
     let found = VirtioCapabilities::read(|offset| config.read32(function.address, offset));
     let found = found.map_err(BringUpError::Capabilities)?;
@@ -46,15 +82,13 @@ pub fn transport(machine: &Machine, function: &Function) -> Result<PciTransport,
         // SAFETY: inside the BAR's mapping, by the check above.
         Ok(Region { ptr: unsafe { bar.base().add(offset) }, len })
     };
-    let regions = Regions {
+    Ok(Regions {
         common: region(found.common)?,
         notify: region(found.notify)?,
         notify_multiplier: found.notify_multiplier,
         isr: region(found.isr)?,
         device: region(found.device.ok_or(BringUpError::Capabilities(CapabilityError::Missing(4)))?)?,
-    };
-    // SAFETY: mapped for good with decoding on, and the caller has the device for itself.
-    unsafe { PciTransport::new(regions) }.map_err(BringUpError::Region)
+    })
 }
 
 /// The transport of an IOMMU on PCI.

@@ -75,6 +75,8 @@ const KNOWN: &[&str] = &[
     "viot",
     "iommu",
     "ecam",
+    // Where the device of the draft is.
+    "device",
     "queue",
     // How x86_64 is entered.
     "entry",

@@ -2,6 +2,7 @@
 
 use alloc::format;
 use alloc::string::String;
+use alloc::vec::Vec;
 use core::fmt::Write;
 use core::slice;
 
@@ -158,7 +159,13 @@ pub(super) fn totals(iommu: &Iommu, report: &mut Report) {
 
 /// The same of several, taken together.
 pub(super) fn totals_of(iommus: &[Iommu], report: &mut Report) {
-    let sum = |of: fn(&Stats) -> u64| iommus.iter().map(|iommu| of(&iommu.viommu.stats())).sum::<u64>();
+    let stats: Vec<Stats> = iommus.iter().map(|iommu| iommu.viommu.stats()).collect();
+    totals_of_stats(&stats, report);
+}
+
+/// The same of drivers that may be no kernel's.
+pub(super) fn totals_of_stats(all: &[Stats], report: &mut Report) {
+    let sum = |of: fn(&Stats) -> u64| all.iter().map(of).sum::<u64>();
     report.value("attach", sum(|stats| stats.attaches), "requests");
     report.value("detach", sum(|stats| stats.detaches), "requests");
     report.value("map", sum(|stats| stats.maps), "requests");

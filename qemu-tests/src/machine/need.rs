@@ -26,6 +26,10 @@ impl Need {
             (Arch::Riscv64, Iommu::Pci) => {
                 Ok(Self { oldest: newer, why: "no virtio-iommu-pci on riscv's virt before 10.0" })
             }
+            (_, Iommu::VhostUser) => Ok(Self {
+                oldest: Version { major: 11, minor: 0, micro: 0 },
+                why: "no vhost-user device of any kind (vhost-user-test-device-pci) before 11.0",
+            }),
             _ => Ok(Self { oldest: OLDEST, why: "its virtio-iommu lacks what the scenarios need" }),
         }
     }
@@ -46,5 +50,6 @@ mod tests {
         }
         assert_eq!(oldest(Arch::Riscv64, Iommu::Pci), Ok(10));
         assert_eq!(oldest(Arch::Riscv64, Iommu::Mmio), Ok(7));
+        assert_eq!(oldest(Arch::X86_64, Iommu::VhostUser), Ok(11));
     }
 }

@@ -20,8 +20,10 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// The columns that a case is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum On {
-    /// All of them.
+    /// All of them, but that with an IOMMU over vhost-user.
     Every,
+    /// That one.
+    VhostUser,
     /// All of some architectures.
     EveryOf(&'static [Arch]),
     /// One for each architecture: IOMMU on PCI, newest QEMU.
@@ -36,8 +38,13 @@ pub(crate) enum On {
 
 impl On {
     pub(crate) fn includes(self, column: &Column) -> bool {
+        // Nothing of the machine is behind that IOMMU.
+        if column.iommu == Iommu::VhostUser {
+            return self == Self::VhostUser;
+        }
         match self {
             Self::Every => true,
+            Self::VhostUser => false,
             Self::EveryOf(archs) => archs.contains(&column.arch),
             Self::Home => column.newest && column.iommu == Iommu::Pci,
             Self::EveryBut(arch, iommu) => (column.arch, column.iommu) != (arch, iommu),
@@ -189,9 +196,15 @@ fn groups() -> Vec<Case> {
     ]
 }
 
-/// Nested domains, by which `edu` reaches memory through two levels, and the draft's contexts, on a model of the device.
+/// Nested domains, by which `edu` reaches memory through two levels, and the draft's contexts, on a model of the
+/// device: in the kernel, and on a bus.
 fn draft() -> Vec<Case> {
-    vec![Case::every("nesting", "nesting"), Case::every("contexts", "contexts")]
+    let on_bus = &["@@ check device ok", "a virtio-iommu at 0000:00:01.0"];
+    vec![
+        Case::every("nesting", "nesting"),
+        Case::every("contexts", "contexts"),
+        Case { on: On::VhostUser, ..Case::new("contexts", "contexts", Expect::PassNaming(on_bus)) },
+    ]
 }
 
 /// Devices behind bridges. What is behind a bypassing root bus no IOMMU knows, and the kernel says so.

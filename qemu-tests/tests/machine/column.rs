@@ -19,6 +19,11 @@ const KERNEL_WITH_CONTEXTS: &str = "QEMU_TESTS_KERNEL_WITH_CONTEXTS_";
 const QEMU: &str = "QEMU_TESTS_QEMU_";
 /// The same for QEMUs that should be there and are not: a line for each, `RELEASE: WHY`.
 const MISSING: &str = "QEMU_TESTS_MISSING_";
+/// The same for the QEMU that has an IOMMU over vhost-user, and why there is none.
+const VHOST_QEMU: &str = "QEMU_TESTS_VHOST_QEMU_";
+const VHOST_MISSING: &str = "QEMU_TESTS_VHOST_MISSING_";
+/// Names the program that serves that IOMMU.
+const VHOST_SERVER: &str = "QEMU_TESTS_VHOST_SERVER";
 /// What is said where the environment names nothing.
 const NOT_SET: &str = "`cargo xtask test --tier machine` names kernels and QEMUs, and runs these tests";
 
@@ -40,6 +45,8 @@ pub(crate) struct Column {
 pub(crate) struct Host {
     kernels: Kernels,
     pub(crate) qemu: Qemu,
+    /// What serves an IOMMU over vhost-user.
+    pub(crate) iommu_server: Option<PathBuf>,
 }
 
 /// The kernel images.
@@ -92,6 +99,7 @@ impl Column {
         match self.iommu {
             Iommu::Pci => "pci",
             Iommu::Mmio | Iommu::TwoMmio => "mmio",
+            Iommu::VhostUser => "vhost",
             Iommu::Off => "none",
         }
     }
@@ -141,6 +149,7 @@ fn of_arch(arch: Arch) -> Vec<Column> {
             Column { arch, iommu, release, newest: false, host }
         }));
     }
+    columns.extend(over_vhost_user(arch, &kernels));
     let version = |column: &Column| column.host.as_ref().ok().map(|host| host.qemu.version);
     for iommu in [Iommu::Pci, Iommu::Mmio] {
         let able = columns.iter_mut().filter(|column| column.iommu == iommu && column.host.is_ok());
@@ -149,6 +158,27 @@ fn of_arch(arch: Arch) -> Vec<Column> {
         }
     }
     columns
+}
+
+/// The column with an IOMMU over vhost-user, if the environment says anything of it.
+fn over_vhost_user(arch: Arch, kernels: &Result<Kernels, String>) -> Option<Column> {
+    let iommu = Iommu::VhostUser;
+    let name = arch.name().to_uppercase();
+    let variable = |prefix: &str| env::var_os(format!("{prefix}{name}"));
+    if let Some(path) = variable(VHOST_QEMU) {
+        let qemu = Qemu::probe_recent(Path::new(&path)).map_err(|error| format!("{error:#}"));
+        let mut column = column(arch, iommu, kernels, qemu);
+        let server = env::var_os(VHOST_SERVER).map(PathBuf::from);
+        match (&mut column.host, server) {
+            (Ok(host), Some(server)) => host.iommu_server = Some(server),
+            (host @ Ok(_), None) => *host = Err(format!("{VHOST_SERVER} names no program")),
+            (Err(_), _) => {}
+        }
+        return Some(column);
+    }
+    let why = variable(VHOST_MISSING)?.to_string_lossy().into_owned();
+    let (release, why) = why.split_once(": ").unwrap_or(("any", &why));
+    Some(Column { arch, iommu, release: release.to_owned(), newest: false, host: Err(why.to_owned()) })
 }
 
 fn column(arch: Arch, iommu: Iommu, kernels: &Result<Kernels, String>, qemu: Result<Qemu, String>) -> Column {
@@ -170,5 +200,5 @@ fn host(
     if qemu.version < need.oldest {
         return Err(need.why.to_owned());
     }
-    Ok(Host { kernels: kernels.clone()?, qemu })
+    Ok(Host { kernels: kernels.clone()?, qemu, iommu_server: None })
 }

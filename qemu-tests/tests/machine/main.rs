@@ -130,6 +130,7 @@ fn run(case: &Case, column: &Column, host: &Host) -> Result<(), Failed> {
     machine.cpus = case.cpus;
     machine.extra = case.extra.split_whitespace().map(Into::into).collect();
     let mut boot = Boot::new(machine, case.scenario, &directory);
+    boot.iommu_server = host.iommu_server.clone();
     boot.words = case.words.to_owned();
     boot.disk = case.disk;
     if case.disk == DiskDevice::Absent {

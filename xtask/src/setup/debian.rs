@@ -19,7 +19,16 @@ pub(crate) struct Debian {
     pub(crate) codename: String,
 }
 
+/// Releases by their codenames, each with the next one, whose packages may be newer than any for it.
+const NEXT: [(&str, &str); 1] = [("bookworm", "trixie")];
+
 impl Debian {
+    /// The release after this one.
+    pub(crate) fn next(&self) -> Option<Self> {
+        let (_, next) = NEXT.into_iter().find(|(codename, _)| *codename == self.codename)?;
+        Some(Self { codename: next.to_owned() })
+    }
+
     /// This system, if it is Debian's.
     pub(crate) fn detect() -> Option<Self> {
         Self::parse(&fs::read_to_string("/etc/os-release").ok()?)
@@ -88,6 +97,13 @@ mod tests {
         assert_eq!(Debian::parse(bookworm), Some(Debian { codename: "bookworm".into() }));
         let quoted = "ID=\"debian\"\nVERSION_CODENAME=\"trixie\"\n";
         assert_eq!(Debian::parse(quoted), Some(Debian { codename: "trixie".into() }));
+    }
+
+    #[test]
+    fn only_what_is_known_comes_next() {
+        let debian = |codename: &str| Debian { codename: codename.to_owned() };
+        assert_eq!(debian("bookworm").next(), Some(debian("trixie")));
+        assert_eq!(debian("trixie").next(), None);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The QEMUs that the machine tier runs on: the oldest release that is promised, and a newer one.
 
-use anyhow::Result;
-use qemu_tests::machine::Arch;
+use anyhow::{Error, Result, anyhow};
+use qemu_tests::machine::{Arch, Iommu};
 use qemu_tests::qemu::{OLDEST, Qemu, Release, Version};
 
 use super::SetupArguments;
@@ -12,6 +12,9 @@ const WANTED: [Wanted; 2] = [
     Wanted::Of(Release { major: OLDEST.major, minor: Some(OLDEST.minor) }),
     Wanted::Since(Version { major: 10, minor: 0, micro: 0 }),
 ];
+
+/// The architecture whose machine has an IOMMU over vhost-user too.
+pub(crate) const VHOST_USER: Arch = Arch::X86_64;
 
 /// What there is for one architecture.
 #[derive(Debug)]
@@ -66,15 +69,32 @@ pub(crate) fn find(archs: &[Arch], arguments: &SetupArguments) -> Vec<Found> {
     found
 }
 
+/// The same for the machine with an IOMMU over vhost-user, if it is one of `archs`. The one that was chosen is not for
+/// it if it is older.
+pub(crate) fn find_for_vhost_user(
+    archs: &[Arch],
+    arguments: &SetupArguments,
+) -> Option<Result<Qemu, Missing>> {
+    if !archs.contains(&VHOST_USER) {
+        return None;
+    }
+    if !cfg!(target_os = "linux") {
+        return Some(Err(missing("11", &anyhow!("there is no vhost-user but on Linux"))));
+    }
+    let qemu = super::qemu(VHOST_USER, Iommu::VhostUser, arguments);
+    Some(qemu.map_err(|error| missing("11", &error)))
+}
+
 impl Found {
     fn take(&mut self, wanted: Wanted, qemu: Result<Qemu>) {
         match qemu {
             Ok(qemu) if self.qemus.contains(&qemu) => {}
             Ok(qemu) => self.qemus.push(qemu),
-            Err(error) => {
-                let why = format!("{error:#}").replace('\n', " ");
-                self.missing.push(Missing { release: wanted.name(), why });
-            }
+            Err(error) => self.missing.push(missing(&wanted.name(), &error)),
         }
     }
+}
+
+fn missing(release: &str, error: &Error) -> Missing {
+    Missing { release: release.to_owned(), why: format!("{error:#}").replace('\n', " ") }
 }

@@ -137,9 +137,13 @@ pub(crate) fn find(arch: Arch, wanted: Wanted) -> Result<Qemu> {
     installed.or_else(|error| unpacked(arch, wanted).ok_or(error))
 }
 
-/// The newest QEMU that was unpacked before.
+/// The newest QEMU that was unpacked before; of the next Debian only where this one has none.
 fn unpacked(arch: Arch, wanted: Wanted) -> Option<Qemu> {
-    let directories = unpack::home().read_dir().ok()?;
+    [unpack::home(), unpack::next_home()].iter().find_map(|home| unpacked_in(home, arch, wanted))
+}
+
+fn unpacked_in(home: &Path, arch: Arch, wanted: Wanted) -> Option<Qemu> {
+    let directories = home.read_dir().ok()?;
     let scripts = directories.flatten().map(|entry| unpack::script(&entry.path(), arch));
     let qemus = scripts.filter(|script| script.is_file()).filter_map(|script| wanted.probe(&script).ok());
     qemus.max_by_key(|qemu| qemu.version)

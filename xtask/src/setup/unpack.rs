@@ -8,8 +8,13 @@
 //! target/qemu/VERSION/root/...                       the packages' files
 //! target/qemu/VERSION/bin/qemu-system-ARCH           the scripts
 //! target/qemu/unpacking/                             an attempt; it becomes VERSION by a rename once each QEMU ran
+//! target/qemu/next/...                               the same of the next Debian
 //! ```
+//!
+//! What this Debian has not got the next one may have. That is kept apart, so that it is taken only where nothing else will do.
 
+use std::error::Error;
+use std::fmt;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -17,11 +22,11 @@ use std::process::Command;
 use std::slice;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use qemu_tests::machine::Arch;
 use qemu_tests::qemu::{Qemu, Version};
 
-use super::apt;
+use super::apt::{self, Source};
 use super::debian::Debian;
 use super::private_apt::{Apt, Candidate};
 use super::qemu::Wanted;
@@ -35,6 +40,11 @@ const DATA: [&str; 3] = ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qe
 /// Where unpacked QEMUs are.
 pub(crate) fn home() -> PathBuf {
     paths::target().join("qemu")
+}
+
+/// Where those of the next Debian are.
+pub(crate) fn next_home() -> PathBuf {
+    home().join("next")
 }
 
 /// The script that starts the QEMU for `arch` in `directory`.
@@ -60,8 +70,8 @@ fn firmware(arch: Arch) -> &'static [&'static str] {
     }
 }
 
-/// Downloads and unpacks the newest QEMU that is wanted and that the machine's own mirror has for this release, for all of
-/// `archs`. Where the same version was unpacked before, for others, they stay.
+/// Downloads and unpacks the newest QEMU that is wanted and that the machine's own mirror has, for all of `archs`: for
+/// this release, or else for the next one. Where the same version was unpacked before, for others, they stay.
 ///
 /// # Errors
 ///
@@ -71,19 +81,44 @@ pub(crate) fn unpack(archs: &[Arch], wanted: Wanted, debian: &Debian) -> Result<
     if sources.is_empty() {
         bail!("the apt sources of this machine name no mirror for {}", debian.codename);
     }
+    let unpacked = unpack_of(debian, &home(), archs, wanted, &sources);
+    match (unpacked, debian.next()) {
+        (Err(error), Some(next)) if error.is::<NoneWanted>() => {
+            progress::note(&format!("{error}; trying {}", next.codename));
+            unpack_of(&next, &next_home(), archs, wanted, &sources)
+                .with_context(|| format!("of {}", next.codename))
+        }
+        (unpacked, _) => unpacked,
+    }
+}
+
+/// A release that has none that is wanted.
+#[derive(Debug)]
+struct NoneWanted(String);
+
+impl fmt::Display for NoneWanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl Error for NoneWanted {}
+
+/// The same for one release, into `home`.
+fn unpack_of(debian: &Debian, home: &Path, archs: &[Arch], wanted: Wanted, sources: &[Source]) -> Result<()> {
     // Whatever an interrupted attempt left behind.
-    let attempt = home().join("unpacking");
+    let attempt = home.join("unpacking");
     if attempt.exists() {
         fs::remove_dir_all(&attempt).with_context(|| format!("cannot remove {}", attempt.display()))?;
     }
     let apt = Apt::new(&attempt.join("apt"))?;
     let backports = format!("{}-backports", debian.codename);
-    if let Err(error) = apt.update(&sources, &[debian.codename.clone(), backports.clone()]) {
+    if let Err(error) = apt.update(sources, &[debian.codename.clone(), backports.clone()]) {
         progress::note(&format!("{backports} cannot be used ({error:#}); trying {}", debian.codename));
-        apt.update(&sources, slice::from_ref(&debian.codename))?;
+        apt.update(sources, slice::from_ref(&debian.codename))?;
     }
     let choice = Choice::make(&apt, archs, wanted)?;
-    let archs = choice.with_those_of_before(archs);
+    let archs = choice.with_those_of_before(home, archs);
     let mut names = choice.packages(&apt, &archs)?;
     names.extend(archs.iter().flat_map(|arch| firmware(*arch)).map(|name| (*name).to_owned()));
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
@@ -98,7 +133,7 @@ pub(crate) fn unpack(archs: &[Arch], wanted: Wanted, debian: &Debian) -> Result<
     }
     let version = version.context("no QEMU was asked for")?;
     fs::remove_dir_all(attempt.join("apt")).context("cannot remove the downloaded packages")?;
-    let directory = home().join(version.to_string());
+    let directory = home.join(version.to_string());
     if directory.exists() {
         fs::remove_dir_all(&directory).with_context(|| format!("cannot replace {}", directory.display()))?;
     }
@@ -126,15 +161,15 @@ impl Choice {
         let fitting = offered.into_iter().filter(|offer| wanted.fits(offer.version));
         let newest = fitting.max_by_key(|offer| offer.version);
         let Candidate { suite, version, .. } = newest.ok_or_else(|| {
-            anyhow!("the mirror has QEMU {}, but {wanted} is needed", versions.join(" and "))
+            NoneWanted(format!("the mirror has QEMU {}, but {wanted} is needed", versions.join(" and ")))
         })?;
         Ok(Self { suite, version })
     }
 
     /// `archs`, and those that were unpacked before of what is about to be replaced.
-    fn with_those_of_before(&self, archs: &[Arch]) -> Vec<Arch> {
+    fn with_those_of_before(&self, home: &Path, archs: &[Arch]) -> Vec<Arch> {
         let is_there = |arch: &Arch| {
-            let directories = home().read_dir().into_iter().flatten().flatten();
+            let directories = home.read_dir().into_iter().flatten().flatten();
             let mut scripts = directories.map(|entry| script(&entry.path(), *arch));
             scripts.any(|script| Qemu::probe(&script).is_ok_and(|qemu| self.is_about(qemu.version)))
         };

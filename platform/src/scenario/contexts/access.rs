@@ -4,9 +4,10 @@ use alloc::format;
 use alloc::string::String;
 
 use virtio_iommu::{EndpointId, Fault};
-use virtio_iommu_model::{Access, AccessError};
+use virtio_iommu_model::Access;
 
 use super::World;
+use super::agents::Stopped;
 
 /// Where in a page, and how much.
 pub(super) const OFFSET: u64 = 0x200;
@@ -24,9 +25,8 @@ impl World {
         pasid: Option<u32>,
         iova: u64,
         access: Access<'_>,
-    ) -> Result<(), AccessError> {
-        self.device
-            .with(|device, guest| device.access_context(guest, agent.get(), pasid, iova + OFFSET, access))
+    ) -> Result<(), Stopped> {
+        self.agents.access(agent, pasid, iova + OFFSET, access)
     }
 
     /// Writes where that is allowed.
@@ -49,8 +49,10 @@ impl World {
     /// A write that must be blocked, and reported with agent, address and PASID.
     pub(super) fn blocked(&self, agent: EndpointId, pasid: Option<u32>, iova: u64) -> Result<String, String> {
         self.forget_faults();
-        if self.access(agent, pasid, iova, Access::Write(&[SENT; LEN])).is_ok() {
-            return Err(format!("the write at {iova:#x}, {}, arrived", by(pasid)));
+        match self.access(agent, pasid, iova, Access::Write(&[SENT; LEN])) {
+            Err(Stopped::Blocked) => {}
+            Ok(()) => return Err(format!("the write at {iova:#x}, {}, arrived", by(pasid))),
+            Err(other) => return Err(format!("the write at {iova:#x}, {}, ends by {other:?}", by(pasid))),
         }
         let Some(fault) = self.next_fault() else {
             return Err(format!("the write at {iova:#x}, {}, was blocked and not reported", by(pasid)));

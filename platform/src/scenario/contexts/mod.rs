@@ -4,6 +4,9 @@
 //! the model walks tables that the driver wrote into the guest's memory, keeps what it found in an IOTLB, and copies bytes
 //! of that memory. Each format of tables has a context, whatever the CPU is: no CPU walks them.
 //!
+//! With `device=bus` the model is not in this kernel but in a process beside the VMM, which has it on PCI as a
+//! vhost-user device. The driver meets it there as any other, and the same is checked.
+//!
 //! ```text
 //!   agent --- domain --+-- no PASID   the default context, MAP and UNMAP
 //!                      +-- PASID 1    a table of the guest's, x86-64
@@ -17,26 +20,31 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use virtio_iommu::contexts::{Contexts, ContextsOptions};
-use virtio_iommu::{EndpointId, Features, Iova, IovaRange, Options, Viommu};
-use virtio_iommu_model::{Config, Device, Endpoint};
+use virtio_iommu::{EndpointId, Features, Iova, IovaRange, Options, Stats, Viommu};
 
 use super::default::text;
 use super::{give_up, setup, show};
 use crate::boot::BootInfo;
-use crate::guest::{Guest, VirtualIommu};
+use crate::guest::Guest;
+use crate::machine::Machine;
 use crate::println;
 use crate::report::Report;
 
 mod access;
+mod agents;
 mod pages;
 mod picture;
+mod place;
 mod space;
 
+use agents::Agents;
+use place::Place;
 use space::{Kind, Space};
 
 /// The agent, and another one in a domain of its own.
 const AGENT: EndpointId = EndpointId::new(8);
 const OTHER_AGENT: EndpointId = EndpointId::new(9);
+const AGENTS: [EndpointId; 2] = [AGENT, OTHER_AGENT];
 
 const PAGE: u64 = 4096;
 /// Where the guest finds its memory, and how much it is.
@@ -62,7 +70,7 @@ const CHECKS_OF_GUEST: usize =
 /// The guest, its IOMMU, and the contexts of the agent's domain.
 struct World {
     guest: Guest,
-    device: VirtualIommu,
+    agents: Agents,
     driver: Viommu<Guest>,
     contexts: Contexts<Guest>,
     spaces: Vec<Space>,
@@ -73,24 +81,59 @@ struct World {
 }
 
 pub(super) fn run(info: &BootInfo) -> ! {
-    let mut report = Report::start(CHECKS);
-    // The machine's own IOMMU keeps the machine's devices from the guest's memory, as from all other.
+    let report = Report::start(CHECKS);
+    match info.command_line.get("device") {
+        None => beside_the_machine(info, report),
+        Some("bus") => on_bus(info, report),
+        Some(other) => give_up(report, "device", format_args!("device={other}; there is: device=bus")),
+    }
+}
+
+/// The device is in this kernel, and the machine's own IOMMU keeps the machine's devices from its guest's memory, as
+/// from all other.
+fn beside_the_machine(info: &BootInfo, mut report: Report) -> ! {
     let (machine, iommu) = match setup::bring_up(info, Options::default()) {
         Ok(up) => up,
         Err(error) => give_up(report, "iommu", error),
     };
     show::iommu(&machine, &iommu);
     show::live(&iommu, &mut report);
-    if let Err((name, error)) = try_all(&mut report) {
+    if let Err((name, error)) =
+        Place::in_software().map_err(draft).and_then(|place| try_all(place, &mut report))
+    {
         give_up(report, name, error);
     }
     show::totals(&iommu, &mut report);
     report.end()
 }
 
-/// All but the machine. Makes [`CHECKS_OF_GUEST`] checks, or says which of them cannot be made.
-fn try_all(report: &mut Report) -> Result<(), (&'static str, String)> {
-    let mut world = World::new(report).map_err(|error| ("draft", error))?;
+/// The device is the machine's, which says nothing of what is behind it: the agents are no functions of PCI.
+fn on_bus(info: &BootInfo, mut report: Report) -> ! {
+    let machine = match Machine::discover(info) {
+        Ok(machine) => machine,
+        Err(error) => give_up(report, "device", error),
+    };
+    let (place, address) = match Place::on_bus(&machine) {
+        Ok(found) => found,
+        Err(error) => give_up(report, "device", error),
+    };
+    report.check("device", true, format_args!("a virtio-iommu at {address}, with agents behind it"));
+    match try_all(place, &mut report) {
+        Ok(stats) => show::totals_of_stats(&[stats], &mut report),
+        Err((name, error)) => give_up(report, name, error),
+    }
+    report.end()
+}
+
+/// What becomes of an error before the first check of the draft.
+fn draft(error: String) -> (&'static str, String) {
+    ("draft", error)
+}
+
+/// All but the machine. Makes [`CHECKS_OF_GUEST`] checks, and gives what the driver asked of the device, or says which
+/// of them cannot be made.
+fn try_all(place: Place, report: &mut Report) -> Result<Stats, (&'static str, String)> {
+    let mut world = World::new(place, report).map_err(draft)?;
     picture::contexts(&world);
     println!();
     println!("an agent reaches for memory through each context:");
@@ -101,24 +144,20 @@ fn try_all(report: &mut Report) -> Result<(), (&'static str, String)> {
     report.check_result("anonymous.none", blocked, ToString::to_string);
     picture::told(&world);
     let lost = world.nothing_lost();
+    let driver = world.driver.clone();
     let removed = world.remove();
     report.check_result("contexts.removed", removed, ToString::to_string);
     report.check_result("nothing-lost", lost, ToString::to_string);
-    Ok(())
+    Ok(driver.stats())
 }
 
 impl World {
     /// Makes the guest, starts its driver, and adds the contexts. Makes two checks.
-    fn new(report: &mut Report) -> Result<Self, String> {
-        let guest = Guest::new(GUEST_BASE, GUEST_PAGES, 1).map_err(text)?;
-        let mut device = Device::new(Config { bypass: false, ..Config::contexts() });
-        for agent in [AGENT, OTHER_AGENT] {
-            device.add_endpoint(Endpoint::new(agent.get()));
-        }
-        let device = VirtualIommu::new(device, guest.clone());
+    fn new(place: Place, report: &mut Report) -> Result<Self, String> {
+        let Place { transport, guest, agents } = place;
         let options = Options { accept_contexts: true, ..Options::default() };
-        let staged = Viommu::start(device.clone(), guest.clone(), options).map_err(text)?;
-        for agent in [AGENT, OTHER_AGENT] {
+        let staged = Viommu::start(transport, guest.clone(), options).map_err(text)?;
+        for agent in AGENTS {
             staged.introduce(agent).map_err(text)?;
         }
         let driver = staged.go_live().map_err(text)?;
@@ -143,7 +182,7 @@ impl World {
             spaces.len() == Kind::ALL.len(),
             format_args!("{} of {:?}, each with the address {SHARED:#x}", spaces.len(), contexts.domain()),
         );
-        Ok(Self { guest, device, driver, contexts, spaces, taken_before, told: Vec::new() })
+        Ok(Self { guest, agents, driver, contexts, spaces, taken_before, told: Vec::new() })
     }
 
     /// What each context lets through, and what it keeps away.
@@ -297,7 +336,7 @@ impl World {
 
     fn nothing_lost(&self) -> Result<String, String> {
         let stats = self.driver.stats();
-        let broken = self.device.with(|device, _| device.violations().len());
+        let broken = self.agents.violations();
         let unclear = stats.abandoned_requests + stats.stray_answers + stats.quarantined_mappings as u64;
         let detail = format!(
             "{} requests by {} kicks, {unclear} unclear, {} faults delivered, {} lost, {broken} rules broken",

@@ -3,13 +3,12 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 
-use virtio_iommu::contexts::{PageAnswer, PageGroup, PageGroups, Taken};
-use virtio_iommu_model::{Access, PageError};
-
 use super::access::{LEN, OFFSET, SECRET, SENT};
+use super::agents::{Answered, Stopped};
 use super::space::{GuestPage, Kind, READ_WRITE};
 use super::{AGENT, PAGE, World, text};
 use crate::report::Report;
+use virtio_iommu::contexts::{PageAnswer, PageGroup, PageGroups, Taken};
 
 /// Checks of [`run`].
 pub(super) const CHECKS: usize = Kind::OWNED.len() + 1;
@@ -65,17 +64,15 @@ impl World {
     }
 
     /// An access that waits for a page where none is.
-    fn touch(&self, kind: Kind, iova: u64, group: u16) -> Result<(), PageError> {
-        let from = (AGENT.get(), kind.pasid());
-        let access = Access::Write(&[SENT; LEN]);
-        self.device.with(|device, guest| device.access_or_request(guest, from, iova + OFFSET, access, group))
+    fn touch(&self, kind: Kind, iova: u64, group: u16) -> Result<(), Stopped> {
+        self.agents.touch(AGENT, kind.pasid(), iova + OFFSET, &[SENT; LEN], group)
     }
 
     /// Has the agent ask, and the driver hear of it.
     fn ask(&self, kind: Kind, iova: u64, number: u16) -> Result<PageGroup, String> {
         self.forget_faults();
         match self.touch(kind, iova, number) {
-            Err(PageError::Waiting) => {}
+            Err(Stopped::Waiting) => {}
             other => return Err(format!("{other:?} instead of a page request")),
         }
         let fault = self.next_fault().ok_or("the driver is told nothing")?;
@@ -87,10 +84,11 @@ impl World {
 
     fn answer(&self, group: &PageGroup, answer: PageAnswer, code: u16) -> Result<(), String> {
         self.driver.respond(group.id, answer).map_err(text)?;
-        let answers = self.device.with(|device, _| device.take_page_answers());
-        match answers.as_slice() {
-            [answer] if answer.code == code && answer.group == group.id.group => Ok(()),
-            other => Err(format!("the agent is answered {other:?}")),
+        let answers = self.agents.take_answers();
+        if answers == [Answered { group: group.id.group, code }] {
+            Ok(())
+        } else {
+            Err(format!("the agent is answered {answers:?}"))
         }
     }
 }

@@ -13,7 +13,8 @@ use crate::println;
 pub(super) fn contexts(world: &World) {
     let domain = world.contexts.domain().id().get();
     println!();
-    println!("  agent, endpoint {:#x} --- domain {domain} of a virtio-iommu in software", AGENT.get());
+    let device = world.agents.device();
+    println!("  agent, endpoint {:#x} --- domain {domain} of {device}", AGENT.get());
     println!("                           |");
     for space in &world.spaces {
         let pasid = space.kind.pasid().map_or_else(|| "no PASID".into(), |pasid| format!("PASID {pasid}"));

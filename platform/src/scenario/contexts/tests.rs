@@ -18,6 +18,7 @@ fn all_contexts_pass_on_a_host_too() {
     // SAFETY: leaked, and used by nothing else.
     unsafe { frames::add(range) };
     let mut report = Report::start(CHECKS_OF_GUEST);
-    try_all(&mut report).expect("what each check takes");
+    let place = Place::in_software().expect("memory for a guest");
+    try_all(place, &mut report).expect("what each check takes");
     assert_eq!(report.finish(), Outcome::Pass);
 }
