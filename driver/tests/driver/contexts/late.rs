@@ -131,3 +131,18 @@ fn i02_a_late_request_keeps_the_domains_number() {
     assert_eq!(exhausted(), None);
     drop(other);
 }
+
+/// Fails when a late ATTACH_TABLE is taken for one of the domain that died since: the PASID could never be used again.
+#[test]
+fn i03_a_late_context_of_a_domain_that_died_is_there_and_goes() {
+    let (machine, viommu, contexts) = attached(Some(Anonymous::Blocked));
+    machine.inject([Inject::Hold(Execute::AtRelease)]);
+    contexts.add_mapped(pasid(5)).unwrap_err();
+    viommu.detach(EP).unwrap();
+    viommu.attach(EP, contexts.domain()).unwrap();
+    assert_eq!(contexts.add_mapped(pasid(5)).err(), Some(ContextError::Taken { pasid: pasid(5) }));
+    machine.release(Release::All);
+    viommu.poll();
+    let (_context, requests, _) = machine.traffic(|| contexts.add_mapped(pasid(5)).unwrap());
+    assert_eq!(requests, 2, "DETACH with the PASID, and ATTACH_TABLE");
+}
