@@ -22,7 +22,7 @@ use core::fmt;
 /// A device that lost the table, by a reset or with the domain's last endpoint, is told of it again as of single contexts.
 /// What is in it is there again with that.
 ///
-/// Dropping it leaves the tables' memory with the device.
+/// Dropping it leaves the tables' memory with the device; [`free`](Self::free) gives it back.
 pub struct DescriptorContexts<P: Platform, M: TableMemory> {
     claim: Claim<P>,
     table: ContextTable<M>,
@@ -189,6 +189,24 @@ impl<P: Platform, M: TableMemory> DescriptorContexts<P, M> {
             }
             Err(error) => Err((context, ContextError::Request { pasid, error })),
         }
+    }
+
+    /// Gives the memory of the table of descriptors back, once the device lost it: after the domain's last endpoint was
+    /// detached, since no request takes it away. Sends nothing.
+    ///
+    /// # Errors
+    /// Itself, as long as the device has the table, or may have it.
+    pub fn free(self) -> Result<(), Self> {
+        let Self { claim, table } = self;
+        let absent = { claim.contexts.shared().state.lock().engine.is_context_absent(claim.key) };
+        if !absent {
+            return Err(Self { claim, table });
+        }
+        // It is not told again from here on.
+        drop(claim);
+        // SAFETY: the device lost the table, with all that it cached of it.
+        unsafe { table.free() };
+        Ok(())
     }
 
     async fn forget(&self, pasid: Pasid) -> Outcome {

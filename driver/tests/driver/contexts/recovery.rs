@@ -104,6 +104,14 @@ fn after_a_reset_tables_of_descriptors_are_as_they_were() {
         unsafe { added[1].as_mut().unwrap().map(Iova::new(0), memory.phys, PAGE, RW) }.unwrap();
         viommu.attach(EP, &domain_of(&contexts)).unwrap();
         assert_eq!(reach(&machine), [(Some(0), PAGE), (Some(5), 0), (None, PAGE)]);
+        // The table itself goes when no endpoint is there.
+        let contexts = contexts.free().unwrap_err();
+        viommu.detach(EP).unwrap();
+        let (domain, pages) = (domain_of(&contexts), machine.outstanding());
+        contexts.free().unwrap();
+        assert!(machine.outstanding() < pages);
+        viommu.attach(EP, &domain).unwrap();
+        assert_eq!(reach(&machine), []);
     }
 }
 
