@@ -10,6 +10,7 @@
 //!                      +-- PASID 2    a table of the guest's, Sv39
 //!                      +-- PASID 3    a table of the guest's, VMSAv8-64
 //!                      '-- PASID 4    MAP and UNMAP with a PASID
+//!   other agent --- domain --- table of context descriptors: linear, or in two levels
 //! ```
 
 use alloc::format;
@@ -17,7 +18,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use virtio_iommu::contexts::{Contexts, ContextsOptions};
-use virtio_iommu::{EndpointId, Features, Iova, IovaRange, Options, Viommu};
+use virtio_iommu::{EndpointId, FaultLimit, Features, Iova, IovaRange, Options, Viommu};
 use virtio_iommu_model::{Config, Device, Endpoint};
 
 use super::default::text;
@@ -28,6 +29,8 @@ use crate::println;
 use crate::report::Report;
 
 mod access;
+mod descriptors;
+mod groups;
 mod pages;
 mod picture;
 mod space;
@@ -55,9 +58,17 @@ const NO_CONTEXT: u32 = 9;
 const CHECKS_EACH: usize = 4;
 /// The machine's IOMMU, and the rest.
 const CHECKS: usize = 1 + CHECKS_OF_GUEST;
-/// That all is up; contexts; an absent one; stale tables; page requests; another domain; the end.
-const CHECKS_OF_GUEST: usize =
-    2 + CHECKS_EACH * Kind::ALL.len() + 1 + Kind::OWNED.len() + pages::CHECKS + 1 + 2;
+/// That all is up; contexts; an absent one; stale tables; page requests; another domain; descriptors; a reset; the end.
+const CHECKS_OF_GUEST: usize = 2
+    + CHECKS_EACH * Kind::ALL.len()
+    + 1
+    + Kind::OWNED.len()
+    + pages::CHECKS
+    + groups::CHECKS
+    + 1
+    + descriptors::CHECKS
+    + 1
+    + 2;
 
 /// The guest, its IOMMU, and the contexts of the agent's domain.
 struct World {
@@ -97,9 +108,13 @@ fn try_all(report: &mut Report) -> Result<(), (&'static str, String)> {
     picture::matrix(&world);
     world.try_each(report);
     pages::run(&mut world, report);
+    groups::run(&mut world, report);
     let blocked = world.anonymous_blocked();
     report.check_result("anonymous.none", blocked, ToString::to_string);
     picture::told(&world);
+    descriptors::run(&mut world, report).map_err(|error| ("descriptors", error))?;
+    let reset = world.after_reset();
+    report.check_result("contexts.reset", reset, ToString::to_string);
     let lost = world.nothing_lost();
     let removed = world.remove();
     report.check_result("contexts.removed", removed, ToString::to_string);
@@ -116,7 +131,9 @@ impl World {
             device.add_endpoint(Endpoint::new(agent.get()));
         }
         let device = VirtualIommu::new(device, guest.clone());
-        let options = Options { accept_contexts: true, ..Options::default() };
+        // Room for what a flood of page requests leaves.
+        let fault_limit = FaultLimit { records: 4096, ..FaultLimit::default() };
+        let options = Options { accept_contexts: true, fault_limit, ..Options::default() };
         let staged = Viommu::start(device.clone(), guest.clone(), options).map_err(text)?;
         for agent in [AGENT, OTHER_AGENT] {
             staged.introduce(agent).map_err(text)?;
@@ -278,6 +295,30 @@ impl World {
         space.remove()?;
         self.driver.detach(OTHER_AGENT).map_err(text)?;
         Ok(format!("{} arrives; without one, {blocked}", kind.name()))
+    }
+
+    /// Has the device fail, and brings it back.
+    fn reset(&self) -> Result<(), String> {
+        self.device.with(|device, _| device.fail());
+        // SAFETY: the agents do DMA only when this scenario says so.
+        let recovered = unsafe { self.driver.recover() }.map_err(text)?;
+        match recovered.lost.first() {
+            None => Ok(()),
+            Some((agent, error)) => Err(format!("agent {agent} did not come back: {error}")),
+        }
+    }
+
+    /// The device forgets all contexts, and is told of each again: every access ends as before.
+    fn after_reset(&self) -> Result<String, String> {
+        let before = picture::all_tried(self);
+        self.reset()?;
+        if picture::all_tried(self) != before {
+            return Err("a context is not what it was".into());
+        }
+        for (at, space) in self.spaces.iter().enumerate() {
+            self.own_memory(at).map_err(|error| format!("{}: {error}", space.kind.name()))?;
+        }
+        Ok(format!("the device was reset, and told again; {} accesses end as before", before.len()))
     }
 
     /// Removes the contexts. The tables' pages are free again.
