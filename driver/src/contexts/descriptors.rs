@@ -99,8 +99,8 @@ impl<P: Platform, M: TableMemory> DescriptorContexts<P, M> {
         shared.block_on(self.add_async(pasid, table, asid))
     }
 
-    /// [`add`](Self::add) as a future. The descriptor is written when it is first polled; dropped before its end it leaves
-    /// that, and the table's memory, with the device.
+    /// [`add`](Self::add) as a future. The descriptor is written when it is first polled; dropped before its end it
+    /// empties that, and leaves the table's memory with the device.
     ///
     /// # Errors
     /// As there.
@@ -116,8 +116,12 @@ impl<P: Platform, M: TableMemory> DescriptorContexts<P, M> {
         if let Err(error) = self.table.set(pasid.get(), registers, asid) {
             return Err(NotAdded { error: ContextError::Descriptors(error), table: Some(table) });
         }
-        match self.forget(pasid).await {
-            Ok(()) => Ok(DescribedContext { pasid, table }),
+        let mut unsure = Unsure { table: &mut self.table, pasid: Some(pasid) };
+        match forget(&self.claim, pasid).await {
+            Ok(()) => {
+                unsure.pasid = None;
+                Ok(DescribedContext { pasid, table })
+            }
             // The device may have read the descriptor: the table stays with it.
             Err(error) => Err(NotAdded { error: ContextError::Request { pasid, error }, table: None }),
         }
@@ -180,7 +184,7 @@ impl<P: Platform, M: TableMemory> DescriptorContexts<P, M> {
         {
             return Err((context, ContextError::Descriptors(error)));
         }
-        match self.forget(pasid).await {
+        match forget(&self.claim, pasid).await {
             Ok(()) => {
                 // SAFETY: no descriptor leads to it, and the device confirmed that it cached none, and nothing by one, or has
                 // nothing of the table of descriptors.
@@ -208,12 +212,28 @@ impl<P: Platform, M: TableMemory> DescriptorContexts<P, M> {
         unsafe { table.free() };
         Ok(())
     }
+}
 
-    async fn forget(&self, pasid: Pasid) -> Outcome {
-        let key = self.claim.key;
-        let requests = [ContextRequest::Invalidate(Invalidate::Descriptor { pasid })];
-        let is_cached = |state: &State| state.engine.is_cached(key);
-        self.claim.contexts.shared().invalidate(key.domain, &requests, is_cached).await
+/// Has the device forget a PASID's descriptor, and what it cached by it.
+async fn forget<P: Platform>(claim: &Claim<P>, pasid: Pasid) -> Outcome {
+    let requests = [ContextRequest::Invalidate(Invalidate::Descriptor { pasid })];
+    let is_cached = |state: &State| state.engine.is_cached(claim.key);
+    claim.contexts.shared().invalidate(claim.key.domain, &requests, is_cached).await
+}
+
+/// A descriptor that was written, and that the device may not know. It is emptied, so that the PASID can be added again,
+/// which has the device forget it.
+struct Unsure<'a, M: TableMemory> {
+    table: &'a mut ContextTable<M>,
+    pasid: Option<Pasid>,
+}
+
+impl<M: TableMemory> Drop for Unsure<'_, M> {
+    fn drop(&mut self) {
+        if let Some(pasid) = self.pasid {
+            // It is there: it was written just before.
+            let _ = self.table.clear(pasid.get());
+        }
     }
 }
 
@@ -244,7 +264,8 @@ impl<T: TableMemory> DescribedContext<T> {
     ///
     /// # Safety
     /// The domain's endpoints may do with the memory what `prot` allows, from now until it was unmapped with success, or the
-    /// context removed.
+    /// context removed. So may those of a domain with another context of this ASID, which an Arm IOMMU does not tell from this
+    /// one.
     pub unsafe fn map(
         &mut self,
         iova: Iova,

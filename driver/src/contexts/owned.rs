@@ -59,7 +59,8 @@ impl<P: Platform, M: TableMemory> OwnedContext<P, M> {
     ///
     /// # Safety
     /// The domain's endpoints may do with the memory what `prot` allows, from now until it was unmapped with success,
-    /// which includes the invalidation, or the context removed.
+    /// which includes the invalidation, or the context removed. So may those of a domain with another context of this
+    /// ASID, which an Arm IOMMU does not tell from this one.
     pub unsafe fn map(
         &mut self,
         iova: Iova,

@@ -42,14 +42,21 @@ impl<P: Platform> Shared<P> {
             }
             let batch = self.with_slot(Need::Slot, |state| {
                 let mut batch = Batch::default();
+                // A recovery may have been waited for.
+                if !is_cached(state)? {
+                    return Ok(batch);
+                }
                 while let Some(request) = requests.get(sent).filter(|_| state.requests.can_submit(false)) {
                     state.submit_context(Some(domain), *request, Op::None, &mut batch);
                     sent += 1;
                 }
                 state.publish(Some(domain), &self.doorbell);
-                batch
+                Ok(batch)
             });
-            let batch = batch.await?;
+            let batch = batch.await??;
+            if batch.is_empty() {
+                return result;
+            }
             self.wait(batch, |_, answer| result = result.and(answer.map_err(|(_, error)| error))).await;
         }
         result
