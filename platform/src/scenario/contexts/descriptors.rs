@@ -84,12 +84,15 @@ impl Described {
     }
 }
 
+/// One check of an arrangement.
+type Check = fn(&World, &mut Domain, Arrangement) -> Result<String, String>;
+
 /// Tries each arrangement.
 pub(super) fn run(world: &mut World, report: &mut Report) -> Result<(), String> {
     let mut lines = Vec::new();
     for arrangement in ARRANGEMENTS {
         let mut domain = world.attach_descriptors(arrangement)?;
-        let checks: [(&str, fn(&World, &mut Domain, Arrangement) -> Result<String, String>); 4] = [
+        let checks: [(&str, Check); 4] = [
             ("walked", World::descriptors_walked),
             ("others", World::descriptors_apart),
             ("reset", World::descriptors_after_reset),

@@ -3,6 +3,7 @@
 //! The process that the agent shares has a heap, of which no page is there before somebody asks.
 
 use alloc::collections::BTreeMap;
+use alloc::collections::btree_map::Entry;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -30,10 +31,12 @@ const SHORT_LIVED: u32 = 5;
 /// The pages of the heap that somebody asked for.
 type Heap = BTreeMap<u64, GuestPage>;
 
+type Check = fn(&mut World, &mut Heap) -> Result<String, String>;
+
 /// Tries groups of more than one, duplicates, a flood, and an answer that comes too late.
 pub(super) fn run(world: &mut World, report: &mut Report) {
     let mut heap = Heap::new();
-    let checks: [(&str, fn(&mut World, &mut Heap) -> Result<String, String>); CHECKS] = [
+    let checks: [(&str, Check); CHECKS] = [
         ("page-group.several", World::several),
         ("page-group.duplicate", World::duplicate),
         ("page-group.flood", World::flood),
@@ -78,11 +81,11 @@ impl World {
             let iova = wanted.address.get() & !(PAGE - 1);
             if !(HEAP..HEAP + HEAP_PAGES * PAGE).contains(&iova) {
                 answer = PageAnswer::Invalid;
-            } else if !heap.contains_key(&iova) {
+            } else if let Entry::Vacant(absent) = heap.entry(iova) {
                 let page = GuestPage::new(&self.guest)?;
                 page.fill(SECRET);
                 self.space(KIND)?.map(iova, page.address, READ_WRITE)?;
-                heap.insert(iova, page);
+                absent.insert(page);
             }
         }
         self.driver.respond(group.id, answer).map_err(text)?;
