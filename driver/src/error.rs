@@ -294,6 +294,15 @@ pub enum AttachError {
         /// What came of its MAP request.
         error: RequestError,
     },
+    /// The domain had contexts before it lost its last endpoint, and one of them, or what is mapped in one, could not be
+    /// added again. The endpoint was detached.
+    #[cfg(feature = "contexts")]
+    Contexts {
+        /// The endpoint.
+        endpoint: EndpointId,
+        /// What came of the request.
+        error: RequestError,
+    },
     /// It was suspended: [`Viommu::resume`](crate::Viommu::resume) attaches it again.
     Suspended(EndpointId),
     /// An endpoint that it cannot be isolated from is in another domain (D-13).
@@ -330,6 +339,10 @@ impl fmt::Display for AttachError {
             Self::DeadDomain => f.write_str("the domain lost its endpoints while it had mappings"),
             Self::Replay { endpoint, range, error } => {
                 write!(f, "endpoint {endpoint}: mapping {range} again: {error}")
+            }
+            #[cfg(feature = "contexts")]
+            Self::Contexts { endpoint, error } => {
+                write!(f, "the domain's contexts cannot be added again for endpoint {endpoint}: {error}")
             }
             Self::Suspended(endpoint) => write!(f, "endpoint {endpoint} is suspended"),
             Self::GroupElsewhere { endpoint, with } => {

@@ -331,11 +331,12 @@ impl<P: Platform> Viommu<P> {
         });
         let whole = { shared.state.lock().engine.end_revival(key, revival) };
         let whole = whole && shared.state.lock().engine.has_endpoint(key);
-        if whole && let Err((range, error)) = shared.block_on(shared.replay(key, Need::RecoverySlot)) {
-            log::error!("mapping {range} again: {error}");
+        if whole && let Err(unreplayed) = shared.block_on(shared.replay(key, Need::RecoverySlot)) {
             self.for_each_attached(key, |endpoint| {
+                let error = unreplayed.keeps_out(endpoint);
+                log::error!("{error}");
                 recovered.endpoints = recovered.endpoints.saturating_sub(1);
-                recovered.lost.push((endpoint, AttachError::Replay { endpoint, range, error }));
+                recovered.lost.push((endpoint, error));
                 uncertain.push(endpoint);
             });
         }

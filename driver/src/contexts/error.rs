@@ -13,7 +13,7 @@ use core::fmt;
 pub enum ContextError {
     /// The domain has no endpoint, so that it does not exist for the device.
     NoEndpoint,
-    /// The PASID has a context, or had one of which it is not known whether it is gone.
+    /// The PASID has a context, or had one about which the device owes an answer.
     Taken {
         /// The PASID.
         pasid: Pasid,
@@ -30,6 +30,8 @@ pub enum ContextError {
         /// What came of it.
         error: RequestError,
     },
+    /// The domain has a table of context descriptors.
+    HasDescriptors,
     /// The guest's table of context descriptors was not changed.
     Descriptors(ContextTableError),
     /// The guest's table of context descriptors was not taken.
@@ -41,6 +43,16 @@ pub enum ContextError {
     },
 }
 
+impl ContextError {
+    /// What came of a request about a context; without a PASID it is a table of descriptors.
+    pub(crate) fn of(pasid: Option<Pasid>, error: RequestError) -> Self {
+        match pasid {
+            Some(pasid) => Self::Request { pasid, error },
+            None => Self::DescriptorsRefused(error),
+        }
+    }
+}
+
 impl fmt::Display for ContextError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -48,6 +60,7 @@ impl fmt::Display for ContextError {
             Self::Taken { pasid } => write!(f, "PASID {pasid} has a context"),
             Self::TooMany { limit } => write!(f, "the domain has {limit} contexts, and takes no more"),
             Self::Request { pasid, error } => write!(f, "context {pasid}: {error}"),
+            Self::HasDescriptors => f.write_str("the domain has a table of context descriptors"),
             Self::Descriptors(error) => error.fmt(f),
             Self::DescriptorsRefused(error) => write!(f, "table of context descriptors: {error}"),
             Self::NotArm { pasid } => write!(f, "the table for PASID {pasid} is not one of Arm's formats"),
@@ -61,6 +74,10 @@ impl core::error::Error for ContextError {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ContextMapError {
+    /// The domain has no endpoint attached, so that the context does not exist for the device yet, or any more.
+    NoEndpoint,
+    /// There are as many mappings as there can be records of.
+    NoRecord,
     /// The length is 0.
     Empty,
     /// An address or the length is not a multiple of the granule.
@@ -92,7 +109,7 @@ pub enum ContextMapError {
         /// Where.
         range: IovaRange,
     },
-    /// The device refused it.
+    /// The device refused it, or it was not sent.
     Refused(RequestError),
     /// The device may have mapped it: the memory must not be used again before the range was unmapped with success, or
     /// the context removed.
@@ -102,6 +119,8 @@ pub enum ContextMapError {
 impl fmt::Display for ContextMapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::NoEndpoint => f.write_str("the domain has no endpoint attached"),
+            Self::NoRecord => f.write_str("no record for one more mapping"),
             Self::Empty => f.write_str("no bytes to map"),
             Self::Misaligned { value, granule } => {
                 write!(f, "{value:#x} is not a multiple of the granule {granule:#x}")
@@ -127,6 +146,11 @@ pub enum ContextUnmapError {
         /// The mapping.
         mapping: IovaRange,
     },
+    /// The device owes an answer about a mapping in the range, and may still make it or end it.
+    InFlight {
+        /// The mapping.
+        mapping: IovaRange,
+    },
     /// The request failed.
     Request(RequestError),
 }
@@ -134,6 +158,7 @@ pub enum ContextUnmapError {
 impl fmt::Display for ContextUnmapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::InFlight { mapping } => write!(f, "the device owes an answer about the mapping {mapping}"),
             Self::Splits { mapping } => write!(f, "the mapping {mapping} goes whole or not at all"),
             Self::Request(error) => error.fmt(f),
         }

@@ -1,6 +1,7 @@
 //! A domain whose contexts are added one by one.
 
 use super::anonymous::Anonymous;
+use super::claim::Claim;
 use super::error::ContextError;
 use super::mapped::MappedContext;
 use super::owned::{NotAdded, OwnedContext};
@@ -9,18 +10,15 @@ use super::pasid::{PageGroupId, Pasid};
 use super::table::{PageTable, TableMemory};
 use super::wire::{ContextRequest, Invalidate, TableDescription};
 use crate::domain::Domain;
-use crate::engine::DomainKey;
+use crate::engine::{ContextEffect, ContextKey, ContextRecords, DomainKey, Engine, Geometry, Op, Space};
 use crate::error::{DomainError, RequestError};
-use crate::exchange::Shared;
-use crate::lock::Mutex;
+use crate::exchange::{Need, Shared, State};
 use crate::options::{DomainKind, DomainOptions};
 use crate::platform::Platform;
-use crate::queue::Outcome;
 use crate::viommu::Viommu;
 use crate::wire::feature::Features;
-use crate::wire::request::Status;
+use alloc::boxed::Box;
 use alloc::sync::Arc;
-use alloc::vec::Vec;
 use core::fmt;
 
 /// Choices for a domain with contexts.
@@ -44,17 +42,15 @@ impl Default for ContextsOptions {
 /// A domain whose contexts are added and removed one by one, by PASID. Clones are handles to the same one.
 ///
 /// Endpoints are attached to [`domain`](Self::domain), at least one before the first context; a context holds for all of
-/// them. Contexts end on the device with the domain's last endpoint, and with a reset: what is asked of them is then answered
-/// NOENT, and removing them succeeds.
+/// them. Contexts end on the device with the domain's last endpoint, and with a reset: they and what is mapped in them are
+/// there again with the domain's next endpoint, and when [`Viommu::recover`] returned.
 pub struct Contexts<P: Platform>(Arc<Inner<P>>);
 
-pub(super) struct Inner<P: Platform> {
-    pub(super) shared: Arc<Shared<P>>,
+struct Inner<P: Platform> {
+    shared: Arc<Shared<P>>,
     domain: Domain<P>,
-    pub(super) granule: u64,
-    pub(super) anonymous: Option<Anonymous>,
-    /// PASIDs that have a context, or may have one. Its capacity is the most there can be.
-    taken: Mutex<P::Lock, Vec<Pasid>>,
+    geometry: Geometry,
+    anonymous: Option<Anonymous>,
     limit: usize,
 }
 
@@ -81,13 +77,22 @@ impl<P: Platform> Viommu<P> {
         }
         let kind = options.anonymous.map_or(DomainKind::Translated, DomainKind::Contexts);
         let domain = self.create_domain(DomainOptions { kind, ..options.domain })?;
+        // As many as there are PASIDs, and a table of descriptors.
+        let limit = options.max_contexts.min(1 << 20);
+        let mut contexts = ContextRecords::with_capacity(limit + 1);
+        let geometry = {
+            let mut state = self.shared.state.lock();
+            if let Some(record) = state.engine.domain_mut(domain.key()) {
+                core::mem::swap(&mut record.contexts, &mut contexts);
+            }
+            state.engine.geometry
+        };
         Ok(Contexts(Arc::new(Inner {
             shared: Arc::clone(&self.shared),
             domain,
-            granule: self.granule(),
+            geometry,
             anonymous: options.anonymous,
-            taken: Mutex::new(Vec::with_capacity(options.max_contexts)),
-            limit: options.max_contexts,
+            limit,
         })))
     }
 
@@ -96,10 +101,21 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`RequestError`]; NOENT for a group that was answered, or whose context is gone.
     pub fn respond(&self, group: PageGroupId, answer: PageAnswer) -> Result<(), RequestError> {
+        self.shared.block_on(self.respond_async(group, answer))
+    }
+
+    /// [`respond`](Self::respond) as a future. Dropped before its end it leaves the answer, if it was sent, with the device.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn respond_async(&self, group: PageGroupId, answer: PageAnswer) -> Result<(), RequestError> {
         if !self.features().contains(Features::CONTEXTS) {
             return Err(RequestError::NotHandled);
         }
-        self.shared.send_response(ContextRequest::PageResponse { group, answer })
+        let response = (ContextRequest::PageResponse { group, answer }, Op::None);
+        let submit = |state: &mut State| self.shared.submit_context(state, None, response);
+        let batch = self.shared.with_slot(Need::Slot, submit).await?;
+        self.shared.finish(batch).await
     }
 }
 
@@ -119,9 +135,18 @@ impl<P: Platform> Contexts<P> {
     /// # Errors
     /// [`ContextError`].
     pub fn add_mapped(&self, pasid: Pasid) -> Result<MappedContext<P>, ContextError> {
-        self.take(pasid)?;
-        self.attach_table(pasid, TableDescription::Mapped).map_err(|(error, _)| error)?;
-        Ok(MappedContext::new(self.clone(), pasid))
+        self.0.shared.block_on(self.add_mapped_async(pasid))
+    }
+
+    /// [`add_mapped`](Self::add_mapped) as a future. Dropped before its end it leaves the context, if it was sent, with the
+    /// device, until the PASID is added again.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn add_mapped_async(&self, pasid: Pasid) -> Result<MappedContext<P>, ContextError> {
+        let space = Engine::prepare_context(&self.0.geometry);
+        let added = self.add(Some(pasid), TableDescription::Mapped, Some(space)).await;
+        added.map(|claim| MappedContext::new(claim, pasid)).map_err(|(error, _)| error)
     }
 
     /// Adds a context that is a page table of the guest's. Waits for the device.
@@ -138,11 +163,22 @@ impl<P: Platform> Contexts<P> {
         table: PageTable<M>,
         asid: u16,
     ) -> Result<OwnedContext<P, M>, NotAdded<M>> {
-        if let Err(error) = self.take(pasid) {
-            return Err(NotAdded { error, table: Some(table) });
-        }
-        match self.attach_table(pasid, TableDescription::of(&table, asid)) {
-            Ok(()) => Ok(OwnedContext::new(self.clone(), pasid, table)),
+        self.0.shared.block_on(self.add_owned_async(pasid, table, asid))
+    }
+
+    /// [`add_owned`](Self::add_owned) as a future. Dropped before its end it leaves the context, if it was sent, and its
+    /// table's memory in any case, with the device; the PASID can be added again.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn add_owned_async<M: TableMemory>(
+        &self,
+        pasid: Pasid,
+        table: PageTable<M>,
+        asid: u16,
+    ) -> Result<OwnedContext<P, M>, NotAdded<M>> {
+        match self.add(Some(pasid), TableDescription::of(&table, asid), None).await {
+            Ok(claim) => Ok(OwnedContext::new(claim, pasid, table)),
             // Dropping a table gives no memory back.
             Err((error, Known::No)) => Err(NotAdded { error, table: None }),
             Err((error, Known::Yes)) => Err(NotAdded { error, table: Some(table) }),
@@ -154,83 +190,105 @@ impl<P: Platform> Contexts<P> {
     /// # Errors
     /// [`RequestError`].
     pub fn invalidate_all(&self) -> Result<(), RequestError> {
-        self.send(&[ContextRequest::Invalidate(Invalidate::Domain)])
+        self.0.shared.block_on(self.invalidate_all_async())
     }
 
-    fn attach_table(&self, pasid: Pasid, table: TableDescription) -> Result<(), (ContextError, Known)> {
-        let failed = |error, known| {
-            if known == Known::Yes {
-                self.give_back(pasid);
-            }
-            Err((error, known))
-        };
-        let Some(endpoint) = self.member() else { return failed(ContextError::NoEndpoint, Known::Yes) };
-        match self.send(&[ContextRequest::AttachTable { endpoint, pasid, table }]) {
-            Ok(()) => Ok(()),
+    /// [`invalidate_all`](Self::invalidate_all) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn invalidate_all_async(&self) -> Result<(), RequestError> {
+        let key = self.key();
+        let requests = [ContextRequest::Invalidate(Invalidate::Domain)];
+        self.0.shared.invalidate(key, &requests, |state| state.engine.are_cached(key)).await
+    }
+
+    /// Tells the device of a context, or of a table of descriptors.
+    pub(super) async fn add(
+        &self,
+        pasid: Option<Pasid>,
+        table: TableDescription,
+        mut space: Option<Box<Space>>,
+    ) -> Result<Claim<P>, (ContextError, Known)> {
+        let (shared, domain) = (&self.0.shared, self.key());
+        self.sweep();
+        // One that nobody has any more makes room.
+        let abandoned = { shared.state.lock().engine.abandoned_context(domain, pasid) };
+        if let Some(key) = abandoned.filter(|_| pasid.is_some()) {
+            self.remove(key).await.map_err(|error| (error, Known::Yes))?;
+            self.sweep();
+        }
+        let begun = shared.with_slot(Need::Slot, |state| {
+            let begun = state.engine.begin_context(domain, (pasid, table), &mut space, self.0.limit)?;
+            let op = Op::Context { context: begun.1, effect: ContextEffect::Add };
+            Ok((begun.1, shared.submit_context(state, Some(domain), (begun.0, op))))
+        });
+        let begun = begun.await.unwrap_or_else(|error| Err(ContextError::of(pasid, error)));
+        let (key, batch) = begun.map_err(|error| (error, Known::Yes))?;
+        let claim = Claim { contexts: self.clone(), key };
+        match shared.finish(batch).await {
+            Ok(()) => Ok(claim),
             Err(error) => {
                 let known = if error.outcome_unknown() { Known::No } else { Known::Yes };
-                failed(ContextError::Request { pasid, error }, known)
+                Err((ContextError::of(pasid, error), known))
             }
         }
     }
 
     /// Removes a context, with what the device cached of it.
-    pub(super) fn detach(&self, pasid: Pasid) -> Result<(), ContextError> {
-        let outcome = match self.member() {
-            Some(endpoint) => self.send(&[ContextRequest::DetachPasid { endpoint, pasid }]),
-            None if self.0.shared.is_dead(self.key()) => Ok(()),
-            None => return Err(ContextError::NoEndpoint),
+    pub(super) async fn remove(&self, key: ContextKey) -> Result<(), ContextError> {
+        let shared = &self.0.shared;
+        let begin = |state: &mut State| {
+            let op = Op::Context { context: key, effect: ContextEffect::Remove };
+            let request = state.engine.begin_removal(key)?;
+            Ok(request.map(|request| shared.submit_context(state, Some(self.key()), (request, op))))
         };
-        match outcome {
-            Ok(()) => {}
-            // The device does not have it: it ended with the domain's last endpoint, or with a reset. Unless an endpoint did
-            // not come back from that, which may still be in the domain of before.
-            Err(RequestError::Refused(Status::NoEnt)) if !self.0.shared.is_in_doubt(self.key()) => {}
-            Err(error) => return Err(ContextError::Request { pasid, error }),
+        // What the device does not have takes no slot.
+        let absent = {
+            let mut state = shared.state.lock();
+            state.engine.is_context_absent(key).then(|| begin(&mut state))
+        };
+        let pasid = { shared.state.lock().engine.pasid_of(key) };
+        let begun = match absent {
+            Some(done) => done,
+            None => {
+                shared.with_slot(Need::Slot, begin).await.map_err(|error| ContextError::of(pasid, error))?
+            }
+        };
+        let Some(batch) = begun? else { return Ok(()) };
+        match shared.finish(batch).await {
+            // The record knows whether an error says that there is none.
+            Err(error) if !{ shared.state.lock().engine.is_context_absent(key) } => {
+                Err(ContextError::of(pasid, error))
+            }
+            _ => Ok(()),
         }
-        self.give_back(pasid);
-        Ok(())
+    }
+
+    /// Drops records of contexts that are gone.
+    pub(super) fn sweep(&self) {
+        // Two statements, so that none is dropped under the lock.
+        while let Some(gone) = { self.0.shared.state.lock().engine.take_gone_context(self.key()) } {
+            drop(gone);
+        }
     }
 
     pub(super) fn key(&self) -> DomainKey {
         self.0.domain.key()
     }
 
-    pub(super) fn inner(&self) -> &Inner<P> {
-        &self.0
+    pub(super) fn granule(&self) -> u64 {
+        self.0.geometry.granule
     }
 
-    pub(super) fn member(&self) -> Option<crate::id::EndpointId> {
-        self.0.shared.member(self.key())
-    }
-
-    pub(super) fn send(&self, requests: &[ContextRequest]) -> Outcome {
-        self.0.shared.send_contexts(self.key(), requests)
-    }
-
-    /// Takes a PASID, for whose context there is room.
-    pub(super) fn take(&self, pasid: Pasid) -> Result<(), ContextError> {
-        let mut taken = self.0.taken.lock();
-        if taken.contains(&pasid) {
-            return Err(ContextError::Taken { pasid });
-        }
-        let limit = self.0.limit;
-        if taken.len() >= limit {
-            return Err(ContextError::TooMany { limit });
-        }
-        // Within the capacity: allocates nothing.
-        taken.push(pasid);
-        Ok(())
-    }
-
-    pub(super) fn give_back(&self, pasid: Pasid) {
-        self.0.taken.lock().retain(|other| *other != pasid);
+    pub(super) fn shared(&self) -> &Arc<Shared<P>> {
+        &self.0.shared
     }
 }
 
 /// Whether it is known that the device has nothing of a context.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Known {
+pub(super) enum Known {
     Yes,
     No,
 }

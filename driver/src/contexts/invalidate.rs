@@ -1,12 +1,48 @@
-//! From what is stale in a table to requests that say so.
+//! From what is stale in a table to requests that say so, and to their end.
 
+use super::claim::Claim;
 use super::pasid::Pasid;
-use super::table::{Stale, StaleEntries};
+use super::table::{Invalidation, PageTable, Stale, StaleEntries, TableMemory};
 use super::wire::{ContextRequest, Invalidate};
+use crate::platform::Platform;
+use crate::queue::Outcome;
 use alloc::vec::Vec;
 
 /// More requests than this are one for the whole context.
 const MAX_REQUESTS: usize = 32;
+
+/// Has the device forget all that is stale in a table: of one context, or of one of a table of descriptors.
+pub(super) async fn stale<P: Platform, M: TableMemory>(
+    claim: &Claim<P>,
+    pasid: Pasid,
+    table: &mut PageTable<M>,
+) -> Outcome {
+    let granule = table.granule();
+    let mut begun = Begun { invalidation: Some(table.begin_invalidation()), table };
+    let ranges = begun.invalidation.as_ref().map_or(&[][..], Invalidation::ranges);
+    let (requests, key) = (requests(pasid, ranges, granule), claim.key);
+    let shared = claim.contexts.shared();
+    shared.invalidate(key.domain, &requests, |state| state.engine.is_cached(key)).await?;
+    if let Some(invalidation) = begun.invalidation.take() {
+        // SAFETY: this table's, and the device confirmed each of its ranges just now, or has nothing of the context.
+        unsafe { begun.table.confirm(invalidation) };
+    }
+    Ok(())
+}
+
+/// An invalidation that failed, or was dropped, unless it was taken out: all of it is stale again.
+struct Begun<'a, M: TableMemory> {
+    table: &'a mut PageTable<M>,
+    invalidation: Option<Invalidation>,
+}
+
+impl<M: TableMemory> Drop for Begun<'_, M> {
+    fn drop(&mut self) {
+        if let Some(invalidation) = self.invalidation.take() {
+            self.table.abandon(invalidation);
+        }
+    }
+}
 
 /// INVALIDATE requests for exactly these ranges: each for a power of two of the smallest pages, aligned to it, since some
 /// hardware knows no others and would do less for them. Or one for the whole context, where that is shorter.

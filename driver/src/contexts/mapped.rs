@@ -1,29 +1,29 @@
 //! Contexts that are driven by MAP and UNMAP with their PASID.
 
+use super::claim::Claim;
 use super::error::{ContextError, ContextMapError, ContextUnmapError};
 use super::handle::Contexts;
 use super::pasid::Pasid;
-use super::wire::ContextRequest;
 use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::exchange::{Need, Shared, State};
 use crate::platform::Platform;
 use crate::prot::Prot;
-use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
 /// A context of a domain in which memory is mapped by requests.
 ///
-/// Dropping it without [`remove`](Self::remove) leaves it, and all that is mapped, with the device.
+/// Dropping it without [`remove`](Self::remove) leaves it, and all that is mapped, with the device until its PASID is added
+/// again, or the device loses it.
 pub struct MappedContext<P: Platform> {
-    contexts: Contexts<P>,
+    claim: Claim<P>,
     pasid: Pasid,
-    /// By first address, as the device has them or may have them: the last address.
-    mappings: BTreeMap<u64, u64>,
 }
 
 impl<P: Platform> MappedContext<P> {
-    pub(super) fn new(contexts: Contexts<P>, pasid: Pasid) -> Self {
-        Self { contexts, pasid, mappings: BTreeMap::new() }
+    pub(super) fn new(claim: Claim<P>, pasid: Pasid) -> Self {
+        Self { claim, pasid }
     }
 
     /// Its number.
@@ -31,9 +31,15 @@ impl<P: Platform> MappedContext<P> {
         self.pasid
     }
 
-    /// What the device has mapped in it, or may have, in ascending order.
+    /// What is mapped in it, or may be, in ascending order. The lock is not held between two.
     pub fn mappings(&self) -> impl Iterator<Item = IovaRange> + '_ {
-        self.mappings.iter().filter_map(|(start, last)| IovaRange::new(Iova::new(*start), Iova::new(*last)))
+        let mut from = Some(Iova::new(0));
+        core::iter::from_fn(move || {
+            let engine = &self.shared().state.lock().engine;
+            let range = engine.next_context_mapping(self.claim.key, from?)?;
+            from = range.last().checked_add(1);
+            Some(range)
+        })
     }
 
     /// Maps `len` bytes at `iova` (MAP_CONTEXT, which is this project's own). Waits for the device. Allocates.
@@ -51,55 +57,41 @@ impl<P: Platform> MappedContext<P> {
         len: u64,
         prot: Prot,
     ) -> Result<(), ContextMapError> {
-        let range = self.check(iova, phys, len, prot)?;
-        let request = ContextRequest::Map { pasid: self.pasid, range, phys, prot };
-        match self.contexts.send(&[request]) {
-            Ok(()) => {
-                self.mappings.insert(range.start().get(), range.last().get());
-                Ok(())
-            }
-            Err(error) if error.outcome_unknown() => {
-                self.mappings.insert(range.start().get(), range.last().get());
-                Err(ContextMapError::Unknown(error))
-            }
-            Err(error) => Err(ContextMapError::Refused(error)),
-        }
+        let shared = Arc::clone(self.shared());
+        // SAFETY: the caller's promise is the same.
+        shared.block_on(unsafe { self.map_async(iova, phys, len, prot) })
     }
 
-    fn check(&self, iova: Iova, phys: PhysAddr, len: u64, prot: Prot) -> Result<IovaRange, ContextMapError> {
-        let inner = self.contexts.inner();
-        let granule = inner.granule;
-        for value in [iova.get(), phys.get(), len] {
-            if !value.is_multiple_of(granule) {
-                return Err(ContextMapError::Misaligned { value, granule });
-            }
-        }
-        // One byte cannot be said, with a granule of one.
-        if len < 2 {
-            return Err(ContextMapError::Empty);
-        }
-        let wraps = ContextMapError::Wraps { phys, len };
-        let range = IovaRange::from_len(iova, len).ok_or(wraps)?;
-        if phys.checked_add(len - 1).is_none() {
-            return Err(wraps);
-        }
-        let key = self.contexts.key();
-        {
-            let state = inner.shared.state.lock();
-            let geometry = state.engine.geometry;
-            let mmio = prot.contains(Prot::MMIO) && !geometry.mmio_flag;
-            if mmio || !Prot::all().contains(prot) || !prot.intersects(Prot::READ | Prot::WRITE) {
-                return Err(ContextMapError::Prot { prot });
-            }
-            let free = state.engine.unreserved_in(key, range);
-            if !geometry.usable.contains(range) || free != Some(range) {
-                return Err(ContextMapError::Unusable { range });
-            }
-        }
-        match self.mappings().find(|mapping| mapping.overlaps(range)) {
-            Some(range) => Err(ContextMapError::InUse { range }),
-            None => Ok(range),
-        }
+    /// [`map`](Self::map) as a future. Dropped before its end it leaves the mapping, if it was sent, in the context.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there, and where the future is dropped.
+    pub async unsafe fn map_async(
+        &mut self,
+        iova: Iova,
+        phys: PhysAddr,
+        len: u64,
+        prot: Prot,
+    ) -> Result<(), ContextMapError> {
+        let range = check(self.contexts().granule(), iova, phys, len)?;
+        let (shared, key) = (self.shared(), self.claim.key);
+        let lacking = { shared.state.lock().engine.context_lacks(key) };
+        let spare = Vec::with_capacity(lacking);
+        // Two statements, so that what is not needed is freed without the lock.
+        let unused = { shared.state.lock().engine.grow_context(key, spare) };
+        drop(unused);
+        let begun = shared.with_slot(Need::Slot, |state| {
+            let begun = state.engine.begin_context_map(key, (range, phys, prot))?;
+            Ok(shared.submit_context(state, Some(key.domain), begun))
+        });
+        let batch = begun.await.map_err(ContextMapError::Refused)??;
+        shared.finish(batch).await.map_err(|error| match error.outcome_unknown() {
+            true => ContextMapError::Unknown(error),
+            false => ContextMapError::Refused(error),
+        })
     }
 
     /// Unmaps all mappings in the range, which may have holes (UNMAP_CONTEXT, which is this project's own). Waits for the
@@ -108,19 +100,33 @@ impl<P: Platform> MappedContext<P> {
     /// # Errors
     /// [`ContextUnmapError`]: they count as mapped.
     pub fn unmap(&mut self, range: IovaRange) -> Result<(), ContextUnmapError> {
-        let met: Vec<IovaRange> = self.mappings().filter(|mapping| mapping.overlaps(range)).collect();
-        if let Some(mapping) = met.iter().find(|mapping| !range.contains(**mapping)) {
-            return Err(ContextUnmapError::Splits { mapping: *mapping });
+        let shared = Arc::clone(self.shared());
+        shared.block_on(self.unmap_async(range))
+    }
+
+    /// [`unmap`](Self::unmap) as a future. Dropped before its end it leaves the mappings in the context.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn unmap_async(&mut self, range: IovaRange) -> Result<(), ContextUnmapError> {
+        let (shared, key) = (self.shared(), self.claim.key);
+        let begin = |state: &mut State| {
+            let begun = state.engine.begin_context_unmap(key, range)?;
+            Ok(begun.map(|begun| shared.submit_context(state, Some(key.domain), begun)))
+        };
+        // What the device does not have takes no slot.
+        let absent = {
+            let mut state = shared.state.lock();
+            state.engine.is_context_absent(key).then(|| begin(&mut state))
+        };
+        let begun = match absent {
+            Some(done) => done,
+            None => shared.with_slot(Need::Slot, begin).await.map_err(ContextUnmapError::Request)?,
+        };
+        match begun? {
+            Some(batch) => shared.finish(batch).await.map_err(ContextUnmapError::Request),
+            None => Ok(()),
         }
-        let (Some(first), Some(last)) = (met.first(), met.last()) else { return Ok(()) };
-        let Some(covered) = IovaRange::new(first.start(), last.last()) else { return Ok(()) };
-        self.contexts
-            .send(&[ContextRequest::Unmap { pasid: self.pasid, range: covered }])
-            .map_err(ContextUnmapError::Request)?;
-        for mapping in met {
-            self.mappings.remove(&mapping.start().get());
-        }
-        Ok(())
     }
 
     /// Removes the context, and all that is mapped in it. Waits for the device.
@@ -128,15 +134,49 @@ impl<P: Platform> MappedContext<P> {
     /// # Errors
     /// The context, and why: its mappings count as mapped.
     pub fn remove(self) -> Result<(), (Self, ContextError)> {
-        match self.contexts.detach(self.pasid) {
+        let shared = Arc::clone(self.shared());
+        shared.block_on(self.remove_async())
+    }
+
+    /// [`remove`](Self::remove) as a future. Dropped before its end it leaves the context with the device, as dropping the
+    /// context does.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn remove_async(self) -> Result<(), (Self, ContextError)> {
+        match self.contexts().remove(self.claim.key).await {
             Ok(()) => Ok(()),
             Err(error) => Err((self, error)),
         }
     }
+
+    fn contexts(&self) -> &Contexts<P> {
+        &self.claim.contexts
+    }
+
+    fn shared(&self) -> &Arc<Shared<P>> {
+        self.contexts().shared()
+    }
+}
+
+/// Refuses addresses that cannot be, whatever is mapped.
+fn check(granule: u64, iova: Iova, phys: PhysAddr, len: u64) -> Result<IovaRange, ContextMapError> {
+    for value in [iova.get(), phys.get(), len] {
+        if !value.is_multiple_of(granule) {
+            return Err(ContextMapError::Misaligned { value, granule });
+        }
+    }
+    // One byte cannot be said, with a granule of one.
+    if len < 2 {
+        return Err(ContextMapError::Empty);
+    }
+    let wraps = ContextMapError::Wraps { phys, len };
+    let range = IovaRange::from_len(iova, len).ok_or(wraps)?;
+    phys.checked_add(len - 1).map(|_| range).ok_or(wraps)
 }
 
 impl<P: Platform> fmt::Debug for MappedContext<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "MappedContext({:?}, {})", self.contexts, self.pasid)
+        write!(f, "MappedContext({:?}, {})", self.claim.contexts, self.pasid)
     }
 }

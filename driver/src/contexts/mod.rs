@@ -1,6 +1,7 @@
 #![doc = include_str!("README.md")]
 
 mod anonymous;
+mod claim;
 mod descriptors;
 mod error;
 mod handle;
@@ -10,6 +11,7 @@ pub mod nested;
 mod owned;
 mod pages;
 mod pasid;
+mod replay;
 mod send;
 mod support;
 pub mod table;
@@ -24,4 +26,4 @@ pub use owned::{NotAdded, OwnedContext};
 pub use pages::{PageAnswer, PageGroup, PageGroups, PageWanted, Taken};
 pub use pasid::{PageGroupId, Pasid};
 pub use support::{ContextSupport, SupportError};
-pub(crate) use wire::Encoded;
+pub(crate) use wire::{ContextRequest, Encoded, TableDescription};

@@ -1,109 +1,85 @@
-//! Sending requests of the draft: all of a list, with one doorbell for as many as the ring takes.
+//! Sending requests of the draft, one or a list of them, and waiting for the answers.
 
 use super::wire::ContextRequest;
-use crate::engine::{Attachment, DomainKey};
+use crate::engine::{DomainKey, Op};
 use crate::error::RequestError;
-use crate::exchange::{Need, Shared};
-use crate::id::{DomainId, EndpointId};
+use crate::exchange::{Need, Shared, State};
+use crate::id::DomainId;
 use crate::platform::Platform;
 use crate::queue::{Batch, Outcome};
 
 impl<P: Platform> Shared<P> {
-    /// Sends requests in their order and waits for all of them. The first error, of which there may be more; one after
-    /// which the outcome is unknown counts more than one that is known.
+    /// Submits one request of the draft and publishes it. Called under the lock, by whoever made sure of a slot.
     ///
-    /// Whatever the caller wrote to tables before is visible to the device that sees the requests: publishing them is a
-    /// store with release order.
-    pub(super) fn send_contexts(&self, key: DomainKey, requests: &[ContextRequest]) -> Outcome {
-        self.block_on(async {
-            let mut result = Ok(());
-            let mut sent = 0;
-            while sent < requests.len() {
-                let batch = self
-                    .with_slot(Need::Slot, |state| {
-                        let mut batch = Batch::default();
-                        // The domain's record lives as long as its handle, which the caller has.
-                        let Some(id) = state.engine.domain(key).map(|domain| domain.id) else { return batch };
-                        while let Some(request) = requests.get(sent) {
-                            if !state.requests.submit_context(&request.encode(id), &mut batch) {
-                                break;
-                            }
-                            sent += 1;
-                            state.sent += 1;
-                            state.engine.count_request(key);
-                        }
-                        state.publish(Some(key), &self.doorbell);
-                        batch
-                    })
-                    .await;
-                let batch = match batch {
-                    Ok(batch) if batch.is_empty() => return worse(result, Err(RequestError::NoSlot)),
-                    Ok(batch) => batch,
-                    Err(error) => return worse(result, Err(error)),
-                };
-                self.wait(batch, |_, answer| {
-                    result = worse(result, answer.map_err(|(_, error)| error));
-                })
-                .await;
-            }
-            result
-        })
+    /// Whatever was written to tables before is visible to a device that sees it: publishing is a store with release order.
+    pub(super) fn submit_context(
+        &self,
+        state: &mut State,
+        domain: Option<DomainKey>,
+        (request, op): (ContextRequest, Op),
+    ) -> Batch {
+        let mut batch = Batch::default();
+        state.submit_context(domain, request, op, &mut batch);
+        state.publish(domain, &self.doorbell);
+        batch
     }
 
-    /// Sends a request that is about no domain and waits for it.
-    pub(super) fn send_response(&self, request: ContextRequest) -> Outcome {
-        self.block_on(async {
-            let batch = self
-                .with_slot(Need::Slot, |state| {
-                    let mut batch = Batch::default();
-                    if state.requests.submit_context(&request.encode(DomainId::new(0)), &mut batch) {
-                        state.sent += 1;
-                    }
-                    state.publish(None, &self.doorbell);
-                    batch
-                })
-                .await?;
-            match batch.is_empty() {
-                true => Err(RequestError::NoSlot),
-                false => self.finish(batch).await,
+    /// Sends INVALIDATE requests in their order, as many by one doorbell as the ring takes, and waits for all of them. Sends
+    /// nothing, and succeeds, where the device has nothing of the domain's any more. The first error, of which there may be
+    /// more.
+    pub(super) async fn invalidate(
+        &self,
+        domain: DomainKey,
+        requests: &[ContextRequest],
+        is_cached: impl Fn(&State) -> Result<bool, RequestError>,
+    ) -> Outcome {
+        let mut result = Ok(());
+        let mut sent = 0;
+        while sent < requests.len() {
+            // What a domain that died had cached went with it, which takes no slot to know.
+            if !is_cached(&self.state.lock())? {
+                return result;
             }
-        })
-    }
-
-    /// An endpoint that the device confirmed to be in the domain.
-    pub(super) fn member(&self, key: DomainKey) -> Option<EndpointId> {
-        let state = self.state.lock();
-        let mut done = None;
-        // Bounded: each round goes to a higher number.
-        while let Some(endpoint) = state.engine.next_attached(done) {
-            done = Some(endpoint);
-            let record = state.engine.endpoint(endpoint);
-            if record.is_some_and(|record| record.attachment == Attachment::Attached(key)) {
-                return Some(endpoint);
+            let batch = self.with_slot(Need::Slot, |state| {
+                let mut batch = Batch::default();
+                // A recovery may have been waited for.
+                if !is_cached(state)? {
+                    return Ok(batch);
+                }
+                while let Some(request) = requests.get(sent).filter(|_| state.requests.can_submit(false)) {
+                    state.submit_context(Some(domain), *request, Op::None, &mut batch);
+                    sent += 1;
+                }
+                state.publish(Some(domain), &self.doorbell);
+                Ok(batch)
+            });
+            let batch = batch.await??;
+            if batch.is_empty() {
+                return result;
             }
+            self.wait(batch, |_, answer| result = result.and(answer.map_err(|(_, error)| error))).await;
         }
-        None
-    }
-
-    /// Whether an endpoint may be in the domain, or in one that the device had under its number before, of which that is not
-    /// known for certain.
-    pub(super) fn is_in_doubt(&self, key: DomainKey) -> bool {
-        let state = self.state.lock();
-        state.engine.domain(key).is_some_and(|domain| domain.possible != domain.attached())
-    }
-
-    /// Whether the device has nothing of the domain: no endpoint is or may be in it, and none bypasses.
-    pub(super) fn is_dead(&self, key: DomainKey) -> bool {
-        let state = self.state.lock();
-        let empty = state.engine.domain(key).is_none_or(|domain| domain.possible == 0);
-        empty && state.engine.bypass_closed
+        result
     }
 }
 
-fn worse(first: Outcome, second: Outcome) -> Outcome {
-    match (first, second) {
-        (Err(known), Err(error)) if error.outcome_unknown() && !known.outcome_unknown() => Err(error),
-        (Ok(()), second) => second,
-        (first, _) => first,
+impl State {
+    /// Puts a request of the draft into the ring. The caller made sure of a slot. Of a domain that is gone, which whoever
+    /// has a handle of prevents, the number is 0.
+    pub(super) fn submit_context(
+        &mut self,
+        domain: Option<DomainKey>,
+        request: ContextRequest,
+        op: Op,
+        batch: &mut Batch,
+    ) {
+        let record = domain.and_then(|key| self.engine.domain(key));
+        let id = record.map_or(DomainId::new(0), |domain| domain.id);
+        let submitted = self.requests.submit_context(&request.encode(id), op, batch);
+        debug_assert!(submitted, "the caller makes sure of a slot");
+        self.sent += 1;
+        if let Some(key) = domain {
+            self.engine.count_request(key);
+        }
     }
 }

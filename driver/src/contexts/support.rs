@@ -61,25 +61,30 @@ impl<P: Platform> Viommu<P> {
     /// # Errors
     /// [`SupportError`].
     pub fn context_support(&self, endpoint: EndpointId) -> Result<ContextSupport, SupportError> {
+        self.shared.block_on(self.context_support_async(endpoint))
+    }
+
+    /// [`context_support`](Self::context_support) as a future.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn context_support_async(&self, endpoint: EndpointId) -> Result<ContextSupport, SupportError> {
         if !self.features().contains(Features::CONTEXTS | Features::PROBE) {
             return Err(SupportError::NoFeature);
         }
         let shared = &self.shared;
         let mut area = vec![0; self.probe_size];
         let request = Request::Probe { endpoint };
-        let outcome = shared.block_on(async {
-            let submit = |state: &mut State| shared.submit_one(state, &request, Op::Probe);
-            let batch = shared.with_slot(Need::Probe, submit).await?;
-            let mut result = Ok(());
-            let each = |state: &mut State, answer: Answer| {
-                result = answer.map_err(|(_, error)| error);
-                // Under the same lock that took the answer: the next PROBE cannot overwrite it.
-                state.requests.copy_properties(&mut area);
-            };
-            shared.wait(batch, each).await;
-            result
-        });
-        outcome.map_err(SupportError::Request)?;
+        let submit = |state: &mut State| shared.submit_one(state, &request, Op::Probe);
+        let batch = shared.with_slot(Need::Probe, submit).await.map_err(SupportError::Request)?;
+        let mut result = Ok(());
+        let each = |state: &mut State, answer: Answer| {
+            result = answer.map_err(|(_, error)| error);
+            // Under the same lock that took the answer: the next PROBE cannot overwrite it.
+            state.requests.copy_properties(&mut area);
+        };
+        shared.wait(batch, each).await;
+        result.map_err(SupportError::Request)?;
         Ok(parse(&area))
     }
 }

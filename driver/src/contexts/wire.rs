@@ -55,19 +55,37 @@ pub(crate) struct Encoded {
 
 /// A request of the draft.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ContextRequest {
-    AttachTable { endpoint: EndpointId, pasid: Pasid, table: TableDescription },
-    AttachDescriptors { endpoint: EndpointId, table: DescriptorsDescription },
-    DetachPasid { endpoint: EndpointId, pasid: Pasid },
-    Map { pasid: Pasid, range: IovaRange, phys: PhysAddr, prot: Prot },
-    Unmap { pasid: Pasid, range: IovaRange },
+pub(crate) enum ContextRequest {
+    /// Without a PASID it is a table of context descriptors.
+    AttachTable {
+        endpoint: EndpointId,
+        pasid: Option<Pasid>,
+        table: TableDescription,
+    },
+    DetachPasid {
+        endpoint: EndpointId,
+        pasid: Pasid,
+    },
+    Map {
+        pasid: Pasid,
+        range: IovaRange,
+        phys: PhysAddr,
+        prot: Prot,
+    },
+    Unmap {
+        pasid: Pasid,
+        range: IovaRange,
+    },
     Invalidate(Invalidate),
-    PageResponse { group: PageGroupId, answer: PageAnswer },
+    PageResponse {
+        group: PageGroupId,
+        answer: PageAnswer,
+    },
 }
 
 /// What is to be forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Invalidate {
+pub(crate) enum Invalidate {
     /// Everything of the domain.
     Domain,
     /// All translations of a context.
@@ -80,11 +98,12 @@ pub(super) enum Invalidate {
 
 /// What ATTACH_TABLE says of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum TableDescription {
+pub(crate) enum TableDescription {
     Mapped,
     Arm { asid: u16, registers: ArmRegisters },
     Vtd { root: PhysAddr },
     Riscv { mode: u8, root: PhysAddr },
+    Descriptors { s1fmt: u8, s1dss: u8, s1cdmax: u32, root: PhysAddr },
 }
 
 impl TableDescription {
@@ -97,20 +116,10 @@ impl TableDescription {
             _ => Self::Vtd { root },
         }
     }
-}
 
-/// What ATTACH_TABLE says of a table of context descriptors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct DescriptorsDescription {
-    s1fmt: u8,
-    s1dss: u8,
-    s1cdmax: u32,
-    root: PhysAddr,
-}
-
-impl DescriptorsDescription {
-    pub(super) fn of<M: TableMemory>(table: &ContextTable<M>, s1dss: u8) -> Self {
-        Self { s1fmt: table.arrangement().s1fmt(), s1dss, s1cdmax: table.pasid_bits(), root: table.root() }
+    pub(super) fn of_descriptors<M: TableMemory>(table: &ContextTable<M>, s1dss: u8) -> Self {
+        let (s1fmt, s1cdmax) = (table.arrangement().s1fmt(), table.pasid_bits());
+        Self::Descriptors { s1fmt, s1dss, s1cdmax, root: table.root() }
     }
 }
 
@@ -161,16 +170,12 @@ impl ContextRequest {
         match *self {
             Self::AttachTable { endpoint, pasid, table } => {
                 let bytes = Bytes::new(TYPE_ATTACH_TABLE).word(4, domain).word(8, endpoint.get());
-                table.put(bytes.word(12, PASID_VALID).word(20, pasid.get())).of_len(84)
+                let bytes = match pasid {
+                    Some(pasid) => bytes.word(12, PASID_VALID).word(20, pasid.get()),
+                    None => bytes,
+                };
+                table.put(bytes).of_len(84)
             }
-            Self::AttachDescriptors { endpoint, table } => Bytes::new(TYPE_ATTACH_TABLE)
-                .word(4, domain)
-                .word(8, endpoint.get())
-                .half(16, FORMAT_SMMU_V3)
-                .put(18, [table.s1fmt, table.s1dss])
-                .word(20, table.s1cdmax)
-                .long(24, table.root.get())
-                .of_len(84),
             Self::DetachPasid { endpoint, pasid } => Bytes::new(TYPE_DETACH)
                 .word(4, domain)
                 .word(8, endpoint.get())
@@ -218,6 +223,9 @@ impl TableDescription {
             Self::Vtd { root } => bytes.half(16, FORMAT_VTD).long(24, root.get()).word(40, 48),
             Self::Riscv { mode, root } => {
                 bytes.half(16, FORMAT_RISCV).put(18, [mode]).long(24, root.get() >> 12)
+            }
+            Self::Descriptors { s1fmt, s1dss, s1cdmax, root } => {
+                bytes.half(16, FORMAT_SMMU_V3).put(18, [s1fmt, s1dss]).word(20, s1cdmax).long(24, root.get())
             }
         }
     }
@@ -307,7 +315,8 @@ mod tests {
 
     #[test]
     fn attach_table_of_each_format() {
-        let with = |table| set(ContextRequest::AttachTable { endpoint: ENDPOINT, pasid: pasid(), table });
+        let with =
+            |table| set(ContextRequest::AttachTable { endpoint: ENDPOINT, pasid: Some(pasid()), table });
         let head = [(0, 6), (4, 1), (5, 2), (6, 3), (7, 4), (8, 5), (9, 6), (10, 7), (11, 8), (12, 1)];
         let number = [(20, 0x0a), (21, 0x0b), (22, 0x0c)];
         let expect = |format: &[(usize, u8)], body: &[(usize, u8)]| {
@@ -323,6 +332,12 @@ mod tests {
         let registers = ArmRegisters { tcr: 0x11, ttbr0: 0x2200, mair: 0x04ff };
         let arm = TableDescription::Arm { asid: 0x77, registers };
         assert_eq!(with(arm), expect(&[(16, 1), (18, 0x77)], &[(24, 0x11), (33, 0x22), (48, 0xff), (49, 4)]));
+        let root = PhysAddr::new(0x12_3000);
+        let table = TableDescription::Descriptors { s1fmt: 2, s1dss: 1, s1cdmax: 12, root };
+        let descriptors = set(ContextRequest::AttachTable { endpoint: ENDPOINT, pasid: None, table });
+        // As the others up to the flags, which say that there is no PASID.
+        let rest = [(16, 2), (18, 2), (19, 1), (20, 12), (25, 0x30), (26, 0x12)];
+        assert_eq!(descriptors, (84, [&head[..9], &rest[..]].concat()));
     }
 
     #[test]

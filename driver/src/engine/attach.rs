@@ -92,7 +92,7 @@ impl Engine {
         };
         let domain = self.domain(key).ok_or(AttachError::DeadDomain)?;
         // Mappings that the device may still have, or get, or have lost, although no endpoint is known to be there.
-        if domain.attached() == 0 && domain.space.is_in_doubt() {
+        if domain.attached() == 0 && domain.is_in_doubt() {
             return Err(AttachError::DeadDomain);
         }
         self.reserve_for(at, key)?;
@@ -120,6 +120,10 @@ impl Engine {
         let endpoint = endpoints[at].id;
         for region in endpoints[at].reserved.iter() {
             let region = region.range.rounded_out(granule);
+            #[cfg(feature = "contexts")]
+            if domain.context_mapping_in(region).is_some() {
+                return Err(AttachError::ReservedInUse { endpoint, region });
+            }
             domain.space.reserve(region).map_err(|error| match error {
                 ReserveError::InUse => AttachError::ReservedInUse { endpoint, region },
                 ReserveError::ListFull => AttachError::TooManyReserved { endpoint },
@@ -138,9 +142,8 @@ impl Engine {
     ) -> Result<AttachPlan, AttachError> {
         let translated = DomainKind::Translated;
         // With mappings of its own it would seem to have them on the device, where the number is another's.
-        let fits = |domain: &DomainRecord| {
-            domain.possible == 0 && domain.kind == translated && domain.space.is_empty()
-        };
+        let fits =
+            |domain: &DomainRecord| domain.possible == 0 && domain.kind == translated && domain.is_empty();
         let empty = self.domain(key).is_some_and(fits);
         // What it is in has to be empty too: an identity domain never is.
         let alone =
@@ -198,7 +201,7 @@ impl Engine {
     /// where it has mappings, where something is under way, or where it is done already.
     pub(crate) fn begin_renumber(&mut self, key: DomainKey) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };
-        let quiet = domain.space.is_empty() && domain.attached() == domain.possible;
+        let quiet = domain.is_empty() && domain.attached() == domain.possible;
         if !quiet || domain.is_in_transition() {
             return false;
         }

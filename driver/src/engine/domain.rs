@@ -92,6 +92,8 @@ pub(crate) struct DomainRecord {
     pub reviving: bool,
     /// The embedder let go of the domain: its record goes as soon as nothing depends on it.
     pub orphaned: bool,
+    #[cfg(feature = "contexts")]
+    pub contexts: super::ContextRecords,
 }
 
 impl DomainRecord {
@@ -110,6 +112,8 @@ impl DomainRecord {
             in_transition: false,
             reviving: false,
             orphaned: false,
+            #[cfg(feature = "contexts")]
+            contexts: super::ContextRecords::new(),
         }
     }
 
@@ -152,14 +156,33 @@ impl DomainRecord {
         self.mappable = if takes { self.key } else { DomainKey::NONE };
     }
 
+    /// Whether nothing is mapped in it, and it has no contexts.
+    #[inline(always)]
+    pub(crate) fn is_empty(&self) -> bool {
+        #[cfg(feature = "contexts")]
+        if self.has_contexts() {
+            return false;
+        }
+        self.space.is_empty()
+    }
+
+    /// Whether the device may have something of it although no endpoint is known to be in it.
+    pub(crate) fn is_in_doubt(&self) -> bool {
+        #[cfg(feature = "contexts")]
+        if self.has_contexts_there() {
+            return true;
+        }
+        self.space.is_in_doubt()
+    }
+
     /// Whether nothing on the device's side or in the quarantine depends on the record.
     pub(crate) fn is_idle(&self) -> bool {
-        self.possible == 0 && self.space.is_empty()
+        self.possible == 0 && self.is_empty()
     }
 
     /// Whether nobody holds the domain, and nothing is mapped in it.
     pub(crate) fn is_deserted(&self) -> bool {
-        self.orphaned && self.space.is_empty()
+        self.orphaned && self.is_empty()
     }
 
     /// Refuses what must never be sent (I5).

@@ -19,7 +19,7 @@ impl DomainRecord {
     /// Whether nothing happens when its first endpoint comes or its last one leaves.
     fn is_quiet(&self) -> bool {
         // What is deferred is mapped.
-        self.space.is_empty() && !self.orphaned && !self.is_in_transition() && !self.reviving
+        self.is_empty() && !self.orphaned && !self.is_in_transition() && !self.reviving
     }
 }
 

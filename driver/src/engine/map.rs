@@ -341,8 +341,12 @@ impl Engine {
     /// Whether a domain that has an endpoint again lost mappings. They are to be replayed then, and nothing new
     /// is mapped before [`end_transition`](Self::end_transition).
     pub(crate) fn begin_replay(&mut self, key: DomainKey) -> bool {
+        #[cfg(feature = "contexts")]
+        let contexts = self.has_contexts_to_tell(key);
+        #[cfg(not(feature = "contexts"))]
+        let contexts = false;
         let Some(domain) = self.domain_mut(key) else { return false };
-        let needed = !domain.is_in_transition() && domain.space.tally().lost > 0;
+        let needed = !domain.is_in_transition() && (domain.space.tally().lost > 0 || contexts);
         if needed {
             domain.set_in_transition(true);
         }

@@ -6,6 +6,8 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+#[cfg(feature = "contexts")]
+mod context;
 mod deferred;
 mod domain;
 mod endpoint;
@@ -21,6 +23,8 @@ mod space;
 mod tag;
 
 pub(crate) use attach::AttachPlan;
+#[cfg(feature = "contexts")]
+pub(crate) use context::{ContextEffect, ContextKey, ContextRecords, ToldAgain};
 pub(crate) use deferred::{Deferral, DeferredList, FlushDue, MERGED, first_run};
 pub use domain::DomainStats;
 pub(crate) use domain::{Counts, DomainRecord};
@@ -39,7 +43,8 @@ use crate::options::{DomainKind, Options};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
-use space::{Room, Space};
+use space::Room;
+pub(crate) use space::Space;
 use tag::Tags;
 
 /// Names a domain's record: its place in the lower half, and a generation that tells it from a later one there in the
@@ -108,6 +113,12 @@ pub(crate) enum Op {
         /// The first.
         record: MappingHandle,
     },
+    /// A request of the draft, about a context.
+    #[cfg(feature = "contexts")]
+    Context {
+        context: ContextKey,
+        effect: ContextEffect,
+    },
 }
 
 impl Op {
@@ -121,6 +132,8 @@ impl Op {
             Self::Map { domain, .. } | Self::Replay { domain, .. } | Self::Unmap { domain, .. } => {
                 Some(domain)
             }
+            #[cfg(feature = "contexts")]
+            Self::Context { context, .. } => Some(context.domain),
         }
     }
 }
@@ -369,7 +382,13 @@ impl Engine {
     pub(crate) fn quarantined(&self) -> (usize, u64) {
         self.domains.iter().flatten().fold((0, 0), |(count, bytes), domain| {
             let tally = domain.space.tally();
-            (count + tally.quarantined as usize, bytes + tally.quarantined_bytes)
+            let (count, bytes) = (count + tally.quarantined as usize, bytes + tally.quarantined_bytes);
+            #[cfg(feature = "contexts")]
+            let (count, bytes) = {
+                let (more, more_bytes) = domain.contexts_quarantined();
+                (count + more as usize, bytes + more_bytes)
+            };
+            (count, bytes)
         })
     }
 

@@ -30,6 +30,8 @@ impl Engine {
         }
         for index in 0..self.domains.len() {
             let Some(domain) = self.domains[index].as_mut() else { continue };
+            #[cfg(feature = "contexts")]
+            domain.no_contexts_in_flight();
             domain.space.retain_all(|record| {
                 if record.state == MappingState::QuarantinedInFlight {
                     record.state = MappingState::Quarantined;
@@ -127,7 +129,13 @@ impl Engine {
 
     /// Whether an endpoint may be in what the device knows by a number that the domain had before.
     pub(super) fn is_stranded(&self, key: DomainKey) -> bool {
-        self.domain(key).is_some_and(|domain| domain.space.tally().stranded > 0)
+        self.domain(key).is_some_and(|domain| {
+            #[cfg(feature = "contexts")]
+            if domain.has_stranded_contexts() {
+                return true;
+            }
+            domain.space.tally().stranded > 0
+        })
     }
 
     /// Ends a revival. True if every endpoint was readmitted: what the domain had before is gone then, and its live
@@ -137,6 +145,10 @@ impl Engine {
         let lost = self.next_to_readmit(key, None).is_some();
         let Some(domain) = self.domain_mut(key) else { return false };
         domain.reviving = false;
+        #[cfg(feature = "contexts")]
+        if lost {
+            domain.strand_contexts();
+        }
         if let Some(deferred) = &mut domain.deferred {
             deferred.clear();
         }

@@ -26,6 +26,8 @@ impl Engine {
             Op::Unmap { domain, range, record } => {
                 self.settle_unmap(domain, (range, record), outcome, abandoned);
             }
+            #[cfg(feature = "contexts")]
+            Op::Context { context, effect } => self.settle_context(context, effect, outcome, abandoned),
         }
     }
 
@@ -43,6 +45,8 @@ impl Engine {
             | Op::Unmap { domain, range, .. } => {
                 self.mark(domain, range, MappingState::QuarantinedInFlight);
             }
+            #[cfg(feature = "contexts")]
+            Op::Context { context, effect } => self.lose_context_op(context, effect),
         }
     }
 
@@ -55,7 +59,7 @@ impl Engine {
     }
 
     fn settle_attach(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome, abandoned: bool) {
-        let deserted = |domain: &DomainRecord| domain.attached() == 0 && domain.space.is_in_doubt();
+        let deserted = |domain: &DomainRecord| domain.attached() == 0 && domain.is_in_doubt();
         match outcome {
             Ok(()) => {
                 self.confirmed.attaches += 1;
@@ -262,6 +266,8 @@ impl Engine {
     /// their owners unmap them, or they are replayed; what else was in quarantine, or deferred, is free.
     pub(super) fn revoke(&mut self, index: usize) {
         let Some(domain) = self.domains[index].as_mut() else { return };
+        #[cfg(feature = "contexts")]
+        domain.lose_contexts();
         let deserted = domain.orphaned && domain.possible == 0;
         let counts = &mut domain.counts;
         if let Some(deferred) = &mut domain.deferred {

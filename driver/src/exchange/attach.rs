@@ -31,18 +31,27 @@ impl<P: Platform> Shared<P> {
             let replay = Transition { shared: self, key };
             let replayed = self.replay(key, Need::Slot).await;
             drop(replay);
-            if let Err((range, error)) = replayed {
+            if let Err(unreplayed) = replayed {
                 if let Err(error) = self.detach(endpoint).await {
                     log::error!("endpoint {endpoint} stays attached: {error}");
                 }
-                return Err(AttachError::Replay { endpoint, range, error });
+                return Err(unreplayed.keeps_out(endpoint));
             }
         }
         Ok(sent)
     }
 
-    /// Maps again what a domain lost when it died: one request each, one doorbell for as many as the ring takes.
-    pub(crate) async fn replay(&self, key: DomainKey, need: Need) -> Result<(), (IovaRange, RequestError)> {
+    /// Tells the device again what a domain lost when it died.
+    pub(crate) async fn replay(&self, key: DomainKey, need: Need) -> Result<(), Unreplayed> {
+        let mapped = self.replay_mappings(key, need).await;
+        mapped.map_err(|(range, error)| Unreplayed::Mapping(range, error))?;
+        #[cfg(feature = "contexts")]
+        self.replay_contexts(key, need).await.map_err(Unreplayed::Contexts)?;
+        Ok(())
+    }
+
+    /// Maps again what a domain lost: one request each, one doorbell for as many as the ring takes.
+    async fn replay_mappings(&self, key: DomainKey, need: Need) -> Result<(), (IovaRange, RequestError)> {
         let everything = IovaRange::WHOLE;
         let mut done = None;
         loop {
@@ -152,6 +161,25 @@ pub(crate) fn detach_first<P: Platform>(
         state.succeeded(Op::Detach { endpoint, domain: key });
     }
     Ok(done)
+}
+
+/// What the device did not take again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Unreplayed {
+    Mapping(IovaRange, RequestError),
+    #[cfg(feature = "contexts")]
+    Contexts(RequestError),
+}
+
+impl Unreplayed {
+    /// Why an endpoint is not in the domain then.
+    pub(crate) fn keeps_out(self, endpoint: EndpointId) -> AttachError {
+        match self {
+            Self::Mapping(range, error) => AttachError::Replay { endpoint, range, error },
+            #[cfg(feature = "contexts")]
+            Self::Contexts(error) => AttachError::Contexts { endpoint, error },
+        }
+    }
 }
 
 /// Ends a replay, finished or dropped. What a dropped one did not get to is mapped when an endpoint is attached next.

@@ -7,16 +7,16 @@ use crate::queue::slot::{SlotState, TAIL_AT};
 use crate::wire::request::TAIL_SENTINEL;
 
 impl RequestQueue {
-    /// [`submit`](Self::submit) for a request of the draft. It changes no records.
+    /// [`submit`](Self::submit) for a request of the draft.
     #[must_use]
-    pub(crate) fn submit_context(&mut self, request: &Encoded, batch: &mut Batch) -> bool {
+    pub(crate) fn submit_context(&mut self, request: &Encoded, op: Op, batch: &mut Batch) -> bool {
         if !self.can_submit(false) {
             return false;
         }
         let index = self.free as u16;
         let slot = &mut self.slots[usize::from(index)];
         self.free = usize::from(slot.next);
-        (slot.state, slot.op) = (SlotState::InFlight, Op::None);
+        (slot.state, slot.op) = (SlotState::InFlight, op);
         let memory = self.ring.memory_mut();
         memory.fill_cell::<_, TAIL_AT>(
             usize::from(index),

@@ -149,7 +149,10 @@ fn an_attachment_of_unknown_outcome_keeps_table_and_pasid() {
     assert_eq!(contexts.add_mapped(pasid(1)).err(), Some(ContextError::Taken { pasid: pasid(1) }));
     machine.release(virtio_iommu_model::Release::All);
     viommu.poll();
-    assert_eq!(contexts.add_mapped(pasid(1)).err(), Some(ContextError::Taken { pasid: pasid(1) }));
+    // Now it is known to be there, and nobody's: it goes when the PASID is wanted.
+    let ((), requests, _) = machine.traffic(|| drop(contexts.add_mapped(pasid(1)).unwrap()));
+    assert_eq!(requests, 2, "DETACH with the PASID, and ATTACH_TABLE");
+    assert_eq!(machine.outstanding(), before + 1);
 }
 
 #[test]

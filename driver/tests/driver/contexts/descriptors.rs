@@ -61,6 +61,9 @@ fn what_is_refused_comes_back() {
     machine2.inject([Inject::Refuse(3)]);
     let not_added = contexts.add(pasid(1), table(&viommu, ARM), 1).unwrap_err();
     assert!(not_added.table.is_none());
+    // The PASID is not lost with it.
+    let again = contexts.add(pasid(1), table(&viommu, ARM), 2).unwrap();
+    contexts.remove(again).map_err(|(_, error)| error).unwrap();
     let context = contexts.add(pasid(2), table(&viommu, ARM), 1).unwrap();
     machine2.inject([Inject::Refuse(3)]);
     let (context, _error) = contexts.remove(context).unwrap_err();

@@ -1,11 +1,11 @@
 //! Contexts that are driven by MAP and UNMAP.
 
 use virtio_iommu::contexts::{Anonymous, ContextMapError, ContextUnmapError};
-use virtio_iommu::{Iova, PhysAddr, Prot, RequestError, Status};
-use virtio_iommu_model::{Execute, Inject, Release};
+use virtio_iommu::{AttachError, Iova, PhysAddr, Prot, RequestError, Status};
+use virtio_iommu_model::{Endpoint, Execute, Inject, Release, ReservedRegion};
 
 use super::{attached, pasid, range, reaches, write};
-use crate::support::{PAGE, RW, bytes_of};
+use crate::support::{EP2, PAGE, RW, bytes_of};
 
 #[test]
 fn memory_is_reached_between_map_and_unmap_and_by_its_pasid_alone() {
@@ -109,4 +109,22 @@ fn an_unknown_outcome_counts_as_mapped_and_a_failed_unmap_too() {
     machine.inject([Inject::Refuse(3)]);
     let (context, _error) = context.remove().unwrap_err();
     context.remove().map_err(|(_, error)| error).unwrap();
+}
+
+/// Fails when only the default context's mappings are looked at.
+#[test]
+fn i05_an_endpoint_whose_reserved_region_is_mapped_in_a_context_stays_out() {
+    let (machine, viommu, contexts) = attached(Some(Anonymous::Blocked));
+    let region = ReservedRegion::reserved(0x8000, 0x8fff);
+    machine.device().add_endpoint(Endpoint { reserved: [region].into(), ..Endpoint::new(EP2.get()) });
+    viommu.forget(EP2).unwrap();
+    let memory = machine.memory(2 * PAGE);
+    let mut context = contexts.add_mapped(pasid(5)).unwrap();
+    // SAFETY: the test's own memory.
+    unsafe { context.map(Iova::new(0x7000), memory.phys, 2 * PAGE, RW) }.unwrap();
+    let refused = viommu.attach(EP2, contexts.domain()).map(drop);
+    let expected = AttachError::ReservedInUse { endpoint: EP2, region: range(0x8000, PAGE) };
+    assert_eq!(refused, Err(expected));
+    context.unmap(range(0x7000, 2 * PAGE)).unwrap();
+    viommu.attach(EP2, contexts.domain()).unwrap();
 }

@@ -2,10 +2,13 @@
 
 mod adding;
 mod descriptors;
+mod futures;
+mod late;
 mod mapped;
 mod nested;
 mod owned;
 mod pages;
+mod recovery;
 mod refusals;
 mod tables;
 

@@ -3,10 +3,10 @@
 use virtio_iommu::contexts::table::TableFormat;
 use virtio_iommu::contexts::{Anonymous, ContextsOptions};
 use virtio_iommu::{Iova, Options, RequestError};
-use virtio_iommu_model::{Config, Execute, Inject, Quirks};
+use virtio_iommu_model::{Config, Execute, Inject};
 
 use super::{attached, options, pasid, range, reaches, table};
-use crate::support::{EP, EP2, Machine, PAGE, RW};
+use crate::support::{EP, Machine, PAGE, RW};
 
 #[test]
 fn every_bad_answer_to_an_invalidation_leaves_it_stale() {
@@ -72,71 +72,4 @@ fn a_short_ring_takes_a_batch_in_parts() {
     let (result, requests, kicks) = machine.traffic(|| context.invalidate());
     assert_eq!((result, requests, kicks), (Ok(()), 8, 4), "two slots");
     assert!(!(1..9).any(|page| reaches(&machine, Some(7), 2 * PAGE * page)));
-}
-
-#[test]
-fn after_a_reset_contexts_are_gone_and_their_tables_come_back() {
-    let (machine, viommu, contexts) = attached(Some(Anonymous::Blocked));
-    let before = machine.outstanding();
-    let mut context = contexts.add_owned(pasid(7), table(&viommu, TableFormat::X86_64), 0).unwrap();
-    let mut mapped = contexts.add_mapped(pasid(8)).unwrap();
-    let memory = machine.memory(PAGE);
-    // SAFETY: the test's own memory.
-    unsafe {
-        context.map(Iova::new(PAGE), memory.phys, PAGE, RW).unwrap();
-        mapped.map(Iova::new(PAGE), memory.phys, PAGE, RW).unwrap();
-    }
-    machine.device().fail();
-    // SAFETY: the model ends what was in flight with its reset.
-    unsafe { viommu.recover() }.unwrap();
-    assert!(!reaches(&machine, Some(7), PAGE) && !reaches(&machine, Some(8), PAGE));
-    assert!(context.unmap(range(PAGE, PAGE)).is_err(), "there is no such context");
-    context.remove().map_err(|(_, error)| error).unwrap();
-    mapped.remove().map_err(|(_, error)| error).unwrap();
-    assert_eq!(machine.outstanding(), before);
-    let mut again = contexts.add_mapped(pasid(7)).unwrap();
-    // SAFETY: the test's own memory.
-    unsafe { again.map(Iova::new(PAGE), memory.phys, PAGE, RW) }.unwrap();
-    assert!(reaches(&machine, Some(7), PAGE));
-}
-
-#[test]
-fn a_table_stays_while_an_endpoint_may_be_in_the_domain_of_before() {
-    let quirks = Quirks { domains_survive_reset: true, ..Quirks::default() };
-    let machine = Machine::new(Config { quirks, ..Config::contexts() });
-    let staged = machine.start_with(options()).unwrap();
-    for endpoint in [EP, EP2] {
-        staged.introduce(endpoint).unwrap();
-    }
-    let viommu = staged.go_live().unwrap();
-    let contexts = viommu.create_contexts(ContextsOptions::default()).unwrap();
-    for endpoint in [EP, EP2] {
-        viommu.attach(endpoint, contexts.domain()).unwrap();
-    }
-    let mut context = contexts.add_owned(pasid(7), table(&viommu, TableFormat::X86_64), 0).unwrap();
-    let memory = machine.memory(PAGE);
-    // SAFETY: the test's own memory.
-    unsafe { context.map(Iova::new(PAGE), memory.phys, PAGE, RW) }.unwrap();
-    let pages = machine.outstanding();
-    machine.device().fail();
-    // PROBE and ATTACH of the first, PROBE of the second, and it cannot be moved.
-    machine.inject([Inject::Pass, Inject::Pass, Inject::Pass, Inject::Refuse(3)]);
-    // SAFETY: the model ends what was in flight with its reset.
-    let recovered = unsafe { viommu.recover() }.unwrap();
-    assert_eq!(recovered.lost.len(), 1, "{recovered:?}");
-    let old = |machine: &Machine| {
-        let access = virtio_iommu_model::Access::Write(&[1]);
-        machine
-            .with_device(|device, ram| device.access_context(ram, EP2.get(), Some(7), PAGE, access))
-            .is_ok()
-    };
-    assert!(old(&machine), "the endpoint that was lost is where it was");
-    let (context, _error) = context.remove().unwrap_err();
-    assert_eq!(machine.outstanding(), pages);
-    // SAFETY: as above.
-    let recovered = unsafe { viommu.recover() }.unwrap();
-    assert_eq!(recovered.lost.len(), 0, "{recovered:?}");
-    assert!(!old(&machine));
-    context.remove().map_err(|(_, error)| error).unwrap();
-    assert!(machine.outstanding() < pages);
 }

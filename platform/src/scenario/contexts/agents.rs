@@ -131,6 +131,14 @@ impl Agents {
         }
     }
 
+    /// The device, where it is in this kernel.
+    pub(super) fn software(&self) -> Option<&VirtualIommu> {
+        match self {
+            Self::Software(device) => Some(device),
+            Self::Window(_) => None,
+        }
+    }
+
     /// What the device is, for people.
     pub(super) fn device(&self) -> &'static str {
         match self {

@@ -13,6 +13,7 @@
 //!                      +-- PASID 2    a table of the guest's, Sv39
 //!                      +-- PASID 3    a table of the guest's, VMSAv8-64
 //!                      '-- PASID 4    MAP and UNMAP with a PASID
+//!   other agent --- domain --- table of context descriptors: linear, or in two levels
 //! ```
 
 use alloc::format;
@@ -20,7 +21,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use virtio_iommu::contexts::{Contexts, ContextsOptions};
-use virtio_iommu::{EndpointId, Features, Iova, IovaRange, Options, Stats, Viommu};
+use virtio_iommu::{EndpointId, FaultLimit, Features, Iova, IovaRange, Options, Stats, Viommu};
 
 use super::default::text;
 use super::{give_up, setup, show};
@@ -32,6 +33,8 @@ use crate::report::Report;
 
 mod access;
 mod agents;
+mod descriptors;
+mod groups;
 mod pages;
 mod picture;
 mod place;
@@ -63,9 +66,17 @@ const NO_CONTEXT: u32 = 9;
 const CHECKS_EACH: usize = 4;
 /// The machine's IOMMU, and the rest.
 const CHECKS: usize = 1 + CHECKS_OF_GUEST;
-/// That all is up; contexts; an absent one; stale tables; page requests; another domain; the end.
-const CHECKS_OF_GUEST: usize =
-    2 + CHECKS_EACH * Kind::ALL.len() + 1 + Kind::OWNED.len() + pages::CHECKS + 1 + 2;
+/// That all is up; contexts; an absent one; stale tables; page requests; another domain; descriptors; a reset; the end.
+const CHECKS_OF_GUEST: usize = 2
+    + CHECKS_EACH * Kind::ALL.len()
+    + 1
+    + Kind::OWNED.len()
+    + pages::CHECKS
+    + groups::CHECKS
+    + 1
+    + descriptors::CHECKS
+    + 1
+    + 2;
 
 /// The guest, its IOMMU, and the contexts of the agent's domain.
 struct World {
@@ -81,11 +92,13 @@ struct World {
 }
 
 pub(super) fn run(info: &BootInfo) -> ! {
-    let report = Report::start(CHECKS);
     match info.command_line.get("device") {
-        None => beside_the_machine(info, report),
-        Some("bus") => on_bus(info, report),
-        Some(other) => give_up(report, "device", format_args!("device={other}; there is: device=bus")),
+        None => beside_the_machine(info, Report::start(CHECKS)),
+        // Agents on a bus ask for one page at a time.
+        Some("bus") => on_bus(info, Report::start(CHECKS - groups::CHECKS)),
+        Some(other) => {
+            give_up(Report::start(CHECKS), "device", format_args!("device={other}; there is: device=bus"))
+        }
     }
 }
 
@@ -130,7 +143,7 @@ fn draft(error: String) -> (&'static str, String) {
     ("draft", error)
 }
 
-/// All but the machine. Makes [`CHECKS_OF_GUEST`] checks, and gives what the driver asked of the device, or says which
+/// All but the machine. Makes [`CHECKS_OF_GUEST`] checks, on a bus without those of groups, and gives what the driver asked of the device, or says which
 /// of them cannot be made.
 fn try_all(place: Place, report: &mut Report) -> Result<Stats, (&'static str, String)> {
     let mut world = World::new(place, report).map_err(draft)?;
@@ -140,9 +153,16 @@ fn try_all(place: Place, report: &mut Report) -> Result<Stats, (&'static str, St
     picture::matrix(&world);
     world.try_each(report);
     pages::run(&mut world, report);
+    match world.agents.software().cloned() {
+        Some(device) => groups::run(&mut world, device, report),
+        None => world.told.push("agents on a bus ask for one page at a time: no groups of several".into()),
+    }
     let blocked = world.anonymous_blocked();
     report.check_result("anonymous.none", blocked, ToString::to_string);
     picture::told(&world);
+    descriptors::run(&mut world, report).map_err(|error| ("descriptors", error))?;
+    let reset = world.after_reset();
+    report.check_result("contexts.reset", reset, ToString::to_string);
     let lost = world.nothing_lost();
     let driver = world.driver.clone();
     let removed = world.remove();
@@ -155,7 +175,9 @@ impl World {
     /// Makes the guest, starts its driver, and adds the contexts. Makes two checks.
     fn new(place: Place, report: &mut Report) -> Result<Self, String> {
         let Place { transport, guest, agents } = place;
-        let options = Options { accept_contexts: true, ..Options::default() };
+        // Room for what a flood of page requests leaves.
+        let fault_limit = FaultLimit { records: 4096, ..FaultLimit::default() };
+        let options = Options { accept_contexts: true, fault_limit, ..Options::default() };
         let staged = Viommu::start(transport, guest.clone(), options).map_err(text)?;
         for agent in AGENTS {
             staged.introduce(agent).map_err(text)?;
@@ -317,6 +339,32 @@ impl World {
         space.remove()?;
         self.driver.detach(OTHER_AGENT).map_err(text)?;
         Ok(format!("{} arrives; without one, {blocked}", kind.name()))
+    }
+
+    /// Has the device fail, where it can be told to, and brings it back by a reset.
+    fn reset(&self) -> Result<(), String> {
+        if let Some(device) = self.agents.software() {
+            device.with(|device, _| device.fail());
+        }
+        // SAFETY: the agents do DMA only when this scenario says so.
+        let recovered = unsafe { self.driver.recover() }.map_err(text)?;
+        match recovered.lost.first() {
+            None => Ok(()),
+            Some((agent, error)) => Err(format!("agent {agent} did not come back: {error}")),
+        }
+    }
+
+    /// The device forgets all contexts, and is told of each again: every access ends as before.
+    fn after_reset(&self) -> Result<String, String> {
+        let before = picture::all_tried(self);
+        self.reset()?;
+        if picture::all_tried(self) != before {
+            return Err("a context is not what it was".into());
+        }
+        for (at, space) in self.spaces.iter().enumerate() {
+            self.own_memory(at).map_err(|error| format!("{}: {error}", space.kind.name()))?;
+        }
+        Ok(format!("the device was reset, and told again; {} accesses end as before", before.len()))
     }
 
     /// Removes the contexts. The tables' pages are free again.

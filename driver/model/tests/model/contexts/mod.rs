@@ -2,6 +2,7 @@
 
 mod access;
 mod descriptors;
+mod forms;
 mod invalidate;
 mod pages;
 mod requests;
