@@ -19,7 +19,7 @@ use virtio_iommu_model::{
 use super::GUEST;
 use crate::support::{EP, Machine, PAGE, RW, TestPlatform, bytes_of};
 
-type SharedNest = Arc<Mutex<Nest<TestPlatform>>>;
+pub(super) type SharedNest = Arc<Mutex<Nest<TestPlatform>>>;
 
 /// A guest's IOMMU: its domains are children of the guest's memory.
 struct Behind {
@@ -84,11 +84,11 @@ impl Backend for Behind {
 }
 
 /// A machine around which another driver is: its device's backend is a nest over that.
-fn inside(outer: &Viommu<TestPlatform>) -> (Machine, SharedNest, SpaceId) {
+pub(super) fn inside(outer: &Viommu<TestPlatform>, config: Config) -> (Machine, SharedNest, SpaceId) {
     let mut nest = Nest::new(outer.clone());
     let memory = nest.add_root();
     let nest = Arc::new(Mutex::new(nest));
-    let machine = Machine::new(Config::default());
+    let machine = Machine::new(config);
     let behind = Behind { nest: Arc::clone(&nest), memory, domains: Mutex::default() };
     machine.device().set_backend(Arc::new(behind));
     (machine, nest, memory)
@@ -120,11 +120,11 @@ struct Stack {
 fn stack() -> Stack {
     let (host, driver0) = Machine::live(Config::default());
     let memory = host.memory(8 * PAGE);
-    let (machine1, nest0, root0) = inside(&driver0);
+    let (machine1, nest0, root0) = inside(&driver0, Config::default());
     // SAFETY: the test's own memory, which outlives the devices.
     unsafe { nest0.lock().unwrap().map_memory(root0, Iova::new(GUEST), memory.phys, 8 * PAGE, RW) }.unwrap();
     let driver1 = machine1.bring_up();
-    let (machine2, nest1, root1) = inside(&driver1);
+    let (machine2, nest1, root1) = inside(&driver1, Config::default());
     let target = PhysAddr::new(GUEST + 2 * PAGE);
     // SAFETY: to guest 1 these are its own memory.
     unsafe { nest1.lock().unwrap().map_memory(root1, Iova::new(2 * GUEST), target, 4 * PAGE, RW) }.unwrap();
