@@ -126,8 +126,14 @@ impl<P: Platform> Nest<P> {
         // The domain's number may have mappings of an earlier life (I12): whoever maps one by itself gives it another.
         let len = range.len_bytes().ok_or(shadow(error))?;
         // SAFETY: as in `send_maps`.
-        unsafe { domain.map_at(range.start(), phys, len, prot) }.map_err(shadow)?;
-        self.hardware_mut(space)?.insert(range, Held::Mapped);
+        let mapped = unsafe { domain.map_at(range.start(), phys, len, prot) };
+        let held = match mapped {
+            Ok(()) => Held::Mapped,
+            Err(MapError::Quarantined { .. }) => Held::Stuck,
+            Err(error) => return Err(shadow(error)),
+        };
+        self.hardware_mut(space)?.insert(range, held);
+        mapped.map_err(shadow)?;
         let is_left = |(space, piece): &&Of<Piece>| {
             self.hardware(*space).is_some_and(|hardware| !hardware.has(piece.range.start()))
         };

@@ -144,6 +144,9 @@ impl World {
         let mut first = Lent::new(self, LOAN, READ_WRITE)?;
         let mut second = Lent::new(self, LOAN + granule, READ_WRITE)?;
         let made = self.map_two()?;
+        // Both shadows go by one request, and come back.
+        self.unmap_two()?;
+        self.map_two()?;
         self.allowed("second of two pieces", Way::Write, TRIED + granule, second.pages()?)?;
         let mut gone = second.take_back(self).map_err(text)?;
         let blame = self.blame_memory(LOAN + granule, Why::NotMapped);

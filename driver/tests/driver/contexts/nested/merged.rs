@@ -322,6 +322,19 @@ fn i12_a_space_gets_another_number_where_its_own_is_not_fresh() {
     assert_eq!((levels.nest.shadows(levels.child), levels.written(&machine)), (PAGES, [true; 4]));
 }
 
+/// Fails where a shadow that was mapped by itself, and has no answer, is forgotten.
+#[test]
+fn i14_a_first_map_without_an_answer_counts_as_mapped() {
+    let (machine, mut levels) = levels(Merging::Adjoining);
+    machine.inject([Inject::Refuse(INVAL), Inject::Hold(Execute::AtRelease)]);
+    assert_eq!(levels.map(), Err(NestError::Stuck { range: range(CHILD, LEN) }));
+    machine.release(Release::All);
+    levels.viommu.poll();
+    assert_eq!(levels.written(&machine), [true; 4]);
+    levels.take(0, 4).unwrap();
+    assert_eq!(levels.written(&machine), [false; 4]);
+}
+
 #[test]
 fn a_space_that_its_endpoint_left_with_something_stuck_is_free_once_it_is_mended() {
     let (machine, mut levels) = levels(Merging::Adjoining);
