@@ -170,6 +170,27 @@ fn a_part_of_a_merged_shadow_goes_and_the_rest_is_mapped_again() {
     }
 }
 
+/// Fails where a shadow goes twice.
+#[test]
+fn a_shadow_through_two_parts_of_one_mapping_goes_once() {
+    let (machine, mut levels) = levels(Merging::Adjoining);
+    // The root has pages 0 to 2 in one mapping and page 1 once more, and the middle space passes through both.
+    levels.take(0, 4).unwrap();
+    let again = GUEST + 8 * PAGE;
+    for (at, offset, pages) in [(GUEST, 0, 3), (again, PAGE, 1)] {
+        let phys = PhysAddr::new(levels.memory.phys.get() + offset);
+        // SAFETY: the test's own memory.
+        unsafe { levels.nest.map_memory(levels.root, Iova::new(at), phys, pages * PAGE, RW) }.unwrap();
+    }
+    levels.nest.unmap(levels.middle, range(MIDDLE + PAGE, PAGE)).unwrap();
+    levels.nest.map(levels.middle, Iova::new(MIDDLE + PAGE), Iova::new(again), PAGE, RW).unwrap();
+    levels.nest.map(levels.child, Iova::new(CHILD), Iova::new(MIDDLE), 3 * PAGE, RW).unwrap();
+    assert_eq!(log(&machine), [("MAP", 0, 3)]);
+    levels.take(0, 3).unwrap();
+    assert_eq!(log(&machine), [("UNMAP", 0, 3), ("MAP", 1, 1)]);
+    assert_eq!((levels.written(&machine), levels.nest.is_lacking()), ([false, true, false, false], false));
+}
+
 /// Fails where the parent's mapping goes although the device still has the shadow, or the shadow's other parts do not come
 /// back.
 #[test]
