@@ -292,6 +292,19 @@ fn i14_a_parents_unmap_that_fails_midway_is_taken_back() {
     assert_eq!((levels.nest.shadows(levels.child), machine.device().mappings(0).count()), (0, 0));
 }
 
+/// Fails where a shadow that is stuck goes by the same request as those that it touches.
+#[test]
+fn what_touches_a_shadow_that_is_stuck_goes_without_it() {
+    let (machine, mut levels) = levels(Merging::Never);
+    levels.map().unwrap();
+    machine.inject([Inject::Refuse(DEVICE_ERROR), Inject::Refuse(DEVICE_ERROR)]);
+    assert!(matches!(levels.take(1, 1), Err(NestError::Stuck { .. })));
+    log(&machine);
+    assert_eq!(levels.nest.unmap(levels.child, range(CHILD, LEN)), Ok(()));
+    assert_eq!(log(&machine), [("UNMAP", 0, 1), ("UNMAP", 2, 2), ("UNMAP", 1, 1)]);
+    assert_eq!((levels.nest.shadows(levels.child), levels.written(&machine)), (0, [false; 4]));
+}
+
 #[test]
 fn shadows_of_one_change_in_several_domains_take_one_doorbell() {
     for merging in MERGINGS {
@@ -376,6 +389,7 @@ fn in_a_dead_domain_shadows_go_without_a_device() {
     levels.map_first_often();
     levels.viommu.detach(EP).unwrap();
     machine.device().fail();
+    levels.viommu.on_interrupt();
     levels.viommu.poll();
     assert_eq!(machine.traffic(|| levels.take(0, 4)), (Ok(()), 0, 0));
     assert_eq!(levels.nest.shadows(levels.child), 0);
