@@ -173,8 +173,9 @@ impl World {
         let (start, count) = (*start, *count);
         self.nest.unmap(self.levels[level], range(start * PAGE, count * PAGE)).unwrap();
         self.mapped[level].remove(&start);
-        if level == 0 {
-            self.memory.remove(&start).map(|memory| self.machine.give_back(memory));
+        let memory = if level == 0 { self.memory.remove(&start) } else { None };
+        if let Some(memory) = memory {
+            self.machine.give_back(memory);
         }
     }
 
