@@ -46,14 +46,15 @@ impl NestedIommu {
     pub fn new(outer: &Viommu<KernelPlatform>, guest: Guest, endpoints: &[EndpointId]) -> Self {
         let mut nest = Nest::new(outer.clone());
         let memory = nest.add_root();
-        let behind =
-            Arc::new(Behind { nest: Mutex::new(nest), memory, domains: Mutex::new(BTreeMap::new()) });
         let range = outer.input_range();
         let mut device = Device::new(Config {
-            page_size_mask: !(outer.granule() - 1),
+            // What the machine's cannot map the guest is not offered.
+            page_size_mask: !(nest.granule() - 1),
             input_range: range.start().get()..=range.last().get(),
             ..Config::default()
         });
+        let behind =
+            Arc::new(Behind { nest: Mutex::new(nest), memory, domains: Mutex::new(BTreeMap::new()) });
         for endpoint in endpoints {
             let regions = outer.reserved_regions(*endpoint);
             let reserved = regions.iter().flat_map(|regions| regions.iter()).map(|region| {
@@ -68,6 +69,11 @@ impl NestedIommu {
         }
         device.set_backend(behind.clone());
         Self { outer: outer.clone(), device: VirtualIommu::new(device, guest), behind }
+    }
+
+    /// The machine's.
+    pub fn outer(&self) -> &Viommu<KernelPlatform> {
+        &self.outer
     }
 
     /// The device, as the guest has it.

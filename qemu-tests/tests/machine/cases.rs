@@ -59,6 +59,11 @@ impl On {
 /// A machine whose kernel is entered at EL2.
 const EL2: &str = "-machine virtualization=on";
 
+/// What has options for the widths of addresses and of pages.
+const NEWER: Version = Version { major: 10, minor: 0, micro: 0 };
+
+const GRANULE_64K: &str = "-global virtio-iommu-pci.granule=64k";
+
 /// Where ACPI's tables say what is behind the IOMMU.
 const ACPI: On = On::HomeOf(&[Arch::X86_64]);
 
@@ -200,8 +205,11 @@ fn groups() -> Vec<Case> {
 /// device: in the kernel, and on a bus.
 fn draft() -> Vec<Case> {
     let on_bus = &["@@ check device ok", "a virtio-iommu at 0000:00:01.0"];
+    // The guest is offered no smaller pages than the machine's IOMMU can map.
+    let coarse = Expect::PassNaming(&["guest:", "granule 0x10000, as here"]);
     vec![
         Case::every("nesting", "nesting"),
+        Case { extra: GRANULE_64K, since: NEWER, ..Case::new("nesting-granule-64k", "nesting", coarse) },
         Case::every("contexts", "contexts"),
         Case { on: On::VhostUser, ..Case::new("contexts", "contexts", Expect::PassNaming(on_bus)) },
     ]
@@ -234,10 +242,9 @@ fn from_el2() -> Vec<Case> {
 
 /// What the IOMMU can be told to be.
 fn options() -> Vec<Case> {
-    let newer = Version { major: 10, minor: 0, micro: 0 };
     let option = |name, extra| Case { extra, ..Case::default(name, Expect::Pass) };
     let width =
-        |name, extra, words| Case { extra, since: newer, ..Case::default(name, Expect::PassNaming(words)) };
+        |name, extra, words| Case { extra, since: NEWER, ..Case::default(name, Expect::PassNaming(words)) };
     let mmio = On::MmioOf(&[Arch::Aarch64, Arch::Riscv64]);
     vec![
         // Where nothing bypasses at first, SeaBIOS waits for its own SATA disks for ever.
@@ -253,7 +260,7 @@ fn options() -> Vec<Case> {
         width("aw-bits-48", "-global virtio-iommu-pci.aw-bits=48", &["input range", "0x0..=0xffffffffffff"]),
         // All but the last granule, whose last byte no request can name.
         width("aw-bits-64", "-global virtio-iommu-pci.aw-bits=64", &["input range", "..=0xffffffffffffefff"]),
-        width("granule-64k", "-global virtio-iommu-pci.granule=64k", &["granule", "0x10000 bytes"]),
+        width("granule-64k", GRANULE_64K, &["granule", "0x10000 bytes"]),
         // The driver has no packed ring, and declines.
         option("packed-offered", "-global virtio-iommu-pci.packed=on"),
         option("no-queue-reset", "-global virtio-iommu-pci.queue_reset=off"),
@@ -266,7 +273,7 @@ fn options() -> Vec<Case> {
         // Elsewhere the machine reserves what it needs, and takes no more.
         Case {
             on: On::HomeOf(&[Arch::Riscv64]),
-            since: newer,
+            since: NEWER,
             reserved: &[0x10_0000..=0x1f_ffff],
             ..Case::default("reserved", Expect::PassNaming(&["0x10", "0x100000..=0x1fffff"]))
         },

@@ -7,6 +7,22 @@ use crate::prot::Prot;
 use crate::wire::fault::FaultAccess;
 use alloc::vec::Vec;
 
+/// What becomes of pieces of one mapping that lead to memory that adjoins, and allow the same, although they pass through
+/// different mappings above.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Merging {
+    /// A shadow for each: an access that is allowed before and after a change never faults, unless the device refuses something.
+    #[default]
+    Never,
+    /// One shadow for all: fewer requests, and larger pages for the hardware. When a space above unmaps what a part of it
+    /// leads through, an UNMAP that cannot split takes the whole shadow, and when that is confirmed the rest is mapped
+    /// again, in ascending order. Accesses to the rest fault in between, for as long as the device takes for that; and
+    /// until [`Nest::mend`](super::Nest::mend) where the device refuses to map it.
+    ///
+    /// For guests whose memory never changes while their devices work, or whose devices can take it.
+    Adjoining,
+}
+
 /// A space as composition sees it.
 pub(super) struct View<'a> {
     pub mappings: &'a Mappings,
@@ -23,8 +39,33 @@ pub(super) struct Piece {
     pub prot: Prot,
 }
 
-/// Appends the pieces of a range of a space, in ascending order. No deeper than spaces are nested.
-pub(super) fn resolve(look: Look<'_, '_>, space: SpaceId, range: IovaRange, pieces: &mut Vec<Piece>) {
+impl Piece {
+    /// Both as one, where they could be one mapping.
+    fn and(self, next: Self) -> Option<Self> {
+        let len = self.range.len_bytes()?;
+        let touches = self.range.start().checked_add(len) == Some(next.range.start())
+            && self.phys.checked_add(len) == Some(next.phys);
+        let range = IovaRange::new(self.range.start(), next.range.last());
+        range.filter(|_| touches && self.prot == next.prot).map(|range| Self { range, ..self })
+    }
+
+    /// A part of it.
+    pub(super) fn part(self, range: IovaRange) -> Option<Self> {
+        let offset = range.start().get().checked_sub(self.range.start().get())?;
+        Some(Self { range, phys: self.phys.checked_add(offset)?, ..self })
+            .filter(|_| self.range.contains(range))
+    }
+}
+
+/// Appends the pieces of a range of a space, in ascending order. No deeper than spaces are nested. Pieces of different
+/// mappings of the space itself are never one.
+pub(super) fn resolve(
+    look: Look<'_, '_>,
+    space: SpaceId,
+    range: IovaRange,
+    merging: Merging,
+    pieces: &mut Vec<Piece>,
+) {
     let Some(view) = look(space) else { return };
     for entry in view.mappings.overlapping(range) {
         let Some(part) = intersection(entry.range, range) else { continue };
@@ -36,18 +77,25 @@ pub(super) fn resolve(look: Look<'_, '_>, space: SpaceId, range: IovaRange, piec
             continue;
         };
         let first = pieces.len();
-        resolve(look, parent, target, pieces);
+        resolve(look, parent, target, merging, pieces);
         // What was found above is in addresses of the parent.
         let mut kept = first;
         for at in first..pieces.len() {
             let above = pieces[at];
             let back = above.range.start().get() - target.start().get() + part.start().get();
             let prot = both(entry.prot, above.prot);
-            if let Some(range) =
-                shifted(above.range, back).filter(|_| prot.intersects(Prot::READ | Prot::WRITE))
-            {
-                pieces[kept] = Piece { range, phys: above.phys, prot };
-                kept += 1;
+            let Some(range) = shifted(above.range, back) else { continue };
+            if !prot.intersects(Prot::READ | Prot::WRITE) {
+                continue;
+            }
+            let piece = Piece { range, phys: above.phys, prot };
+            let before = pieces[first..kept].last_mut().filter(|_| merging == Merging::Adjoining);
+            match before.and_then(|before| Some((before.and(piece)?, before))) {
+                Some((both, before)) => *before = both,
+                None => {
+                    pieces[kept] = piece;
+                    kept += 1;
+                }
             }
         }
         pieces.truncate(kept);
@@ -60,9 +108,10 @@ fn both(one: Prot, other: Prot) -> Prot {
     allowed | (one | other) & Prot::MMIO
 }
 
-/// The ranges that a range of a space is seen at from the last space of `path`, whose first is its child.
-pub(super) fn seen_from(look: Look<'_, '_>, path: &[SpaceId], range: IovaRange) -> Vec<IovaRange> {
-    let mut ranges = [range].to_vec();
+/// The ranges that ranges of a space are seen at from the last space of `path`, whose first is its child: in ascending order,
+/// and those that touch as one.
+pub(super) fn seen_from(look: Look<'_, '_>, path: &[SpaceId], ranges: &[IovaRange]) -> Vec<IovaRange> {
+    let mut ranges = ranges.to_vec();
     for step in path {
         let Some(view) = look(*step) else { return Vec::new() };
         let mut seen = Vec::new();
@@ -77,7 +126,23 @@ pub(super) fn seen_from(look: Look<'_, '_>, path: &[SpaceId], range: IovaRange) 
         }
         ranges = seen;
     }
-    ranges
+    joined(ranges)
+}
+
+/// In ascending order, and those that touch or overlap as one.
+fn joined(mut ranges: Vec<IovaRange>) -> Vec<IovaRange> {
+    ranges.sort_unstable_by_key(|range| range.start());
+    let mut joined: Vec<IovaRange> = Vec::new();
+    for range in ranges {
+        let touches = |last: &IovaRange| last.last().get().saturating_add(1) >= range.start().get();
+        match joined.last_mut().filter(|last| touches(last)) {
+            Some(last) => {
+                *last = IovaRange::new(last.start(), last.last().max(range.last())).unwrap_or(*last)
+            }
+            None => joined.push(range),
+        }
+    }
+    joined
 }
 
 fn intersection(one: IovaRange, other: IovaRange) -> Option<IovaRange> {

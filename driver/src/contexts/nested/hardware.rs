@@ -1,73 +1,77 @@
 //! The domain that shadows a space.
 
 use super::compose::Piece;
-use super::error::NestError;
-use crate::addr::IovaRange;
+use crate::addr::{Iova, IovaRange};
 use crate::domain::Domain;
-use crate::error::MapError;
 use crate::id::EndpointId;
 use crate::platform::Platform;
-use crate::viommu::Viommu;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
+
+/// What the device has for a shadow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Held {
+    /// The device confirmed it.
+    Mapped,
+    /// The device may have it: a request about it failed, or has no answer.
+    Stuck,
+}
 
 /// A domain, and what the device has mapped there, or may have.
 pub(super) struct Hardware<P: Platform> {
     pub domain: Domain<P>,
     pub endpoints: Vec<EndpointId>,
-    /// By first address: the range.
-    shadows: BTreeMap<u64, IovaRange>,
+    /// By first address.
+    shadows: BTreeMap<u64, (IovaRange, Held)>,
+    /// Whether there may be a piece without a shadow, or a shadow that is stuck.
+    pub lacking: bool,
 }
 
 impl<P: Platform> Hardware<P> {
     pub(super) fn new(domain: Domain<P>) -> Self {
-        Self { domain, endpoints: Vec::new(), shadows: BTreeMap::new() }
+        Self { domain, endpoints: Vec::new(), shadows: BTreeMap::new(), lacking: false }
     }
 
     pub(super) fn len(&self) -> usize {
         self.shadows.len()
     }
 
-    /// Maps pieces. On an error those before the one that failed stay, and it as well if the device may have it.
-    pub(super) fn make(&mut self, pieces: &[Piece]) -> Result<(), NestError> {
-        self.domain.reserve(self.shadows.len() + pieces.len());
-        for piece in pieces {
-            let Piece { range, phys, prot } = *piece;
-            let len = range.len_bytes().ok_or(NestError::Stuck { range })?;
-            // SAFETY: who mapped the memory in the root promised that it may be accessed from every space below, as
-            // far as is allowed there, and `prot` is no more than that. It stays so until this shadow is gone, since the
-            // root's mapping goes only then.
-            let mapped = unsafe { self.domain.map_at(range.start(), phys, len, prot) };
-            if matches!(mapped, Ok(()) | Err(MapError::Quarantined { .. })) {
-                self.shadows.insert(range.start().get(), range);
-            }
-            mapped.map_err(|error| NestError::Shadow { range, error })?;
-        }
-        Ok(())
+    pub(super) fn insert(&mut self, range: IovaRange, held: Held) {
+        self.shadows.insert(range.start().get(), (range, held));
     }
 
-    /// Unmaps all shadows in a range, of which none lies across its edges.
-    pub(super) fn drop_in(&mut self, viommu: &Viommu<P>, range: IovaRange) -> Result<(), NestError> {
+    pub(super) fn remove(&mut self, range: IovaRange) {
+        self.shadows.remove(&range.start().get());
+    }
+
+    /// Whether a shadow starts there.
+    pub(super) fn has(&self, start: Iova) -> bool {
+        self.shadows.contains_key(&start.get())
+    }
+
+    /// Shadows that have an address in the range, in ascending order.
+    pub(super) fn overlapping(&self, range: IovaRange) -> impl Iterator<Item = (IovaRange, Held)> + '_ {
+        let before = self.shadows.range(..range.start().get()).next_back();
         let inside = self.shadows.range(range.start().get()..=range.last().get());
-        let inside: Vec<IovaRange> = inside.map(|(_, shadow)| *shadow).collect();
-        for shadow in inside {
-            let len = shadow.len_bytes().ok_or(NestError::Stuck { range: shadow })?;
-            // SAFETY: `make` mapped it, and nobody else maps in this domain.
-            let unmapped = unsafe { self.domain.unmap(shadow.start(), len) };
-            // One that failed before is in the driver's quarantine, which it tries to empty.
-            if unmapped.is_err() && self.is_recorded(shadow) {
-                viommu.reclaim();
-                if self.is_recorded(shadow) {
-                    return Err(NestError::Stuck { range: shadow });
-                }
-            }
-            self.shadows.remove(&shadow.start().get());
-        }
-        Ok(())
+        let found = before.into_iter().chain(inside).map(|(_, shadow)| *shadow);
+        found.filter(move |(shadow, _)| shadow.overlaps(range))
     }
 
     /// Whether the driver has a record of a shadow, so that the device may have it.
-    fn is_recorded(&self, shadow: IovaRange) -> bool {
+    pub(super) fn is_recorded(&self, shadow: IovaRange) -> bool {
         self.domain.translate(shadow.start()).is_some()
+    }
+
+    /// Appends what of a piece has no shadow.
+    pub(super) fn without_shadow(&self, piece: Piece, parts: &mut Vec<Piece>) {
+        let mut rest = Some(piece.range);
+        for (shadow, _) in self.overlapping(piece.range) {
+            let Some(range) = rest else { break };
+            let before = shadow.start().get().checked_sub(1).map(Iova::new);
+            let before = before.and_then(|last| IovaRange::new(range.start(), last));
+            parts.extend(before.and_then(|before| piece.part(before)));
+            rest = range.after(shadow);
+        }
+        parts.extend(rest.and_then(|rest| piece.part(rest)));
     }
 }

@@ -9,19 +9,23 @@
 //!   an endpoint attached to space 2:  a domain of the IOMMU with iova -> memory, the shadow of all three
 //! ```
 //! This needs nothing of the draft: any virtio-iommu will do. A space that an endpoint is attached to has a domain, in which
-//! every mapping of the space is *shadowed*: composed with the mappings of all spaces above, and cut where any of them ends.
-//! What is mapped nowhere above has no shadow yet, and gets one when it is mapped there.
+//! every mapping of the space is *shadowed*: composed with the mappings of all spaces above. What is mapped nowhere above has no shadow yet, and gets one when it is mapped there.
 //!
 //! I14: a mapping is made when all of its shadows are, and taken away, at whatever level, only after the device confirmed
-//! that each shadow composed from it is gone. Shadows that touch are not merged, although they could be: each mapping of each
-//! level can go alone, an UNMAP cannot split, and to unmap more and map a part again would fault accesses that are allowed.
+//! that each shadow composed from it is gone. All requests of a change go with one doorbell, for as many as the ring takes.
+//! When one fails the change is taken back.
+//!
+//! Each mapping of each level can go alone, and an UNMAP cannot split. [`Merging`] says whether shadows are cut where a
+//! mapping of any level ends, or longer at the price of faults when a part goes.
 
 mod compose;
 mod error;
 mod hardware;
 mod mappings;
+mod send;
+mod shadows;
 
-pub use compose::{Level, NestedFault, Why};
+pub use compose::{Level, Merging, NestedFault, Why};
 pub use error::NestError;
 
 use crate::addr::{Iova, IovaRange, PhysAddr};
@@ -58,15 +62,28 @@ struct Space<P: Platform> {
 pub struct Nest<P: Platform> {
     viommu: Viommu<P>,
     granule: u64,
+    merging: Merging,
     spaces: BTreeMap<SpaceId, Space<P>>,
     next: u32,
 }
 
 impl<P: Platform> Nest<P> {
-    /// No spaces yet.
+    /// No spaces yet, and [`Merging::Never`].
     pub fn new(viommu: Viommu<P>) -> Self {
         let granule = viommu.granule();
-        Self { viommu, granule, spaces: BTreeMap::new(), next: 0 }
+        Self { viommu, granule, merging: Merging::default(), spaces: BTreeMap::new(), next: 0 }
+    }
+
+    /// Chooses for shadows that are made from now on. Those that there are stay as they are.
+    pub fn set_merging(&mut self, merging: Merging) {
+        self.merging = merging;
+    }
+
+    /// What all addresses and lengths are multiples of, at every level: that of the IOMMU below. A device that is offered to
+    /// a guest has a `page_size_mask` without smaller ones, or what the guest maps by them is
+    /// [`NestError::Misaligned`].
+    pub fn granule(&self) -> u64 {
+        self.granule
     }
 
     /// Adds an empty space that maps to memory.
@@ -120,6 +137,26 @@ impl<P: Platform> Nest<P> {
     /// How many mappings the device has for a space, all levels composed.
     pub fn shadows(&self, space: SpaceId) -> usize {
         self.spaces.get(&space).and_then(|space| space.hardware.as_ref()).map_or(0, Hardware::len)
+    }
+
+    /// Whether the device may lack a shadow, or have one too many, since a request failed: after [`NestError::Stuck`], and
+    /// where it refused to map again what is left of a merged shadow. See [`mend`](Self::mend).
+    pub fn is_lacking(&self) -> bool {
+        self.spaces.values().any(|space| space.hardware.as_ref().is_some_and(|hardware| hardware.lacking))
+    }
+
+    /// Makes good what requests that failed left behind: shadows that are stuck are unmapped, and all that levels allow is
+    /// mapped. Sends nothing where nothing [is lacking](Self::is_lacking). Waits for the device. Allocates.
+    ///
+    /// # Errors
+    /// [`NestError::Stuck`], [`NestError::Shadow`]: something is lacking still.
+    pub fn mend(&mut self) -> Result<(), NestError> {
+        let unstuck = self.unmap_stuck();
+        for space in self.spaces.values_mut() {
+            // A space that its last endpoint left, with what was stuck then.
+            space.hardware.take_if(|hardware| hardware.endpoints.is_empty() && hardware.len() == 0);
+        }
+        unstuck.and(self.complete_all())
     }
 
     /// Maps memory in a root, which is where a kernel says what memory its guest has. Shadows of what spaces below have
@@ -177,15 +214,14 @@ impl<P: Platform> Nest<P> {
             return Err(NestError::Mapped { range: other.range });
         }
         self.space_mut(space)?.mappings.insert(entry);
-        match self.make_shadows(space, entry.range) {
-            Ok(()) => Ok(()),
-            Err(error) => match self.drop_shadows(space, entry.range) {
-                Ok(()) => {
-                    self.space_mut(space)?.mappings.remove(entry.range);
-                    Err(error)
-                }
-                Err(_) => Err(NestError::Stuck { range: entry.range }),
-            },
+        let Err(error) = self.make_shadows(space, entry.range) else { return Ok(()) };
+        // There were none before, so that all that go are those that were made.
+        match self.drop_shadows(space, &[entry.range]) {
+            Ok(_) => {
+                self.space_mut(space)?.mappings.remove(entry.range);
+                Err(error)
+            }
+            Err(_) => Err(NestError::Stuck { range: entry.range }),
         }
     }
 
@@ -215,16 +251,26 @@ impl<P: Platform> Nest<P> {
     /// composed from them is gone. Waits for the device.
     ///
     /// # Errors
-    /// [`NestError::Splits`], and [`NestError::Stuck`]: the mappings stay, with fewer shadows. Try again.
+    /// [`NestError::Splits`], and [`NestError::Stuck`]: the mappings stay. Shadows that were gone by then are mapped again, as far
+    /// as the device takes them. Try again.
     pub fn unmap(&mut self, space: SpaceId, range: IovaRange) -> Result<(), NestError> {
         let met: Vec<Entry> = self.space(space)?.mappings.overlapping(range).collect();
         if let Some(entry) = met.iter().find(|entry| !range.contains(entry.range)) {
             return Err(NestError::Splits { mapping: entry.range });
         }
+        let ranges: Vec<IovaRange> = met.iter().map(|entry| entry.range).collect();
+        let gone = match self.drop_shadows(space, &ranges) {
+            Ok(gone) => gone,
+            Err(error) => {
+                // As before, but for what is stuck; what the caller is told is that.
+                let _ = self.complete_all();
+                return Err(error);
+            }
+        };
         for entry in met {
-            self.drop_shadows(space, entry.range)?;
             self.space_mut(space)?.mappings.remove(entry.range);
         }
+        self.remake(&gone);
         Ok(())
     }
 
@@ -248,7 +294,7 @@ impl<P: Platform> Nest<P> {
         }
         let first = hardware.endpoints.len() == 1;
         let result = match attached {
-            Ok(()) if first => self.shadow_all(space),
+            Ok(()) if first => self.complete(space),
             Ok(()) => return Ok(()),
             Err(error) => Err(NestError::Attach(error)),
         };
@@ -263,7 +309,7 @@ impl<P: Platform> Nest<P> {
     ///
     /// # Errors
     /// [`NestError::NotAttached`], [`NestError::Detach`], and [`NestError::Stuck`] where the endpoint left and the device
-    /// may still have shadows: unmap, or detach again.
+    /// may still have shadows: [`mend`](Self::mend).
     pub fn detach(&mut self, endpoint: EndpointId) -> Result<(), NestError> {
         let space = self.space_of(endpoint).ok_or(NestError::NotAttached { endpoint })?;
         self.detach_from(endpoint, space)
@@ -278,7 +324,7 @@ impl<P: Platform> Nest<P> {
         }
         if hardware.endpoints.is_empty() {
             // In a domain without endpoints it takes no request, where the bypass is closed.
-            hardware.drop_in(&viommu, IovaRange::WHOLE)?;
+            self.unmap_all(space)?;
             self.space_mut(space)?.hardware = None;
         }
         Ok(())
@@ -307,6 +353,10 @@ impl<P: Platform> Nest<P> {
         self.spaces.get_mut(&space).ok_or(NestError::NoSpace { space })
     }
 
+    fn hardware(&self, space: SpaceId) -> Option<&Hardware<P>> {
+        self.spaces.get(&space)?.hardware.as_ref()
+    }
+
     fn hardware_mut(&mut self, space: SpaceId) -> Result<&mut Hardware<P>, NestError> {
         self.space_mut(space)?.hardware.as_mut().ok_or(NestError::NoSpace { space })
     }
@@ -326,47 +376,6 @@ impl<P: Platform> Nest<P> {
             next = self.space(parent)?.parent;
         }
         Ok(path)
-    }
-
-    /// Spaces with a domain that a space's mappings show in, each with the ranges that a range there is seen at.
-    fn affected(&self, space: SpaceId, range: IovaRange) -> Vec<(SpaceId, Vec<IovaRange>)> {
-        let shadowed = self.spaces.iter().filter(|(_, other)| other.hardware.is_some());
-        let mut affected = Vec::new();
-        for (other, _) in shadowed {
-            let Ok(mut path) = self.path(*other) else { continue };
-            let Some(at) = path.iter().position(|step| *step == space) else { continue };
-            path.truncate(at);
-            path.reverse();
-            affected.push((*other, compose::seen_from(&|id| self.level(id), &path, range)));
-        }
-        affected
-    }
-
-    fn make_shadows(&mut self, space: SpaceId, range: IovaRange) -> Result<(), NestError> {
-        for (other, ranges) in self.affected(space, range) {
-            let mut pieces = Vec::new();
-            for range in ranges {
-                compose::resolve(&|id| self.level(id), other, range, &mut pieces);
-            }
-            self.hardware_mut(other)?.make(&pieces)?;
-        }
-        Ok(())
-    }
-
-    fn drop_shadows(&mut self, space: SpaceId, range: IovaRange) -> Result<(), NestError> {
-        let viommu = self.viommu.clone();
-        for (other, ranges) in self.affected(space, range) {
-            for range in ranges {
-                self.hardware_mut(other)?.drop_in(&viommu, range)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn shadow_all(&mut self, space: SpaceId) -> Result<(), NestError> {
-        let mut pieces = Vec::new();
-        compose::resolve(&|id| self.level(id), space, IovaRange::WHOLE, &mut pieces);
-        self.hardware_mut(space)?.make(&pieces)
     }
 }
 

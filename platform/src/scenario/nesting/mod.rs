@@ -141,10 +141,10 @@ impl World {
         let driver = staged.go_live().map_err(text)?;
         report.check(
             "guest",
-            true,
+            driver.granule() == granule,
             format_args!(
-                "{} bytes at {GUEST_BASE:#x}, which are at {phys} here; its virtio-iommu is live: {}",
-                len,
+                "{len} bytes at {GUEST_BASE:#x}, which are at {phys} here; its virtio-iommu is live, granule {:#x}, as here: {}",
+                driver.granule(),
                 driver.features()
             ),
         );

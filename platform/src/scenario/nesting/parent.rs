@@ -4,17 +4,18 @@
 use alloc::format;
 use alloc::string::{String, ToString};
 
-use virtio_iommu::contexts::nested::{NestError, Why};
+use virtio_iommu::contexts::nested::{Merging, NestError, Why};
 use virtio_iommu::{Iova, PhysAddr, Prot};
 
 use super::access::{Blame, Way};
+use super::page::GuestPage;
 use super::{LOAN, READ_WRITE, ROM, TRIED, World, granule_pages, text};
 use crate::memory::dma::DmaPages;
 use crate::report::Report;
 use crate::scenario::tamper::Arm;
 
 /// Checks of [`run`].
-pub(super) const CHECKS: usize = 7;
+pub(super) const CHECKS: usize = 8;
 
 /// Tries all of it.
 pub(super) fn run(world: &mut World, arm: &Arm, report: &mut Report) {
@@ -30,6 +31,8 @@ pub(super) fn run(world: &mut World, arm: &Arm, report: &mut Report) {
     report.check_result("parent.replaced", done, ToString::to_string);
     let done = world.in_part();
     report.check_result("parent.in-part", done, ToString::to_string);
+    let done = world.merged();
+    report.check_result("parent.merged", done, ToString::to_string);
     let done = world.unconfirmed(arm);
     report.check_result("parent.confirmed-last", done, ToString::to_string);
 }
@@ -140,22 +143,78 @@ impl World {
         let granule = self.granule;
         let mut first = Lent::new(self, LOAN, READ_WRITE)?;
         let mut second = Lent::new(self, LOAN + granule, READ_WRITE)?;
-        let before = self.shadows();
-        let (iova, target) = (Iova::new(TRIED), PhysAddr::new(LOAN));
-        // SAFETY: what is behind it stays, or is taken back through all levels.
-        unsafe { self.domain.map_at(iova, target, 2 * granule, READ_WRITE) }.map_err(text)?;
-        let pieces = self.shadows() - before;
+        let made = self.map_two()?;
+        // Both shadows go by one request, and come back.
+        self.unmap_two()?;
+        self.map_two()?;
         self.allowed("second of two pieces", Way::Write, TRIED + granule, second.pages()?)?;
         let mut gone = second.take_back(self).map_err(text)?;
         let blame = self.blame_memory(LOAN + granule, Why::NotMapped);
         let blocked = self.blocked("parent unmapped piece", Way::Write, TRIED + granule, &mut gone, blame)?;
         self.allowed("the other piece", Way::Write, TRIED, first.pages()?)?;
-        // SAFETY: mapped above.
-        unsafe { self.domain.unmap(iova, 2 * granule) }.map_err(text)?;
+        self.unmap_two()?;
         first.take_back(self).map_err(text)?;
-        match pieces {
-            2 => Ok(format!("2 shadows of one mapping; {blocked}; the other half works")),
-            other => Err(format!("one mapping over two of the parent's has {other} shadows")),
+        match made {
+            (2, 1) => Ok(format!("2 shadows of one mapping, 1 doorbell; {blocked}; the other half works")),
+            other => Err(format!("one mapping over two of the parent's: shadows, doorbells {other:?}")),
+        }
+    }
+
+    /// The guest's driver maps two granules by one request. How many shadows that makes, and by how many doorbells.
+    fn map_two(&self) -> Result<(usize, u64), String> {
+        let count = || (self.shadows(), self.nested.outer().stats().kicks);
+        let before = count();
+        let (iova, target) = (Iova::new(TRIED), PhysAddr::new(LOAN));
+        // SAFETY: what is behind it stays, or is taken back through all levels.
+        unsafe { self.domain.map_at(iova, target, 2 * self.granule, READ_WRITE) }.map_err(text)?;
+        let after = count();
+        Ok((after.0 - before.0, after.1 - before.1))
+    }
+
+    fn unmap_two(&self) -> Result<(), String> {
+        // SAFETY: `map_two` mapped it.
+        unsafe { self.domain.unmap(Iova::new(TRIED), 2 * self.granule) }.map_err(text)
+    }
+
+    /// The same where both pieces adjoin and shadows may be merged: there is one, of which half goes.
+    fn merged(&mut self) -> Result<String, String> {
+        let granule = self.granule;
+        let mut first = GuestPage::new(&self.guest, granule)?;
+        let mut second = GuestPage::new(&self.guest, granule)?;
+        if second.address() != first.address() + granule {
+            return Err("the guest's memory is in pieces".into());
+        }
+        let phys = self.guest.phys() + (first.address() - self.guest.base());
+        let memory = self.nested.memory();
+        for offset in [0, granule] {
+            let (iova, phys) = (Iova::new(LOAN + offset), PhysAddr::new(phys + offset));
+            // SAFETY: the guest's pages, which are never freed, at a second address.
+            unsafe { self.nested.with_nest(|nest| nest.map_memory(memory, iova, phys, granule, READ_WRITE)) }
+                .map_err(text)?;
+        }
+        self.nested.with_nest(|nest| nest.set_merging(Merging::Adjoining));
+        let made = self.map_two()?;
+        self.allowed("first half of one shadow", Way::Write, TRIED, &mut first)?;
+        self.allowed("second half of it", Way::Write, TRIED + granule, &mut second)?;
+        let half = self.range(LOAN + granule)?;
+        self.nested.with_nest(|nest| nest.unmap(memory, half)).map_err(text)?;
+        let blame = self.blame_memory(LOAN + granule, Why::NotMapped);
+        let blocked =
+            self.blocked("parent unmapped half", Way::Write, TRIED + granule, &mut second, blame)?;
+        self.allowed("the half that is left", Way::Write, TRIED, &mut first)?;
+        self.unmap_two()?;
+        let half = self.range(LOAN)?;
+        self.nested
+            .with_nest(|nest| {
+                nest.set_merging(Merging::Never);
+                nest.unmap(memory, half)
+            })
+            .map_err(text)?;
+        match made {
+            (1, 1) => {
+                Ok(format!("1 shadow over two of the parent's mappings; {blocked}; the other half works"))
+            }
+            other => Err(format!("two adjoining mappings of the parent's: shadows, doorbells {other:?}")),
         }
     }
 

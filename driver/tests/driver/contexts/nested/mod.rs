@@ -1,5 +1,7 @@
 //! Nested address spaces: over the model, and over drivers that are guests of each other.
 
+mod granule;
+mod merged;
 mod random;
 mod stacked;
 

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
-use virtio_iommu::contexts::nested::{Nest, NestError, SpaceId, Why};
+use virtio_iommu::contexts::nested::{Merging, Nest, NestError, SpaceId, Why};
 use virtio_iommu::{DomainOptions, EndpointId, Fault, FaultAccess, Iova, IovaRange, PhysAddr, Prot, Viommu};
 use virtio_iommu_model::{
     AccessKind, Backend, Config, Fault as Reported, FaultReason, Inject, Mapping, Status,
@@ -19,7 +19,7 @@ use virtio_iommu_model::{
 use super::GUEST;
 use crate::support::{EP, Machine, PAGE, RW, TestPlatform, bytes_of};
 
-type SharedNest = Arc<Mutex<Nest<TestPlatform>>>;
+pub(super) type SharedNest = Arc<Mutex<Nest<TestPlatform>>>;
 
 /// A guest's IOMMU: its domains are children of the guest's memory.
 struct Behind {
@@ -84,11 +84,11 @@ impl Backend for Behind {
 }
 
 /// A machine around which another driver is: its device's backend is a nest over that.
-fn inside(outer: &Viommu<TestPlatform>) -> (Machine, SharedNest, SpaceId) {
+pub(super) fn inside(outer: &Viommu<TestPlatform>, config: Config) -> (Machine, SharedNest, SpaceId) {
     let mut nest = Nest::new(outer.clone());
     let memory = nest.add_root();
     let nest = Arc::new(Mutex::new(nest));
-    let machine = Machine::new(Config::default());
+    let machine = Machine::new(config);
     let behind = Behind { nest: Arc::clone(&nest), memory, domains: Mutex::default() };
     machine.device().set_backend(Arc::new(behind));
     (machine, nest, memory)
@@ -120,11 +120,11 @@ struct Stack {
 fn stack() -> Stack {
     let (host, driver0) = Machine::live(Config::default());
     let memory = host.memory(8 * PAGE);
-    let (machine1, nest0, root0) = inside(&driver0);
+    let (machine1, nest0, root0) = inside(&driver0, Config::default());
     // SAFETY: the test's own memory, which outlives the devices.
     unsafe { nest0.lock().unwrap().map_memory(root0, Iova::new(GUEST), memory.phys, 8 * PAGE, RW) }.unwrap();
     let driver1 = machine1.bring_up();
-    let (machine2, nest1, root1) = inside(&driver1);
+    let (machine2, nest1, root1) = inside(&driver1, Config::default());
     let target = PhysAddr::new(GUEST + 2 * PAGE);
     // SAFETY: to guest 1 these are its own memory.
     unsafe { nest1.lock().unwrap().map_memory(root1, Iova::new(2 * GUEST), target, 4 * PAGE, RW) }.unwrap();
@@ -135,6 +135,18 @@ fn stack() -> Stack {
         nests: [nest0, nest1],
         roots: [root0, root1],
         memory,
+    }
+}
+
+impl Stack {
+    /// Has each kernel take the last fault and tell its guest. What guest 2 is told, and whom host and guest 1 blame.
+    fn pass_up(&self) -> (Fault, [(SpaceId, Why); 2]) {
+        let take = |level: usize| {
+            self.viommus[level].poll();
+            self.viommus[level].next_fault().unwrap()
+        };
+        let blamed = [0, 1].map(|level| pass_on(&self.nests[level], &take(level), &self.machines[level + 1]));
+        (take(2), blamed)
     }
 }
 
@@ -158,8 +170,8 @@ fn an_inner_driver_maps_through_the_outer_one() {
 #[test]
 fn three_levels_deep_accesses_and_faults_find_their_way() {
     let stack = stack();
-    let [host, guest1, guest2] = &stack.machines;
-    let [driver0, driver1, driver2] = &stack.viommus;
+    let host = &stack.machines[0];
+    let driver2 = &stack.viommus[2];
     let domain = driver2.create_domain(DomainOptions::default()).unwrap();
     driver2.attach(EP, &domain).unwrap();
     // SAFETY: guest 2's own memory, and what it has not.
@@ -173,16 +185,9 @@ fn three_levels_deep_accesses_and_faults_find_their_way() {
     // Not mapped by guest 2, and memory that guest 2 has not: each is told to guest 2 in its own addresses.
     for (iova, by_guest_1) in [(0xc008, Why::NotMapped), (0xa008, Why::NotMapped)] {
         assert!(host.dma_write(EP, iova, &[1]).is_err());
-        driver0.poll();
-        let fault = driver0.next_fault().unwrap();
-        pass_on(&stack.nests[0], &fault, guest1);
-        driver1.poll();
-        let fault = driver1.next_fault().unwrap();
-        let (blamed, why) = pass_on(&stack.nests[1], &fault, guest2);
+        let (fault, [_, (blamed, why)]) = stack.pass_up();
         assert_eq!(why, by_guest_1);
         assert_eq!(blamed == stack.roots[1], iova == 0xa008);
-        driver2.poll();
-        let fault = driver2.next_fault().unwrap();
         assert_eq!((fault.endpoint, fault.address), (EP, Some(Iova::new(iova))));
         assert_eq!((fault.access, fault.domain), (FaultAccess::WRITE, Some(domain.id())));
     }
@@ -207,6 +212,52 @@ fn three_levels_deep_accesses_and_faults_find_their_way() {
     stack.nests[1].lock().unwrap().unmap(stack.roots[1], whole).unwrap();
     assert!(!host.reaches(EP, 0x8000));
     driver2.detach(EP).unwrap();
+}
+
+#[test]
+fn three_levels_deep_shadows_merge_and_come_apart() {
+    let stack = stack();
+    let host = &stack.machines[0];
+    // Both kernels give the memory anew, by a mapping for each page.
+    let whole = [(GUEST, 8, stack.memory.phys.get()), (2 * GUEST, 4, GUEST + 2 * PAGE)];
+    for (level, (at, pages, phys)) in whole.into_iter().enumerate() {
+        let (mut nest, root) = (stack.nests[level].lock().unwrap(), stack.roots[level]);
+        nest.set_merging(Merging::Adjoining);
+        nest.unmap(root, IovaRange::from_len(Iova::new(at), pages * PAGE).unwrap()).unwrap();
+        for offset in (0..pages).map(|page| page * PAGE) {
+            // SAFETY: the test's own memory, which outlives the devices.
+            unsafe { nest.map_memory(root, Iova::new(at + offset), PhysAddr::new(phys + offset), PAGE, RW) }
+                .unwrap();
+        }
+    }
+    let driver = &stack.viommus[2];
+    let domain = driver.create_domain(DomainOptions::default()).unwrap();
+    driver.attach(EP, &domain).unwrap();
+    // SAFETY: guest 2's own memory.
+    let map = || unsafe { domain.map_at(Iova::new(0x8000), PhysAddr::new(2 * GUEST), 4 * PAGE, RW) };
+    assert_eq!(host.traffic(map), (Ok(()), 1, 1));
+    let reached = || [0, 1, 2, 3].map(|page| host.dma_write(EP, 0x8000 + page * PAGE, &[7]).is_ok());
+    assert_eq!(reached(), [true; 4]);
+    // First the host takes a page, then guest 1.
+    let parts = [(0, GUEST + 3 * PAGE), (1, 2 * GUEST + 2 * PAGE)];
+    for ((level, at), left) in parts.into_iter().zip([[true, false, true, true], [true, false, false, true]])
+    {
+        let part = IovaRange::from_len(Iova::new(at), PAGE).unwrap();
+        stack.nests[level].lock().unwrap().unmap(stack.roots[level], part).unwrap();
+        assert_eq!(reached(), left, "level {level}");
+    }
+    // What is taken at either level guest 2 is told in its own addresses.
+    for driver in &stack.viommus {
+        driver.poll();
+        while driver.next_fault().is_some() {}
+    }
+    assert!(host.dma_write(EP, 0xa010, &[1]).is_err());
+    let (fault, [_, blamed]) = stack.pass_up();
+    assert_eq!((fault.address, blamed), (Some(Iova::new(0xa010)), (stack.roots[1], Why::NotMapped)));
+    // SAFETY: mapped above.
+    unsafe { domain.unmap(Iova::new(0x8000), 4 * PAGE) }.unwrap();
+    assert_eq!((reached(), host.device().mappings(0).count()), ([false; 4], 0));
+    driver.detach(EP).unwrap();
 }
 
 #[test]
