@@ -1,7 +1,7 @@
 //! The operations of an endpoint's view as futures.
 
 use super::endpoint::View;
-use super::scatter::{Extent, Runs, is_rounded, place, rounded, survey};
+use super::scatter::{Extent, Runs, as_one, is_rounded, place, place_one, rounded, survey};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose};
@@ -252,15 +252,15 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
-        let (prot, extent) = (direction.prot(), self.survey(segments, iovas)?);
-        match extent.as_one(segments, self.view.granule) {
-            Some(PhysSegment { phys, len }) => {
-                let mapping = self.map_in_place_async(phys, len, prot).await?;
-                place(mapping.range, iovas);
-                Ok(mapping)
-            }
-            None => self.map_list(segments, extent, prot, iovas).await,
+        self.check_list(segments, iovas)?;
+        let (prot, granule) = (direction.prot(), self.view.granule);
+        if let Some(PhysSegment { phys, len }) = as_one(segments, granule) {
+            let mapping = self.map_in_place_async(phys, len, prot).await?;
+            place_one(mapping.range, segments, granule, iovas);
+            return Ok(mapping);
         }
+        let extent = survey(segments, granule, iovas)?;
+        self.map_list(segments, extent, prot, iovas).await
     }
 
     /// The same for whoever blocks. The caller promises the memory.
@@ -270,24 +270,23 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
-        let extent = self.survey(segments, iovas)?;
-        match extent.as_one(segments, self.view.granule) {
-            Some(PhysSegment { phys, len }) => {
-                let mapping = self.map_in_place(phys, len, direction)?;
-                place(mapping.range, iovas);
-                Ok(mapping)
-            }
-            None => self.block_on(self.map_list(segments, extent, direction.prot(), iovas)),
+        self.check_list(segments, iovas)?;
+        let (prot, granule) = (direction.prot(), self.view.granule);
+        if let Some(PhysSegment { phys, len }) = as_one(segments, granule) {
+            let mapping = self.map_in_place(phys, len, direction)?;
+            place_one(mapping.range, segments, granule, iovas);
+            return Ok(mapping);
         }
+        let extent = survey(segments, granule, iovas)?;
+        self.block_on(self.map_list(segments, extent, prot, iovas))
     }
 
-    /// Looks at a list before it is mapped.
-    fn survey(&self, segments: &[PhysSegment], iovas: &mut [Iova]) -> Result<Extent, DmaError> {
+    #[inline]
+    fn check_list(&self, segments: &[PhysSegment], iovas: &[Iova]) -> Result<(), DmaError> {
         if segments.is_empty() || segments.len() != iovas.len() {
             return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
         }
-        self.check_open()?;
-        Ok(survey(segments, self.view.granule, iovas)?)
+        self.check_open()
     }
 
     /// Maps a list that was looked at. The caller promises the memory.
