@@ -278,8 +278,8 @@ impl<P: Platform> Domain<P> {
         async { unmapping?.await }
     }
 
-    /// Makes sure that everything that was unmapped before is out of the endpoints' reach. Nothing to do where unmapping
-    /// is strict.
+    /// Makes sure that everything that was unmapped before, and not mapped again since, is out of the endpoints' reach.
+    /// Nothing to do where unmapping is strict.
     ///
     /// One UNMAP for all that touch each other, one doorbell for as many as the ring takes; waits for the answers, and
     /// for a flush that is under way. Allocates nothing.
@@ -301,7 +301,7 @@ impl<P: Platform> Domain<P> {
     /// Whether something waits for a flush for longer than it should.
     fn is_overdue(&self) -> bool {
         let now_ns = self.0.shared.platform.now_ns();
-        self.with(|engine| engine.is_flush_overdue(self.0.key, now_ns))
+        self.with(|engine| engine.look_if_overdue(self.0.key, now_ns))
     }
 
     /// Flushes what waits for longer than it should.
@@ -330,6 +330,7 @@ impl<P: Platform> Domain<P> {
     }
 
     /// Whether unmapping may be deferred.
+    #[inline]
     pub(crate) fn defers(&self) -> bool {
         self.0.policy != UnmapPolicy::Strict
     }
@@ -344,20 +345,34 @@ impl<P: Platform> Domain<P> {
     }
 
     /// The same for whoever blocks. `record` may be the record of the mapping, where it is one.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn unmap_by_policy_now(
         &self,
         range: IovaRange,
         record: MappingHandle,
     ) -> Result<Unmapped, UnmapError> {
-        let (shared, key) = (&self.0.shared, self.0.key);
-        if !self.defers() {
-            return match exchange::unmap_first(shared, key, range, record) {
-                Ok(()) => Ok(Unmapped::Now),
-                Err(sent) => self.unmap_rest(range, sent).map(|()| Unmapped::Now),
-            };
+        if self.defers() {
+            return self.defer_now(range, record);
         }
-        match exchange::defer_first(shared, key, range, record) {
+        match exchange::unmap_first(&self.0.shared, self.0.key, range, record) {
+            Ok(()) => Ok(Unmapped::Now),
+            Err(sent) => self.unmap_rest(range, sent).map(|()| Unmapped::Now),
+        }
+    }
+
+    /// The same where unmapping is deferred.
+    #[inline(always)]
+    fn defer_now(&self, range: IovaRange, record: MappingHandle) -> Result<Unmapped, UnmapError> {
+        match exchange::defer_first(&self.0.shared, self.0.key, range, record) {
+            Deferral::Deferred => Ok(Unmapped::AtFlush),
+            deferral => self.defer_rest(range, deferral),
+        }
+    }
+
+    #[cold]
+    fn defer_rest(&self, range: IovaRange, deferral: Deferral) -> Result<Unmapped, UnmapError> {
+        let (shared, key) = (&self.0.shared, self.0.key);
+        match deferral {
             Deferral::Deferred => Ok(Unmapped::AtFlush),
             Deferral::FlushDue => Ok(shared.block_on(exchange::flush_due(shared, key))),
             Deferral::Strict | Deferral::Full => shared.block_on(self.unmap_by_policy(range)),

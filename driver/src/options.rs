@@ -104,6 +104,12 @@ pub enum UnmapPolicy {
     /// What this promises: addresses, and memory that the driver holds, are given to nobody before the device confirmed
     /// that they are unmapped. Memory that was mapped on the caller's word, by the `unsafe` methods, is not held: it
     /// must not be reused before [`DmaDevice::flush`](crate::DmaDevice::flush) returned `Ok`.
+    ///
+    /// Mapping it again is no reuse: as long as a buffer, or a whole list, waits for a flush, mapping the same granules for
+    /// the same direction gets the same mapping again, at the same addresses, and takes no request. So
+    /// [`DmaDevice::map`](crate::DmaDevice::map) and [`map_scatter`](crate::DmaDevice::map_scatter) do, not what holds
+    /// memory, is mapped by [`map_each`](crate::DmaDevice::map_each), or belongs to the raw layer. It is then mapped as
+    /// anything is, until it is unmapped and flushed once more. Nothing is promised about when this happens.
     Deferred(DeferredBounds),
 }
 
@@ -119,7 +125,8 @@ pub struct DeferredBounds {
     /// Bytes.
     pub bytes: u64,
     /// The age of the oldest in nanoseconds, where the platform has a clock: looked at in map, unmap and
-    /// [`Viommu::poll`](crate::Viommu::poll).
+    /// [`Viommu::poll`](crate::Viommu::poll), but not in a map that takes no request. What is mapped again and unmapped
+    /// again is as old as after the first time, or younger.
     pub age_ns: u64,
 }
 

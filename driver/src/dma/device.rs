@@ -237,8 +237,8 @@ pub trait DmaDevice: Send + Sync {
     /// An address that never leads anywhere: a device that uses it faults.
     fn faulting_iova(&self) -> Iova;
 
-    /// Makes sure that everything unmapped so far in the endpoint's domain is out of its reach. Nothing to do where
-    /// unmapping is strict.
+    /// Makes sure that everything unmapped so far in the endpoint's domain, and not mapped again since, is out of its reach.
+    /// Nothing to do where unmapping is strict.
     ///
     /// # Errors
     /// [`UnmapError`], as long as anything that was unmapped before is in quarantine instead, whoever unmapped it.

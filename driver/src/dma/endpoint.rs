@@ -5,7 +5,7 @@ use super::msi::{DOORBELL_LEN, MsiDoorbell, is_in_window};
 use super::{CoherentMemory, DmaDevice, DmaMapping, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::{MappingHandle, Placement, Tag};
+use crate::engine::{MappingHandle, Placement, Reach, Tag};
 use crate::error::{DetachError, DmaError, UnmapError};
 use crate::id::EndpointId;
 use crate::mappings::Translation;
@@ -35,10 +35,9 @@ pub(super) struct View<P: Platform> {
     pub(super) viommu: Viommu<P>,
     id: EndpointId,
     pub(super) domain: Domain<P>,
-    pub(super) limit: Iova,
+    pub(super) reach: Reach,
     pub(super) granule: u64,
     max_segment: u64,
-    pub(super) boundary: Option<u64>,
     /// One granule of addresses that is never mapped.
     faulting: IovaRange,
     bounce: Option<(BouncePool, IovaRange)>,
@@ -47,6 +46,8 @@ pub(super) struct View<P: Platform> {
     /// It is not closed, has no constraints, and unmaps at once: whole granules are mapped without a look at more than
     /// this.
     pub(super) straight: AtomicBool,
+    /// It is not closed, and unmaps later: what waits for that may be mapped again.
+    pub(super) again: AtomicBool,
     /// The bounce pages were unmapped, or are in quarantine.
     bounce_gone: AtomicBool,
 }
@@ -72,20 +73,21 @@ impl<P: Platform> Endpoint<P> {
         let free = boundary.is_none() && limit >= viommu.input_range().last();
         // A granule of one byte is no mapping by itself.
         let straight = AtomicBool::new(free && granule >= 2 && !domain.defers());
+        let again = AtomicBool::new(domain.defers());
         let bounce = None;
         let tag = domain.tag("bounce pages");
         let view = View {
             viommu,
             id,
             domain,
-            limit,
+            reach: Reach { limit, boundary },
             granule,
             max_segment,
-            boundary,
             faulting,
             bounce,
             closed,
             straight,
+            again,
             bounce_gone,
         };
         let mut endpoint = Self { view: Arc::new(view), tag };
@@ -136,6 +138,7 @@ impl<P: Platform> Endpoint<P> {
     pub fn close(&self) -> Result<(), DetachError> {
         let view = &*self.view;
         view.straight.store(false, Ordering::Release);
+        view.again.store(false, Ordering::Release);
         let first = !view.closed.swap(true, Ordering::AcqRel);
         let retired = view.bounce.as_ref().filter(|(pool, _)| first && pool.retire());
         let free_bounce = || {
@@ -251,7 +254,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn limit(&self) -> Iova {
-        self.view.limit
+        self.view.reach.limit
     }
 
     fn max_segment(&self) -> u64 {
@@ -259,7 +262,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn boundary(&self) -> Option<u64> {
-        self.view.boundary
+        self.view.reach.boundary
     }
 
     fn translate(&self, iova: Iova) -> Option<Translation> {

@@ -1,10 +1,9 @@
 //! The operations of an endpoint's view as futures.
 
-use super::endpoint::View;
-use super::scatter::{Extent, Runs, is_rounded, place, rounded, survey};
+use super::scatter::{Extent, Runs, as_one, is_rounded, place, place_one, rounded, survey};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
-use crate::engine::{Placement, Purpose};
+use crate::engine::{Placement, Purpose, Wish};
 use crate::error::{DmaError, MapError, UnmapError};
 use crate::exchange::{self, Mapped, Place, Run, SentMap, Shared, Wanted};
 use crate::platform::Platform;
@@ -47,7 +46,7 @@ impl<P: Platform> Endpoint<P> {
         if !run.is_whole(view.granule) {
             return self.block_on(self.alloc_in(held, direction));
         }
-        let (placement, mut held) = (view.placement(run.len), Some(held));
+        let (placement, mut held) = (view.reach.placement(run.len), Some(held));
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
@@ -112,7 +111,7 @@ impl<P: Platform> Endpoint<P> {
         memory: HeldMemory,
         direction: Direction,
     ) -> impl Future<Output = Result<DmaMapping, (DmaError, Option<HeldMemory>)>> + Send + '_ {
-        self.adopt_within(memory, direction, Placement::up_to(self.view.limit))
+        self.adopt_within(memory, direction, Placement::up_to(self.view.reach.limit))
     }
 
     /// [`adopt_async`](Self::adopt_async) where both the endpoint's constraints and `within` allow.
@@ -198,8 +197,7 @@ impl<P: Platform> Endpoint<P> {
         let granule = view.granule;
         let wanted = |index: usize| {
             let run = rounded(segments[index], granule)?;
-            let placement = Placement { limit: view.limit, align: alignment(run.len, view.boundary) };
-            Ok(Wanted { run, placement })
+            Ok(Wanted { run, placement: view.reach.placement(run.len) })
         };
         let mapping = |index: usize, mapped| {
             let PhysSegment { phys, len } = segments[index];
@@ -252,13 +250,16 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
-        let (prot, extent) = (direction.prot(), self.survey(segments, iovas)?);
-        match extent.as_one(segments, self.view.granule) {
-            Some(PhysSegment { phys, len }) => {
-                let mapping = self.map_in_place_async(phys, len, prot).await?;
-                place(mapping.range, iovas);
-                Ok(mapping)
-            }
+        self.check_list(segments, iovas)?;
+        let (prot, granule) = (direction.prot(), self.view.granule);
+        if let Some(PhysSegment { phys, len }) = as_one(segments, granule) {
+            let mapping = self.map_in_place_async(phys, len, prot).await?;
+            place_one(mapping.range, segments, granule, iovas);
+            return Ok(mapping);
+        }
+        let extent = survey(segments, granule, iovas)?;
+        match self.revive_list(segments, extent, prot, iovas) {
+            Some(mapping) => Ok(mapping),
             None => self.map_list(segments, extent, prot, iovas).await,
         }
     }
@@ -270,24 +271,46 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
-        let extent = self.survey(segments, iovas)?;
-        match extent.as_one(segments, self.view.granule) {
-            Some(PhysSegment { phys, len }) => {
-                let mapping = self.map_in_place(phys, len, direction)?;
-                place(mapping.range, iovas);
-                Ok(mapping)
-            }
-            None => self.block_on(self.map_list(segments, extent, direction.prot(), iovas)),
+        self.check_list(segments, iovas)?;
+        let (prot, granule) = (direction.prot(), self.view.granule);
+        if let Some(PhysSegment { phys, len }) = as_one(segments, granule) {
+            let mapping = self.map_in_place(phys, len, direction)?;
+            place_one(mapping.range, segments, granule, iovas);
+            return Ok(mapping);
+        }
+        let extent = survey(segments, granule, iovas)?;
+        match self.revive_list(segments, extent, prot, iovas) {
+            Some(mapping) => Ok(mapping),
+            None => self.block_on(self.map_list(segments, extent, prot, iovas)),
         }
     }
 
-    /// Looks at a list before it is mapped.
-    fn survey(&self, segments: &[PhysSegment], iovas: &mut [Iova]) -> Result<Extent, DmaError> {
+    #[inline]
+    fn check_list(&self, segments: &[PhysSegment], iovas: &[Iova]) -> Result<(), DmaError> {
         if segments.is_empty() || segments.len() != iovas.len() {
             return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
         }
-        self.check_open()?;
-        Ok(survey(segments, self.view.granule, iovas)?)
+        self.check_open()
+    }
+
+    /// Maps a list again that was looked at, and waits for a flush as it is.
+    fn revive_list(
+        &self,
+        segments: &[PhysSegment],
+        extent: Extent,
+        prot: Prot,
+        iovas: &mut [Iova],
+    ) -> Option<DmaMapping> {
+        let view = &*self.view;
+        if !view.again.load(Ordering::Acquire) {
+            return None;
+        }
+        let runs = Runs { segments: segments.iter(), granule: view.granule };
+        let purpose = Purpose { prot, tag: self.tag };
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        let mapped = exchange::revive_list(shared, key, (&view.reach, extent.len), runs, purpose)?;
+        place(mapped.range, iovas);
+        Some(self.mapping(mapped, mapped.range.start(), extent.len as usize))
     }
 
     /// Maps a list that was looked at. The caller promises the memory.
@@ -299,7 +322,7 @@ impl<P: Platform> Endpoint<P> {
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
         let runs = Runs { segments: segments.iter(), granule: self.view.granule };
-        let within = Placement::up_to(self.view.limit);
+        let within = Placement::up_to(self.view.reach.limit);
         let mapped = self.map_runs(extent, runs, prot, within, &mut None).await?;
         self.view.domain.flush_if_overdue_for(mapped.range).await;
         place(mapped.range, iovas);
@@ -329,6 +352,21 @@ impl<P: Platform> Endpoint<P> {
         async move { unmapping.ok_or(not_mapped)?.await }
     }
 
+    /// Maps a buffer again whose mapping waits for a flush, where the domain defers unmapping. `None` where none does. The
+    /// caller promises the memory.
+    #[inline(always)]
+    fn map_again(&self, phys: PhysAddr, len: usize, prot: Prot) -> Option<DmaMapping> {
+        let view = &*self.view;
+        if !view.again.load(Ordering::Acquire) {
+            return None;
+        }
+        let (shared, key) = (view.domain.shared(), view.domain.key());
+        let wish = Wish { buffer: PhysSegment { phys, len }, prot, tag: self.tag, reach: &view.reach };
+        let Mapped { range, record } = exchange::revive_one(shared, key, wish)?;
+        let iova = Iova::new(range.start().get() + (phys.get() & (view.granule - 1)));
+        Some(DmaMapping { domain: key, iova, len, range, record })
+    }
+
     /// Whole granules around what is asked for. The caller promises the memory.
     #[inline(always)]
     pub(super) fn map_in_place(
@@ -339,7 +377,10 @@ impl<P: Platform> Endpoint<P> {
     ) -> Result<DmaMapping, DmaError> {
         let (view, run) = (&*self.view, Run { phys, len: len as u64 });
         if !view.straight.load(Ordering::Acquire) || !is_rounded(run, view.granule) {
-            return self.map_with_constraints(phys, len, direction);
+            return match self.map_again(phys, len, direction.prot()) {
+                Some(mapping) => Ok(mapping),
+                None => self.map_with_constraints(phys, len, direction),
+            };
         }
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key, placement) = (view.domain.shared(), view.domain.key(), Placement::ANYWHERE);
@@ -361,7 +402,7 @@ impl<P: Platform> Endpoint<P> {
         self.check_open()?;
         let view = &*self.view;
         let run = rounded(PhysSegment { phys, len }, view.granule)?;
-        let placement = view.placement(run.len);
+        let placement = view.reach.placement(run.len);
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key) = (view.domain.shared(), view.domain.key());
         // A granule of one byte is no mapping by itself.
@@ -388,7 +429,7 @@ impl<P: Platform> Endpoint<P> {
     ) -> Result<DmaMapping, DmaError> {
         let run = rounded(PhysSegment { phys, len }, self.view.granule)?;
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
-        let wanted = (run, self.view.placement(run.len), purpose);
+        let wanted = (run, self.view.reach.placement(run.len), purpose);
         self.block_on(self.map_rest_async(phys, len, wanted, Err(sent)))
     }
 
@@ -398,10 +439,13 @@ impl<P: Platform> Endpoint<P> {
         len: usize,
         prot: Prot,
     ) -> Result<DmaMapping, DmaError> {
+        if let Some(mapping) = self.map_again(phys, len, prot) {
+            return Ok(mapping);
+        }
         self.check_open()?;
         let view = &*self.view;
         let run = rounded(PhysSegment { phys, len }, view.granule)?;
-        let (placement, purpose) = (view.placement(run.len), Purpose { prot, tag: self.tag });
+        let (placement, purpose) = (view.reach.placement(run.len), Purpose { prot, tag: self.tag });
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = match prot.is_plain() && run.len >= 2 {
             true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
@@ -441,7 +485,7 @@ impl<P: Platform> Endpoint<P> {
         held: &mut Option<HeldMemory>,
     ) -> Result<Mapped, MapError> {
         let (view, purpose) = (&*self.view, Purpose { prot, tag: self.tag });
-        let Placement { limit, align } = view.placement(len);
+        let Placement { limit, align } = view.reach.placement(len);
         let placement = Placement { limit: limit.min(within.limit), align: align.max(within.align) };
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let one = if parts == 1 { runs.clone().next() } else { None };
@@ -469,20 +513,6 @@ impl<P: Platform> Endpoint<P> {
     fn mapping(&self, Mapped { range, record }: Mapped, iova: Iova, len: usize) -> DmaMapping {
         DmaMapping { domain: self.view.domain.key(), iova, len, range, record }
     }
-}
-
-impl<P: Platform> View<P> {
-    /// Where the endpoint takes mappings of so many bytes.
-    #[inline]
-    fn placement(&self, len: u64) -> Placement {
-        Placement { limit: self.limit, align: alignment(len, self.boundary) }
-    }
-}
-
-/// The alignment that keeps what fits within the boundary from crossing it. What is longer begins at one, so that it
-/// crosses no more of them than it must.
-fn alignment(len: u64, boundary: Option<u64>) -> u64 {
-    boundary.map_or(1, |boundary| len.checked_next_power_of_two().map_or(boundary, |size| size.min(boundary)))
 }
 
 /// Memory on its way into a mapping. It goes back where it does not get there.

@@ -79,13 +79,55 @@ pub(super) struct Extent {
     pub runs: usize,
 }
 
-impl Extent {
-    /// All of a list that is one run: most lists of pages that touch.
-    pub(super) fn as_one(self, segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
-        let first = segments.first().filter(|_| self.runs == 1)?;
-        let phys = PhysAddr::new(first.phys.get() & !(granule - 1));
-        Some(PhysSegment { phys, len: usize::try_from(self.len).ok()? })
+/// Segments in a round of a loop over a list that is one run: what there is to do for one takes no longer than going round.
+const ROUND: usize = 8;
+
+/// All of a list as one run of whole granules, if each segment begins where the one before it ends, with a granule of its
+/// own: most lists of pages.
+/// `None` where it is another list, or anything is wrong with it, which [`survey`] has the words for.
+#[inline]
+pub(super) fn as_one(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
+    let (first, others) = segments.split_first()?;
+    let start = first.phys.get();
+    let (mut next, mut borders) = (start.wrapping_add(first.len as u64), 0);
+    let goes_on = next > start;
+    let mut follows = |segment: &PhysSegment| {
+        let begins = segment.phys.get() == next;
+        let end = next.wrapping_add(segment.len as u64);
+        // Neither empty, nor beyond the last address.
+        let goes_on = end > next;
+        borders |= next;
+        next = end;
+        begins && goes_on
+    };
+    let (rounds, rest) = others.as_chunks::<ROUND>();
+    let touch = rounds.iter().all(|round| round.iter().all(&mut follows)) && rest.iter().all(follows);
+    let mask = granule - 1;
+    // Two in one granule are mapped each, as anywhere in a list.
+    if !(goes_on && touch && borders & mask == 0) {
+        return None;
     }
+    let start = start & !mask;
+    let len = (((next - 1) | mask) - start).checked_add(1)?;
+    Some(PhysSegment { phys: PhysAddr::new(start), len: usize::try_from(len).ok()? })
+}
+
+/// Where each segment of such a list is, which is mapped at `range`.
+#[inline]
+pub(super) fn place_one(range: IovaRange, segments: &[PhysSegment], granule: u64, iovas: &mut [Iova]) {
+    let offset = segments.first().map_or(0, |first| first.phys.get() & (granule - 1));
+    let mut next = range.start().get() + offset;
+    let mut put = |segment: &PhysSegment, iova: &mut Iova| {
+        *iova = Iova::new(next);
+        // Behind the last one it may be the end of all addresses.
+        next = next.wrapping_add(segment.len as u64);
+    };
+    let (rounds, rest) = segments.as_chunks::<ROUND>();
+    let (places, last) = iovas.as_chunks_mut::<ROUND>();
+    for (round, place) in rounds.iter().zip(places) {
+        round.iter().zip(place).for_each(|(segment, iova)| put(segment, iova));
+    }
+    rest.iter().zip(last).for_each(|(segment, iova)| put(segment, iova));
 }
 
 /// Looks at each segment once. Where each lies in the addresses of the list goes to `offsets`, which are as many.
@@ -159,6 +201,56 @@ mod tests {
         let mut offsets = [Iova::new(0); 4];
         assert_eq!(survey(&list, 0x1000, &mut offsets), Ok(Extent { len: 0x4000, runs: 2 }));
         assert_eq!(offsets.map(Iova::get), [0, 0x1000, 0x2000, 0x3000]);
+    }
+
+    /// Fails when a segment is left out, or its address is not where its bytes are: in rounds and behind them.
+    #[test]
+    fn a_list_that_touches_is_one_run() {
+        for count in 1..3 * ROUND {
+            // The first may begin, and the last may end, within a granule.
+            for (head, tail) in [(0, 0), (0x200, 0), (0, 0x30), (0xff0, 0xffe)] {
+                let mut list: Vec<_> =
+                    (1..=count).map(|page| segment(page as u64 * 0x1000, 0x1000)).collect();
+                list[0] = segment(0x1000 + head as u64, 0x1000 - head);
+                list[count - 1].len -= tail.min(list[count - 1].len - 1);
+                let whole = as_one(&list, 0x1000).unwrap();
+                assert_eq!((whole.phys.get(), whole.len), (0x1000, count * 0x1000));
+                let range = IovaRange::from_len(Iova::new(0x8_0000), whole.len as u64).unwrap();
+                let mut iovas: Vec<_> = (0..count).map(|_| Iova::new(0)).collect();
+                place_one(range, &list, 0x1000, &mut iovas);
+                for (segment, iova) in list.iter().zip(iovas) {
+                    assert_eq!(iova.get() - 0x8_0000, segment.phys.get() - 0x1000);
+                }
+            }
+        }
+    }
+
+    /// Fails when any segment passes that is empty, lies elsewhere, or ends where addresses do.
+    #[test]
+    fn any_other_list_is_not() {
+        let good: Vec<_> = (0..2 * ROUND + 3).map(|index| segment(index as u64 * 0x1000, 0x1000)).collect();
+        assert!(as_one(&good, 0x1000).is_some() && as_one(&[], 0x1000).is_none());
+        for index in 0..good.len() {
+            for change in [
+                |segment: &mut PhysSegment| segment.len = 0,
+                |segment: &mut PhysSegment| segment.len += 1,
+                |segment: &mut PhysSegment| segment.len = usize::MAX,
+                |segment: &mut PhysSegment| segment.phys = PhysAddr::new(segment.phys.get() + 0x1000),
+            ] {
+                let mut bad = good.clone();
+                change(&mut bad[index]);
+                let alone = index + 1 == bad.len() && bad[index].len == 0x1001;
+                assert_eq!(as_one(&bad, 0x1000).is_some(), alone, "the last one may be of any length");
+            }
+        }
+        // The first would be as well as any.
+        let top = segment(u64::MAX - 0xfff, 0x1000);
+        assert_eq!((as_one(&[top], 0x1000), as_one(&[top, segment(0, 0x1000)], 0x1000)), (None, None));
+        let halves = [segment(0x1000, 0x800), segment(0x1800, 0x800)];
+        assert_eq!(as_one(&halves, 0x1000), None, "two in one granule");
+        // Half of all addresses, twice, and then what looks like a list again.
+        let half = usize::MAX / 2 + 1;
+        assert_eq!(as_one(&[segment(0, half), segment(half as u64, half), segment(0, 0x1000)], 0x1000), None);
     }
 
     #[test]

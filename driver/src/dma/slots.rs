@@ -109,6 +109,13 @@ impl Slots {
         }
     }
 
+    /// Whether this one is out.
+    #[inline]
+    pub(super) fn is_out(&self, at: usize) -> bool {
+        let (word, bit) = (at / BITS, at % BITS);
+        at < self.count && self.words[word].load(Ordering::Acquire) & (1 << bit) != 0
+    }
+
     /// Whether all of these are out.
     pub(super) fn are_out(&self, first: usize, count: usize) -> bool {
         let inside = first < self.count && count <= self.count - first;
@@ -164,7 +171,9 @@ mod tests {
         assert_eq!(slots.take_run(130), Some(1));
         assert_eq!((slots.take_run(70), slots.take_run(69)), (None, Some(131)));
         assert!(slots.are_out(0, 200) && !slots.are_out(0, 201) && !slots.are_out(200, 1));
+        assert!(slots.is_out(0) && slots.is_out(199) && !slots.is_out(200) && !slots.is_out(255));
         slots.give_back_run(60, 10);
+        assert!(slots.is_out(59) && !slots.is_out(60) && !slots.is_out(69) && slots.is_out(70));
         assert_eq!((slots.take_run(11), slots.take_run(10)), (None, Some(60)));
         assert_eq!((slots.take_run(201), slots.take_run(0)), (None, None));
     }

@@ -3,15 +3,18 @@
 //! ```text
 //!            unmap                begin flush             UNMAP ok
 //!   Live -----------> Deferred ---------------> Unmapping ---------> gone, or Released
+//!     ^ the same mapped |
+//!     '-----------------'
 //! ```
 //! Addresses and memory of a deferred record are held back as those of a live one: the device still has it, and nobody
 //! may get them before that confirmed the UNMAP. Only that somebody counts on it is over. When the domain dies,
-//! deferred records go with it.
+//! deferred records go with it. How one comes back to life is in [`super::revive`].
 
 use super::map::UnmapPlan;
 use super::mapping::{MappingState, Record};
+use super::revive::Places;
 use super::{DomainKey, Engine, Op};
-use crate::addr::{Iova, IovaRange};
+use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::{RequestError, UnmapError};
 use crate::exchange::Mapped;
 use crate::id::EndpointId;
@@ -25,6 +28,9 @@ use core::sync::atomic::{AtomicUsize, Ordering};
 /// The most ranges that a domain keeps for its flush.
 const MAX_RANGES: usize = 1 << 16;
 
+/// No time.
+const NEVER: u64 = u64::MAX;
+
 /// How many ranges at most are unmapped by one request, and looked at in one stretch under the lock.
 pub(crate) const MERGED: usize = 256;
 
@@ -35,18 +41,27 @@ pub(crate) const MERGED: usize = 256;
 /// `waiting` never grows beyond its capacity. `spare` is empty, and as large, unless a flush has it.
 pub(crate) struct DeferredList {
     bounds: DeferredBounds,
-    waiting: Vec<Mapped>,
+    pub(super) waiting: Vec<Mapped>,
     /// Takes the place of `waiting` when a flush takes that.
     spare: Vec<Mapped>,
+    /// Where in `waiting` they are, by the memory that they lead to.
+    pub(super) places: Places,
     mappings: usize,
     bytes: u64,
-    /// When the oldest of them was unmapped, where there is a clock.
-    oldest_ns: Option<u64>,
+    /// When a flush is due for the oldest of them, or for one that was there before it and was mapped again since.
+    /// [`NEVER`] where there is none.
+    due_ns: u64,
     due: FlushDue,
     /// A flush took ranges, and did not end yet.
     flushing: bool,
     /// A flush failed, or a recovery came before it, and what it was to unmap may be in quarantine still.
     failed: Option<RequestError>,
+}
+
+/// A time as one number: 0 where there is no clock, and else never.
+#[inline(always)]
+pub(crate) fn stamp(now_ns: Option<u64>) -> u64 {
+    now_ns.map_or(0, |now_ns| now_ns | 1)
 }
 
 /// When a domain's flush is due, for all who hold the domain. A hint: whoever finds it past asks the engine. In units of
@@ -65,8 +80,9 @@ impl FlushDue {
         usize::try_from(ns >> 10).unwrap_or(Self::NEVER).min(Self::NEVER - 1)
     }
 
-    fn set(&self, due_ns: Option<u64>) {
-        self.0.store(due_ns.map_or(Self::NEVER, Self::units), Ordering::Relaxed);
+    fn set(&self, due_ns: u64) {
+        let units = if due_ns == NEVER { Self::NEVER } else { Self::units(due_ns) };
+        self.0.store(units, Ordering::Relaxed);
     }
 
     /// Whether anything waits for a flush.
@@ -102,9 +118,10 @@ impl DeferredList {
             bounds,
             waiting: Vec::with_capacity(capacity),
             spare: Vec::with_capacity(capacity),
+            places: Places::new(),
             mappings: 0,
             bytes: 0,
-            oldest_ns: None,
+            due_ns: NEVER,
             due: FlushDue::never(),
             flushing: false,
             failed: None,
@@ -120,29 +137,43 @@ impl DeferredList {
         self.waiting.len() < self.waiting.capacity()
     }
 
-    /// Adds deferred records. There is room.
+    /// Adds deferred records, the first of which leads to this memory, at a time as [`stamp`] says it. There is room.
     #[inline(always)]
-    pub(super) fn push(&mut self, deferred: Mapped, mappings: usize, now_ns: Option<u64>) -> Deferral {
+    pub(super) fn push(
+        &mut self,
+        deferred: Mapped,
+        (mappings, phys): (usize, PhysAddr),
+        now_ns: u64,
+    ) -> Deferral {
         debug_assert!(self.has_room());
+        let at = self.waiting.len();
+        self.places.note(phys, at);
         self.waiting.push(deferred);
         self.mappings += mappings;
-        self.bytes = self.bytes.saturating_add(deferred.range.len_bytes().unwrap_or(u64::MAX));
-        if self.oldest_ns.is_none() && now_ns.is_some() {
-            self.set_oldest(now_ns);
+        // No two of them overlap, so that this does not wrap.
+        self.bytes += deferred.range.len_minus_one() + 1;
+        if self.due_ns == NEVER {
+            self.begin_age(now_ns);
         }
         if self.is_due(now_ns) { Deferral::FlushDue } else { Deferral::Deferred }
     }
 
-    #[inline]
-    fn is_due(&self, now_ns: Option<u64>) -> bool {
-        let full = self.mappings >= self.bounds.mappings || self.bytes >= self.bounds.bytes;
-        full || !self.has_room() || self.is_old(now_ns)
+    /// So many records of this range do not wait any more, which were taken out of `waiting`.
+    #[inline(always)]
+    pub(super) fn forget(&mut self, range: IovaRange, mappings: usize) {
+        self.mappings -= mappings;
+        self.bytes -= range.len_minus_one() + 1;
     }
 
-    #[inline]
-    fn is_old(&self, now_ns: Option<u64>) -> bool {
-        let age = now_ns.zip(self.oldest_ns).map(|(now, oldest)| now.saturating_sub(oldest));
-        age.is_some_and(|age| age >= self.bounds.age_ns)
+    #[inline(always)]
+    fn is_due(&self, now_ns: u64) -> bool {
+        self.mappings >= self.bounds.mappings || self.bytes >= self.bounds.bytes || self.is_old(now_ns)
+    }
+
+    /// Whether the oldest of them, if there is any, waits for too long.
+    #[inline(always)]
+    fn is_old(&self, now_ns: u64) -> bool {
+        now_ns >= self.due_ns
     }
 
     /// When a flush is due for the oldest, to be looked at without the lock.
@@ -150,16 +181,23 @@ impl DeferredList {
         self.due.clone()
     }
 
-    fn set_oldest(&mut self, oldest_ns: Option<u64>) {
-        self.oldest_ns = oldest_ns;
-        self.due.set(oldest_ns.map(|oldest| oldest.saturating_add(self.bounds.age_ns)));
+    /// Something waits since now, and nothing did before.
+    #[inline(never)]
+    fn begin_age(&mut self, now_ns: u64) {
+        // Later than it is where there is no clock.
+        self.set_due(now_ns.saturating_add(self.bounds.age_ns).clamp(1, NEVER - 1));
+    }
+
+    fn set_due(&mut self, due_ns: u64) {
+        self.due_ns = due_ns;
+        self.due.set(due_ns);
     }
 
     fn take(&mut self) -> Vec<Mapped> {
         let spare = mem::take(&mut self.spare);
         let taken = mem::replace(&mut self.waiting, spare);
         (self.mappings, self.bytes) = (0, 0);
-        self.set_oldest(None);
+        self.set_due(NEVER);
         taken
     }
 
@@ -172,7 +210,7 @@ impl DeferredList {
     pub(super) fn clear(&mut self) {
         self.waiting.clear();
         (self.mappings, self.bytes) = (0, 0);
-        self.set_oldest(None);
+        self.set_due(NEVER);
     }
 }
 
@@ -189,13 +227,14 @@ impl Engine {
         if !list.has_room() {
             return Deferral::Full;
         }
+        let phys = domain.space.phys_of(first);
         let mut mappings = 0;
         domain.space.retain_in(range, Some(first), |record| {
             (record.state, record.owned) = (MappingState::Deferred, false);
             mappings += 1;
             true
         });
-        list.push(Mapped { range, record: first }, mappings, now_ns)
+        list.push(Mapped { range, record: first }, (mappings, phys), stamp(now_ns))
     }
 
     /// Whether anything waits for a flush, or is being flushed.
@@ -213,7 +252,17 @@ impl Engine {
     /// Whether something waits for longer than it should, and nobody flushes yet.
     pub(crate) fn is_flush_overdue(&self, key: DomainKey, now_ns: Option<u64>) -> bool {
         let list = self.domain(key).and_then(|domain| domain.deferred.as_ref());
-        list.is_some_and(|list| !list.flushing && list.is_old(now_ns))
+        let old = |list: &DeferredList| list.is_old(stamp(now_ns));
+        list.is_some_and(|list| !list.flushing && !list.waiting.is_empty() && old(list))
+    }
+
+    /// The same for whoever was [told](FlushDue) to look. Where all was mapped again meanwhile nobody is told any more.
+    pub(crate) fn look_if_overdue(&mut self, key: DomainKey, now_ns: Option<u64>) -> bool {
+        let list = self.domain_mut(key).and_then(|domain| domain.deferred.as_mut());
+        if let Some(list) = list.filter(|list| list.waiting.is_empty()) {
+            list.set_due(NEVER);
+        }
+        self.is_flush_overdue(key, now_ns)
     }
 
     /// The next domain after the one in place `after` that [is overdue](Self::is_flush_overdue), and its place.

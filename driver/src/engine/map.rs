@@ -38,6 +38,43 @@ impl Placement {
     }
 }
 
+/// What an endpoint can put on the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reach {
+    /// The highest address.
+    pub limit: Iova,
+    /// A power of two whose multiples are not crossed by what fits between two of them.
+    pub boundary: Option<u64>,
+}
+
+impl Reach {
+    /// Where it takes a mapping of so many bytes.
+    #[inline(always)]
+    pub(crate) fn placement(&self, len: u64) -> Placement {
+        Placement { limit: self.limit, align: self.alignment(len) }
+    }
+
+    /// Whether a mapping of so many bytes, which is there already, suits it too.
+    #[inline(always)]
+    pub(super) fn suits(&self, range: IovaRange, len: u64) -> bool {
+        let start = range.start().get();
+        // As for a new one: not at 0.
+        start != 0
+            && range.last() <= self.limit
+            && (self.boundary.is_none() || start & (self.alignment(len) - 1) == 0)
+    }
+
+    /// The alignment that keeps what fits within the boundary from crossing it. What is longer begins at one, so that it
+    /// crosses no more of them than it must.
+    #[inline(always)]
+    fn alignment(&self, len: u64) -> u64 {
+        match self.boundary {
+            None => 1,
+            Some(boundary) => len.checked_next_power_of_two().map_or(boundary, |size| size.min(boundary)),
+        }
+    }
+}
+
 /// A part of a failed list.
 #[derive(Debug)]
 pub(crate) enum Unmade {

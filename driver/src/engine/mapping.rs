@@ -165,6 +165,7 @@ impl Standing {
     pub(super) const MAPPING: Self = Self::new(MappingState::Mapping, Holder::Mapping, true, false);
     pub(super) const LIVE: Self = Self::new(MappingState::Live, Holder::Mapping, true, true);
     pub(super) const UNMAPPING: Self = Self::new(MappingState::Unmapping, Holder::Mapping, true, true);
+    pub(super) const DEFERRED: Self = Self::new(MappingState::Deferred, Holder::Mapping, true, true);
 
     const fn new(state: MappingState, holder: Holder, on_device: bool, counted: bool) -> Self {
         Self(u32::from_ne_bytes([state as u8, holder as u8, on_device as u8, counted as u8]))
@@ -252,6 +253,12 @@ impl Record {
     /// What its maker calls it.
     pub(super) fn tag(&self) -> Tag {
         Tag((self.making.0 >> 8) as u8)
+    }
+
+    /// Its maker's word for it from now on.
+    #[inline(always)]
+    pub(super) fn set_tag(&mut self, Tag(tag): Tag) {
+        self.making = Making(self.making.0 & !0xff00 | u64::from(tag) << 8);
     }
 
     /// Whether it was made with this list.

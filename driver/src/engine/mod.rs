@@ -18,6 +18,7 @@ mod map;
 mod mapping;
 mod quick;
 mod recover;
+mod revive;
 mod settle;
 mod space;
 mod tag;
@@ -25,14 +26,15 @@ mod tag;
 pub(crate) use attach::AttachPlan;
 #[cfg(feature = "contexts")]
 pub(crate) use context::{ContextEffect, ContextKey, ContextRecords, ToldAgain};
-pub(crate) use deferred::{Deferral, DeferredList, FlushDue, MERGED, first_run};
+pub(crate) use deferred::{Deferral, DeferredList, FlushDue, MERGED, first_run, stamp};
 pub use domain::DomainStats;
 pub(crate) use domain::{Counts, DomainRecord};
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
-pub(crate) use map::{Made, Placement, Unmade, UnmapPlan};
+pub(crate) use map::{Made, Placement, Reach, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
 pub(crate) use recover::Revival;
+pub(crate) use revive::Wish;
 pub(crate) use tag::Tag;
 
 use crate::addr::{Iova, IovaRange};

@@ -98,7 +98,7 @@ impl Engine {
     /// The domain, where [`DomainRecord::check`] has nothing against a mapping of whole granules for reading, writing or both
     /// but that it may be full.
     #[inline(always)]
-    fn mappable(&mut self, key: DomainKey) -> Option<&mut DomainRecord> {
+    pub(super) fn mappable(&mut self, key: DomainKey) -> Option<&mut DomainRecord> {
         let domain = self.domains.get_mut(key.place())?.as_deref_mut()?;
         (domain.mappable == key).then_some(domain)
     }
@@ -205,14 +205,14 @@ impl Engine {
         true
     }
 
-    /// Defers the unmapping of one live mapping, which the handle may name, or of a list. [`Deferral::Strict`] where nothing
-    /// was done.
+    /// Defers the unmapping of one live mapping, which the handle may name, or of a list, at a time as [`stamp`](super::stamp) says
+    /// it. [`Deferral::Strict`] where nothing was done.
     #[inline(always)]
     pub(crate) fn defer_one(
         &mut self,
         key: DomainKey,
         (range, record): (IovaRange, MappingHandle),
-        now_ns: Option<u64>,
+        now_ns: u64,
     ) -> Deferral {
         let Some(domain) = self.domain_mut(key) else { return Deferral::Strict };
         let Some(list) = domain.deferred.as_mut().filter(|list| list.has_room()) else {

@@ -8,7 +8,7 @@
 use super::{InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose};
+use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose, stamp};
 #[cfg(feature = "bench")]
 use crate::error::RequestError;
 use crate::exchange::Run;
@@ -176,7 +176,7 @@ pub(crate) fn defer_first<P: Platform>(
     range: IovaRange,
     record: MappingHandle,
 ) -> Deferral {
-    let now_ns = shared.platform.now_ns();
+    let now_ns = stamp(shared.platform.now_ns());
     let Some(mut state) = shared.state.usual() else { return Deferral::Strict };
     state.engine.defer_one(key, (range, record), now_ns)
 }

@@ -55,12 +55,13 @@ const fn asking(
 const ONE_OF_64: f64 = 1.0 / 64.0;
 
 /// Instructions of one operation.
-pub(super) const OPERATIONS: [Target; 29] = [
+pub(super) const OPERATIONS: [Target; 30] = [
     asking("raw_request", None, Some(150.0), 1.0, 1.0),
     asking("map_unmap_4k_strict", linux(179, 4_835, 4_812), Some(480.0), 2.0, 2.0),
     asking("map_unmap_64k_strict", linux(179, 4_858, 4_837), None, 2.0, 2.0),
     asking("map_unmap_1m_strict", linux(179, 5_308, 5_486), Some(480.0), 2.0, 2.0),
     row("map_unmap_4k_deferred", linux(179, 4_835, 4_812), Some(300.0)),
+    row("map_unmap_4k_deferred_other", None, None),
     asking("map_unmap_4k_pool", linux(179, 4_835, 4_812), Some(90.0), 0.0, 0.0),
     asking("map_4k_strict", None, None, 1.0, 1.0),
     asking("unmap_4k_strict", None, None, 1.0, 1.0),

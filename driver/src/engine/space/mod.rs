@@ -18,6 +18,7 @@ mod magazine;
 mod mapped;
 mod order;
 mod quick;
+mod revive;
 mod slab;
 #[cfg(test)]
 mod tests;

@@ -3,7 +3,7 @@
 use super::Space;
 use super::order::Wanted;
 use super::slab::Index;
-use crate::addr::{Iova, IovaRange};
+use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::Placement;
 use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record, Standing};
@@ -102,22 +102,24 @@ impl Space {
     }
 
     /// Marks the one live mapping of exactly this range, which the handle may name, as deferred, or a list of them. Its
-    /// record, and how many there are. `None`, and nothing changed, where they are not live.
+    /// record, how many there are, and the memory that the first leads to. `None`, and nothing changed, where they are not
+    /// live.
     #[inline(always)]
     pub(crate) fn defer(
         &mut self,
         handle: MappingHandle,
         range: IovaRange,
-    ) -> Option<(MappingHandle, usize)> {
+    ) -> Option<(MappingHandle, (usize, PhysAddr))> {
         if let Some(record) = self.order.get_mut(handle.0)
             && record.range == range
             && record.standing() == Standing::LIVE
         {
             // As above.
             (record.state, record.owned) = (MappingState::Deferred, false);
-            return Some((handle, 1));
+            return Some((handle, (1, record.phys)));
         }
-        self.defer_list(range)
+        let (first, count) = self.defer_list(range)?;
+        Some((first, (count, self.phys_of(first))))
     }
 
     #[cold]

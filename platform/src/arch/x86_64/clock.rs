@@ -6,6 +6,7 @@
 //! statement. Where nothing states it, there is no clock.
 
 use core::arch::x86_64::_rdtsc;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use spin::Once;
 use x86_64::instructions::port::Port;
@@ -32,40 +33,39 @@ const OUTPUT: u8 = 0x20;
 /// Rates outside of this are not believed.
 const PLAUSIBLE_HZ: core::ops::RangeInclusive<u64> = 10_000_000..=100_000_000_000;
 
-struct Clock {
-    tsc_at_start: u64,
-    hz: u64,
-    /// What a tick lasts, in nanoseconds by 2^32: a clock that divides takes longer to read.
-    tick: u64,
-}
-
-impl Clock {
-    fn new(hz: u64) -> Self {
-        Self { tsc_at_start: read_tsc(), hz, tick: (1_000_000_000 << 32) / hz }
-    }
-}
-
-static CLOCK: Once<Option<Clock>> = Once::new();
+/// The counter's rate, once it was measured, where that could be done.
+static HZ: Once<Option<u64>> = Once::new();
+/// The counter's value then.
+static START: AtomicU64 = AtomicU64::new(0);
+/// What a tick lasts, in nanoseconds by 2^32: a clock that divides takes longer to read. 0 before it is known.
+static TICK: AtomicU64 = AtomicU64::new(0);
 
 /// Measures the counter's rate. Takes about 10 ms.
 pub fn init() {
-    CLOCK.call_once(|| {
+    HZ.call_once(|| {
         let hz = least(measure_by_output).or_else(|| least(measure_by_count));
         let hz = hz.or_else(stated_by_cpu).or_else(stated_by_hypervisor);
-        hz.filter(|hz| PLAUSIBLE_HZ.contains(hz)).map(Clock::new)
+        let hz = hz.filter(|hz| PLAUSIBLE_HZ.contains(hz))?;
+        START.store(read_tsc(), Ordering::Relaxed);
+        // Release: whoever sees it sees the start.
+        TICK.store((1_000_000_000 << 32) / hz, Ordering::Release);
+        Some(hz)
     });
 }
 
 /// Nanoseconds since [`init`]; `None` before it, or when the rate is not known.
 pub fn now_ns() -> Option<u64> {
-    let clock = CLOCK.get()?.as_ref()?;
-    let ticks = read_tsc().wrapping_sub(clock.tsc_at_start);
-    Some(((u128::from(ticks) * u128::from(clock.tick)) >> 32) as u64)
+    let tick = TICK.load(Ordering::Acquire);
+    if tick == 0 {
+        return None;
+    }
+    let ticks = read_tsc().wrapping_sub(START.load(Ordering::Relaxed));
+    Some(((u128::from(ticks) * u128::from(tick)) >> 32) as u64)
 }
 
 /// The counter's rate.
 pub fn tick_hz() -> Option<u64> {
-    Some(CLOCK.get()?.as_ref()?.hz)
+    *HZ.get()?
 }
 
 /// The counter itself. Under QEMU's `-icount shift=0` it ticks once for each instruction.

@@ -168,8 +168,8 @@ fn read(
         let submit = || {
             if let Some(pool) = pool {
                 for request in &mut requests {
-                    let full = StorageError::Full { requests: depth, room: 0 };
-                    let buffer = pool.take().ok_or(full)?;
+                    let full = || StorageError::Full { requests: depth, room: 0 };
+                    let buffer = pool.take().ok_or_else(full)?;
                     let iova = buffer.into_raw();
                     // SAFETY: the buffer is out until its request is done.
                     request.buffer = unsafe { Buffer::elsewhere(iova, len_bytes) };

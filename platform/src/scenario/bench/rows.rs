@@ -59,12 +59,13 @@ pub(super) struct Row<R> {
 }
 
 /// Every row, in order. Those of live mappings leave them behind.
-pub(super) const ROWS: [Row<Rig>; 22] = [
+pub(super) const ROWS: [Row<Rig>; 23] = [
     Row { name: "raw_request", run: raw_request },
     Row { name: "map_unmap_4k_strict", run: |rig, meter| strict(rig, meter, "map_unmap_4k_strict", 1) },
     Row { name: "map_unmap_64k_strict", run: |rig, meter| strict(rig, meter, "map_unmap_64k_strict", 16) },
     Row { name: "map_unmap_1m_strict", run: |rig, meter| strict(rig, meter, "map_unmap_1m_strict", 256) },
     Row { name: "map_unmap_4k_deferred", run: deferred },
+    Row { name: "map_unmap_4k_deferred_other", run: deferred_others },
     Row { name: "map_unmap_4k_pool", run: pool },
     Row { name: "halves_4k_strict", run: halves },
     Row { name: "batch64", run: batch },
@@ -100,6 +101,8 @@ pub(super) const ROWS: [Row<Rig>; 22] = [
 const FRAME: usize = FRAME_BYTES as usize;
 /// Buffers of a batch, and pages of a scatter list.
 const BATCH: usize = 64;
+/// Buffers that take turns: more than a domain that defers unmapping lets wait.
+const OTHERS: usize = 512;
 /// Requests that the ring has room for: two descriptors of [`Options`](virtio_iommu::Options) for each.
 const RING: usize = 128;
 /// Ticks that making live mappings may take. Where each costs as much as there are others, more of them cannot be had.
@@ -126,15 +129,35 @@ fn strict(rig: &Rig, meter: &mut Meter, name: &'static str, frames: usize) -> Re
 }
 
 /// The same in a domain that defers unmapping, within the bounds that it has unless it is told others. The flushes are
-/// part of it.
+/// part of it. The buffer is always the same, so that most of its mappings are one that waited for a flush.
 fn deferred(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    in_deferring(rig, |device| {
+        let page = DmaPages::allocate(1).map_err(text)?;
+        let measured = map_unmap(device, meter, "map_unmap_4k_deferred", &page);
+        keep_if_failed(measured.and_then(|()| device.flush().map_err(text)), page)
+    })
+}
+
+/// The same, each time with another buffer, of more than wait for a flush at a time.
+fn deferred_others(rig: &mut Rig, meter: &mut Meter) -> Result<End, String> {
+    in_deferring(rig, |device| {
+        let pages = DmaPages::allocate(OTHERS).map_err(text)?;
+        let mut next =
+            (0..OTHERS as u64).map(|page| PhysAddr::new(pages.phys() + page * FRAME_BYTES)).cycle();
+        let measured = meter.measure(["map_unmap_4k_deferred_other"], 1, |laps| {
+            let phys = next.next().ok_or("no page")?;
+            laps.time(0, || map_unmap_once(device, phys, FRAME))
+        });
+        keep_if_failed(measured.and_then(|()| device.flush().map_err(text)), pages)
+    })
+}
+
+/// Works in a domain that defers unmapping.
+fn in_deferring(rig: &Rig, work: impl FnOnce(&dyn DmaDevice) -> Result<End, String>) -> Result<End, String> {
     let options = DomainOptions { unmap: UnmapPolicy::Deferred(Default::default()), ..Default::default() };
     let function = find(&rig.machine, VENDOR, BLOCK, "disk")?;
     let opened = setup::open_in(&rig.iommu, function, 0, options).map_err(text)?;
-    let page = DmaPages::allocate(1).map_err(text)?;
-    let device: &dyn DmaDevice = &opened.endpoint;
-    let measured = map_unmap(device, meter, "map_unmap_4k_deferred", &page);
-    let end = keep_if_failed(measured.and_then(|()| device.flush().map_err(text)), page)?;
+    let end = work(&opened.endpoint)?;
     close(&rig.iommu, opened.endpoint)?;
     Ok(end)
 }
@@ -146,13 +169,16 @@ fn map_unmap(
     pages: &DmaPages,
 ) -> Result<(), String> {
     let (phys, len) = (PhysAddr::new(pages.phys()), pages.len_bytes());
-    meter.measure([name], 1, |laps| {
-        laps.time(0, || {
-            // SAFETY: the pages are the caller's, who keeps them until they are unmapped for certain, or leaks them.
-            let mapping = unsafe { device.map(phys, len, Direction::Both) }.map_err(text)?;
-            device.unmap(mapping).map(drop).map_err(text)
-        })
-    })
+    meter.measure([name], 1, |laps| laps.time(0, || map_unmap_once(device, phys, len)))
+}
+
+#[inline(always)]
+fn map_unmap_once(device: &dyn DmaDevice, phys: PhysAddr, len: usize) -> Result<(), String> {
+    // SAFETY: the pages are the caller's, who keeps them until they are unmapped for certain, or leaks them.
+    match unsafe { device.map(phys, len, Direction::Both) } {
+        Ok(mapping) => device.unmap(mapping).map(drop).map_err(text),
+        Err(error) => Err(text(error)),
+    }
 }
 
 /// Takes a buffer from a pool, and gives it back.

@@ -195,7 +195,7 @@ fn a_run_is_flushed_as_a_whole_or_not_at_all() {
     assert_eq!(single.last().get() + 1, list.start().get(), "else they are no run");
     let defer = |space: &mut Space| {
         [(single, handle), (list, MappingHandle::UNKNOWN)].map(|(range, handle)| {
-            let (record, count) = space.defer(handle, range).expect("live");
+            let (record, (count, _)) = space.defer(handle, range).expect("live");
             assert_eq!(count, if range == list { 3 } else { 1 });
             Mapped { range, record }
         })
