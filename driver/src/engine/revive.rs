@@ -79,7 +79,7 @@ impl DeferredList {
         self.forget(range, mappings);
     }
 
-    #[inline(never)]
+    #[cold]
     fn take_back_between(&mut self, at: usize, space: &Space) {
         self.waiting.swap_remove(at);
         if let Some(moved) = self.waiting.get(at) {

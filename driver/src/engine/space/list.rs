@@ -146,7 +146,7 @@ impl Space {
     }
 
     /// Marks a list of exactly this range, all of which is live, as deferred.
-    #[inline(never)]
+    #[cold]
     pub(super) fn defer_list(&mut self, range: IovaRange) -> Option<(MappingHandle, usize)> {
         let first = self.find(range.start())?;
         let count = self.mark_list(first, range, MappingState::Live, MappingState::Deferred)?;
