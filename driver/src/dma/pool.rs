@@ -30,8 +30,6 @@ pub struct DmaPool<'d> {
     len: usize,
     /// From one buffer to the next, at least `len`, and [`LINE`].
     stride: usize,
-    /// 2^64 by `stride`, rounded up: see [`index_of`].
-    reciprocal: u64,
     slots: Slots,
 }
 
@@ -68,8 +66,7 @@ impl<'d> DmaPool<'d> {
         let stride = stride.ok_or(no_memory)?;
         let memory = device.alloc(stride.checked_mul(count).ok_or(no_memory)?, direction)?;
         let (start, iova) = (memory.ptr(), memory.iova());
-        let (reciprocal, slots) = (reciprocal(stride), Slots::new(count));
-        Ok(Self { device, memory: Some(memory), start, iova, len, stride, reciprocal, slots })
+        Ok(Self { device, memory: Some(memory), start, iova, len, stride, slots: Slots::new(count) })
     }
 
     /// Takes a buffer, with whatever is in it. `None` when all are out.
@@ -86,15 +83,13 @@ impl<'d> DmaPool<'d> {
         PoolBuffer { pool: self, index, memory }
     }
 
-    /// Makes a buffer of what [`PoolBuffer::into_raw`] gave. `None` for an address that no buffer is out at.
+    /// Makes a buffer of the number that [`PoolBuffer::into_raw`] gave. `None` where no buffer of that number is out.
     ///
     /// # Safety
-    /// The address came from `into_raw`, and no buffer was made of it since.
+    /// The number came from `into_raw`, and no buffer was made of it since.
     #[inline]
-    pub unsafe fn from_raw(&self, iova: Iova) -> Option<PoolBuffer<'_>> {
-        let offset = iova.get().checked_sub(self.iova.get())?;
-        let index = index_of(offset, self.stride, self.reciprocal)?;
-        self.slots.is_out(index).then(|| self.buffer(index))
+    pub unsafe fn from_raw(&self, number: usize) -> Option<PoolBuffer<'_>> {
+        self.slots.is_out(number).then(|| self.buffer(number))
     }
 
     /// The buffers that there are.
@@ -124,20 +119,6 @@ impl<'d> DmaPool<'d> {
         }
         self.memory.take().map_or(Ok(Unmapped::Now), |memory| self.device.free_coherent(memory))
     }
-}
-
-/// 2^64 by `stride`, which is more than one, rounded up.
-fn reciprocal(stride: usize) -> u64 {
-    u64::MAX / stride as u64 + 1
-}
-
-/// How often `stride` is in `offset`, if that is a whole number. By its reciprocal, since dividing takes long: that is too
-/// high by less than one in `stride`, so that for a multiple what comes out is not too high by one.
-#[inline]
-fn index_of(offset: u64, stride: usize, reciprocal: u64) -> Option<usize> {
-    let index = (u128::from(offset) * u128::from(reciprocal)) >> 64;
-    let index = usize::try_from(index).ok()?;
-    (index as u64).checked_mul(stride as u64).filter(|multiple| *multiple == offset).map(|_| index)
 }
 
 impl Drop for DmaPool<'_> {
@@ -215,13 +196,13 @@ impl PoolBuffer<'_> {
         unsafe { self.memory.bytes_mut() }
     }
 
-    /// Keeps the buffer out, for drivers that know it by its address until the endpoint is done with it:
-    /// [`DmaPool::from_raw`].
+    /// Keeps the buffer out, for drivers that know it by its number, below [`DmaPool::count`], until the endpoint is done
+    /// with it: [`DmaPool::from_raw`].
     #[inline]
-    pub fn into_raw(self) -> Iova {
-        let iova = self.iova();
+    pub fn into_raw(self) -> usize {
+        let number = self.index;
         mem::forget(self);
-        iova
+        number
     }
 }
 
@@ -235,25 +216,5 @@ impl Drop for PoolBuffer<'_> {
 impl fmt::Debug for PoolBuffer<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PoolBuffer({:#x} bytes at {})", self.len_bytes(), self.iova())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Fails when a reciprocal is rounded down, or an address between two buffers passes for one.
-    #[test]
-    fn an_index_by_the_reciprocal_is_the_quotient() {
-        for stride in [64, 192, 1536, 1600, 4096, 9024, (1 << 20) + 64, (1 << 30) + 192] {
-            let reciprocal = reciprocal(stride);
-            for index in [0, 1, 2, 3, 63, 64, 4095, (1 << 20) - 1, (1 << 24) + 1] {
-                let Some(offset) = (index as u64).checked_mul(stride as u64) else { continue };
-                assert_eq!(index_of(offset, stride, reciprocal), Some(index), "{index} of {stride}");
-                for beside in [offset.wrapping_sub(1), offset + 1, offset + stride as u64 / 2] {
-                    assert_eq!(index_of(beside, stride, reciprocal), None, "{beside:#x} by {stride}");
-                }
-            }
-        }
     }
 }

@@ -170,10 +170,9 @@ fn read(
                 for request in &mut requests {
                     let full = || StorageError::Full { requests: depth, room: 0 };
                     let buffer = pool.take().ok_or_else(full)?;
-                    let iova = buffer.into_raw();
                     // SAFETY: the buffer is out until its request is done.
-                    request.buffer = unsafe { Buffer::elsewhere(iova, len_bytes) };
-                    request.tag = iova.get();
+                    request.buffer = unsafe { Buffer::elsewhere(buffer.iova(), len_bytes) };
+                    request.tag = buffer.into_raw() as u64;
                 }
             }
             disk.submit(Operation::Read, &mut requests)
@@ -188,7 +187,7 @@ fn read(
                 done.result?;
                 if let Some(pool) = pool {
                     // SAFETY: made raw by the request's submission.
-                    drop(unsafe { pool.from_raw(Iova::new(done.tag)) });
+                    drop(unsafe { pool.from_raw(done.tag as usize) });
                 }
             }
             Ok::<_, StorageError>(())
