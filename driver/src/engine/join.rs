@@ -18,42 +18,62 @@ type Begun<'a> = (Request, EndpointPlace, &'a mut DomainRecord);
 impl DomainRecord {
     /// Whether nothing happens when its first endpoint comes or its last one leaves.
     fn is_quiet(&self) -> bool {
-        // What is deferred is mapped.
-        self.is_empty() && !self.orphaned && !self.is_in_transition() && !self.reviving
+        // What is deferred is mapped. The rest by one branch.
+        self.is_empty() && !(self.orphaned | self.is_in_transition() | self.reviving)
     }
 }
 
 impl EndpointRecord {
     /// Whether it is in no group, and nothing is to be done about it.
     fn is_plain(&self) -> bool {
-        let settled = self.rejoin.is_none() && self.suspended.is_none() && !self.suspend_due;
-        settled && self.group.is_none() && !self.is_stale
+        let busy = self.rejoin.is_some() | self.suspended.is_some() | self.suspend_due;
+        // By one branch.
+        !(busy | self.group.is_some() | self.is_stale)
     }
 }
 
 impl Engine {
     /// The one that was looked for last is likely to be looked for next.
+    #[inline(always)]
     fn place_of(&mut self, id: EndpointId) -> Option<usize> {
-        if self.endpoints.get(self.last_place).is_none_or(|record| record.id != id) {
-            self.last_place = self.endpoints.binary_search_by_key(&id, |record| record.id).ok()?;
+        match self.endpoints.get(self.last_place) {
+            Some(record) if record.id == id => Some(self.last_place),
+            _ => self.search_place(id),
         }
+    }
+
+    #[cold]
+    fn search_place(&mut self, id: EndpointId) -> Option<usize> {
+        self.last_place = self.endpoints.binary_search_by_key(&id, |record| record.id).ok()?;
         Some(self.last_place)
     }
 
     /// Begins to attach an endpoint that is in no domain. The request for it is then sent in any case.
     pub(crate) fn begin_attach_one(&mut self, id: EndpointId, key: DomainKey) -> Option<Begun<'_>> {
         let at = self.place_of(id)?;
-        let endpoint = &self.endpoints[at];
+        // What is reserved for it was taken out of the domain's addresses when it came for the first time.
+        if self.endpoints.get(at)?.reserved_in != Some(key) {
+            self.reserve_first(at, id, key)?;
+        }
+        let own = self.own_endpoint == Some(id);
+        let Self { endpoints, domains, .. } = self;
+        let (endpoint, domain) = (endpoints.get_mut(at)?, domains.get_mut(key.place())?.as_deref_mut()?);
         let ready = endpoint.attachment == Attachment::Detached && endpoint.is_plain();
-        if !ready || self.own_endpoint == Some(id) || !self.domain(key)?.is_quiet() {
+        if !ready || own || domain.key != key || !domain.is_quiet() {
             return None;
         }
-        self.reserve_for(at, key).ok()?;
-        self.endpoints[at].attachment = Attachment::Attaching(key);
-        let domain = self.domain_mut(key)?;
+        endpoint.attachment = Attachment::Attaching(key);
         domain.possible += 1;
         let request = Request::Attach { domain: domain.id, endpoint: id, kind: domain.kind };
         Some((request, EndpointPlace(at), domain))
+    }
+
+    #[cold]
+    fn reserve_first(&mut self, at: usize, id: EndpointId, key: DomainKey) -> Option<()> {
+        let endpoint = &self.endpoints[at];
+        let ready = endpoint.attachment == Attachment::Detached && endpoint.is_plain();
+        let reserve = ready && self.own_endpoint != Some(id) && self.domain(key)?.is_quiet();
+        if reserve { self.reserve_for(at, key).ok() } else { None }
     }
 
     /// The device confirmed an ATTACH that somebody waits for. False where there is more to it.
@@ -80,15 +100,15 @@ impl Engine {
     /// case.
     pub(crate) fn begin_detach_one(&mut self, id: EndpointId) -> Option<(Begun<'_>, DomainKey)> {
         let at = self.place_of(id)?;
-        let endpoint = &self.endpoints[at];
+        let Self { endpoints, domains, .. } = self;
+        let endpoint = endpoints.get_mut(at)?;
         let Attachment::Attached(key) = endpoint.attachment else { return None };
-        if !endpoint.is_plain() || !self.domain(key)?.is_quiet() {
+        let domain = domains.get_mut(key.place())?.as_deref_mut()?;
+        if !endpoint.is_plain() || domain.key != key || !domain.is_quiet() {
             return None;
         }
-        let endpoint = &mut self.endpoints[at];
         endpoint.attachment = Attachment::Detaching { domain: key, was_attached: true };
         endpoint.wanted = false;
-        let domain = self.domain_mut(key)?;
         domain.set_attached(domain.attached() - 1);
         let request = Request::Detach { domain: domain.id, endpoint: id };
         Some(((request, EndpointPlace(at), domain), key))
