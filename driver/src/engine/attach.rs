@@ -44,6 +44,10 @@ impl Engine {
     /// Adds an endpoint's record, after its PROBE, or renews it where that was due. The list is lent, and the old one
     /// comes back in it, so that none is freed under the lock.
     pub(crate) fn introduce(&mut self, id: EndpointId, reserved: &mut Arc<[ReservedRegion]>) {
+        // So that it cannot be attached by anybody (I10).
+        if self.own_endpoint == Some(id) {
+            return;
+        }
         match self.endpoints.binary_search_by_key(&id, |record| record.id) {
             Ok(at) if self.endpoints[at].is_stale => {
                 let endpoint = &mut self.endpoints[at];

@@ -53,13 +53,12 @@ impl Engine {
         let at = self.place_of(id)?;
         // What is reserved for it was taken out of the domain's addresses when it came for the first time.
         if self.endpoints.get(at)?.reserved_in != Some(key) {
-            self.reserve_first(at, id, key)?;
+            self.reserve_first(at, key)?;
         }
-        let own = self.own_endpoint == Some(id);
         let Self { endpoints, domains, .. } = self;
         let (endpoint, domain) = (endpoints.get_mut(at)?, domains.get_mut(key.place())?.as_deref_mut()?);
         let ready = endpoint.attachment == Attachment::Detached && endpoint.is_plain();
-        if !ready || own || domain.key != key || !domain.is_quiet() {
+        if !ready || domain.key != key || !domain.is_quiet() {
             return None;
         }
         endpoint.attachment = Attachment::Attaching(key);
@@ -69,11 +68,10 @@ impl Engine {
     }
 
     #[cold]
-    fn reserve_first(&mut self, at: usize, id: EndpointId, key: DomainKey) -> Option<()> {
+    fn reserve_first(&mut self, at: usize, key: DomainKey) -> Option<()> {
         let endpoint = &self.endpoints[at];
         let ready = endpoint.attachment == Attachment::Detached && endpoint.is_plain();
-        let reserve = ready && self.own_endpoint != Some(id) && self.domain(key)?.is_quiet();
-        if reserve { self.reserve_for(at, key).ok() } else { None }
+        if ready && self.domain(key)?.is_quiet() { self.reserve_for(at, key).ok() } else { None }
     }
 
     /// The device confirmed an ATTACH that somebody waits for. False where there is more to it.

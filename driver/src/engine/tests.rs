@@ -33,6 +33,18 @@ fn engine() -> Engine {
     engine
 }
 
+/// Fails when the IOMMU's own endpoint gets a record, by which the quick way would attach it.
+#[test]
+fn i10_the_iommus_own_endpoint_has_no_record() {
+    let Engine { geometry, limits, .. } = engine();
+    let mut engine = Engine::new(geometry, limits, Some(EP));
+    engine.introduce(EP, &mut Arc::from([]));
+    let key = domain(&mut engine);
+    assert!(engine.endpoint(EP).is_none());
+    assert!(engine.begin_attach_one(EP, key).is_none());
+    assert!(engine.begin_attach(EP, key).is_err());
+}
+
 fn domain(engine: &mut Engine) -> DomainKey {
     let (geometry, kind) = (engine.geometry, DomainKind::Translated);
     engine.create_domain(&mut Some(Engine::prepare_domain(&geometry, engine.limits, 8, kind, None))).unwrap()
