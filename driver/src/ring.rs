@@ -480,6 +480,21 @@ mod tests {
         assert_eq!(ring.pop(), Err(UsedIndexJumped { seen: 2, expected_at_most: 1 }));
     }
 
+    /// Fails when the look at one entry does not ask whether anything is in flight.
+    #[test]
+    fn an_entry_that_nobody_asked_for_is_not_the_only_one() {
+        let mut ring = ring(Suppression::Flags);
+        let mut index = 0;
+        ring.push(0);
+        let _ = ring.publish();
+        complete(&mut ring, &mut index, 0, 4);
+        assert_eq!(ring.sole(), Some(Used { id: 0, len: 4 }));
+        ring.pass();
+        complete(&mut ring, &mut index, 0, 4);
+        assert_eq!((ring.sole(), ring.peek()), (None, None));
+        assert_eq!(ring.pop(), Err(UsedIndexJumped { seen: 2, expected_at_most: 1 }));
+    }
+
     #[test]
     fn batches_across_the_wrap_lose_no_doorbell() {
         // For every place of the index and every batch: the doorbell is due exactly if the device, which

@@ -1,8 +1,8 @@
 //! Views of one endpoint under several names, and their common end.
 
 use virtio_iommu::{
-    DetachError, Direction, DmaDevice, DmaError, DomainOptions, EndpointOptions, Iova, RequestError, Status,
-    Unmapped,
+    DetachError, Direction, DmaDevice, DmaError, DomainOptions, EndpointOptions, Iova, PhysAddr,
+    RequestError, Status, Unmapped,
 };
 use virtio_iommu_model::{Config, Inject};
 
@@ -92,6 +92,10 @@ fn an_end_that_failed_can_be_tried_again() {
     let refused = RequestError::Refused(Status::Unsupp);
     assert_eq!(opened.endpoint.close(), Err(DetachError::Request { endpoint: EP, error: refused }));
     assert_eq!(opened.endpoint.alloc_coherent(1).unwrap_err(), DmaError::Closed);
+    // It is attached still, and there is nothing against a whole page but that its view ended.
+    // SAFETY: refused before anything is sent.
+    let mapped = unsafe { opened.endpoint.map(PhysAddr::new(0x10_0000), PAGE as usize, Direction::Both) };
+    assert_eq!(mapped.unwrap_err(), DmaError::Closed);
     assert_eq!(opened.endpoint.close(), Ok(()));
     assert_eq!(opened.machine.device().domain_of(EP.get()), None);
     assert_eq!((opened.machine.outstanding(), opened.domain.mapping_count()), (2, 0));
