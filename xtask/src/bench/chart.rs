@@ -63,7 +63,9 @@ pub(super) fn svg(figures: &[Figure], qemu: &str) -> String {
             Found::NotMeasured(why) => (None, Some(format!("not measured: {why}"))),
             // Another scale.
             Found::Ratio(ratio) => (None, Some(number(*ratio))),
-            Found::Instructions { .. } | Found::Added { .. } => (figure.found.number(), None),
+            Found::Instructions { .. } | Found::Added { .. } | Found::Layers { .. } => {
+                (figure.found.number(), None)
+            }
         };
         if let Some(words) = words {
             let words = words.replace('&', "&amp;").replace('<', "&lt;");
@@ -122,7 +124,7 @@ mod tests {
     fn every_figure_has_its_bar_or_its_words() {
         let figures = figures(&runs());
         let drawing = svg(&figures, "10.0.2");
-        assert_eq!(drawing.matches("<rect class=\"o\" x=\"260\"").count(), 3, "ours, of what was measured");
+        assert_eq!(drawing.matches("<rect class=\"o\" x=\"260\"").count(), 6, "ours, of what was measured");
         for figure in &figures {
             assert!(drawing.contains(&format!(">{}<", figure.target.name)), "{}", figure.target.name);
         }
