@@ -152,6 +152,13 @@ impl<P: Platform> Behind<P> {
     fn space(&self, domain: u32) -> Result<SpaceId, Status> {
         self.domains.lock().get(&domain).copied().ok_or(Status::NoEnt)
     }
+
+    /// With its last endpoint a domain goes, and what is mapped there.
+    fn forget_empty(&self, nest: &mut Nest<P>, space: SpaceId) {
+        if nest.remove(space).is_ok() {
+            self.domains.lock().retain(|_, other| *other != space);
+        }
+    }
 }
 
 /// What the guest is answered.
@@ -172,8 +179,9 @@ impl<P: Platform> Backend for Behind<P> {
             None => nest.add_child(self.memory).map_err(refused)?,
         };
         let endpoint = EndpointId::new(endpoint);
-        if nest.space_of(endpoint).is_some_and(|other| other != space) {
+        if let Some(left) = nest.space_of(endpoint).filter(|left| *left != space) {
             nest.detach(endpoint).map_err(refused)?;
+            self.forget_empty(&mut nest, left);
         }
         nest.attach(endpoint, space).map_err(refused)?;
         self.domains.lock().insert(domain, space);
@@ -184,10 +192,7 @@ impl<P: Platform> Backend for Behind<P> {
         let mut nest = self.nest.lock();
         nest.detach(EndpointId::new(endpoint)).map_err(refused)?;
         let space = self.space(domain)?;
-        // With its last endpoint a domain goes.
-        if nest.remove(space).is_ok() {
-            self.domains.lock().remove(&domain);
-        }
+        self.forget_empty(&mut nest, space);
         Ok(())
     }
 
