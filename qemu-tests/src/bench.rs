@@ -10,6 +10,9 @@
 //! virtio_queue_notify ...                                                               and the rest as in `trace`
 //! memory_region_ops_write cpu 0 mr M addr 0x80 value 0x0 size 1 name 'ioport80'         it ends
 //! ```
+//! Where the device is software in the guest, QEMU's is asked nothing. The guest then states `NAME.requests` and `NAME.kicks`
+//! itself, and of its instructions `NAME.within.1`, which are that device's and all that it calls, `NAME.within.2`, which are
+//! those that it calls, and so on.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,6 +29,8 @@ pub const SCENARIO: &str = "bench";
 pub const DIRECT: &str = "bench-direct";
 /// What QEMU has to trace besides the events of [`trace`](crate::trace).
 pub const EVENTS: [&str; 2] = ["memory_region_ops_read", "memory_region_ops_write"];
+/// The name of the one that measures contexts and nesting, on devices in software.
+pub const CONTEXTS: &str = "bench-contexts";
 
 /// One nanosecond of the guest's time is one instruction, and waiting takes none: two runs do not differ, as long as no
 /// device answers by itself.
@@ -79,8 +84,16 @@ pub fn asked(values: &[Value], trace: &Path) -> Result<Vec<Asked>> {
     let sections = sections(&String::from_utf8_lossy(&bytes));
     let one = |(name, operations, number): (String, u64, u64)| {
         let section = sections.get(&number).with_context(|| format!("{name} is not in QEMU's trace"))?;
-        let counts = Counts::parse(&section.events, 1).with_context(|| format!("in {name}"))?;
-        let requests = counts.pops;
+        let mut counts = Counts::parse(&section.events, 1).with_context(|| format!("in {name}"))?;
+        let mut requests = counts.pops;
+        if let (Some(own), Some(kicks)) =
+            (stated_of(values, &name, "requests"), stated_of(values, &name, "kicks"))
+        {
+            if counts != Counts::default() {
+                bail!("{name} has a device in software, and asked QEMU's: {counts:?}");
+            }
+            (requests, counts.kicks) = (own, kicks);
+        }
         Ok(Asked { name, operations, requests, counts, accesses: section.accesses })
     };
     let asked = stated(values, "section").map(one).collect::<Result<Vec<_>>>()?;
@@ -90,12 +103,27 @@ pub fn asked(values: &[Value], trace: &Path) -> Result<Vec<Asked>> {
     Ok(asked)
 }
 
+/// What the instructions of a row are made of: those of the driver, of the device below it in software, of what that calls,
+/// and so on, by turns.
+#[must_use]
+pub fn layers(values: &[Value], row: &Timed) -> Vec<u64> {
+    let within = (1..).map_while(|at| stated_of(values, &row.name, &format!("within.{at}")));
+    let bounds: Vec<u64> = [row.instructions].into_iter().chain(within).collect();
+    let inner = bounds.iter().skip(1).chain([&0]);
+    bounds.iter().zip(inner).map(|(whole, within)| whole.saturating_sub(*within)).collect()
+}
+
+/// The number of `NAME.WHAT`.
+fn stated_of(values: &[Value], name: &str, what: &str) -> Option<u64> {
+    let value = values.iter().find(|value| value.name.strip_prefix(name) == Some(&format!(".{what}")));
+    value.map(|value| value.number)
+}
+
 /// Each `NAME.WHAT` with its `NAME.operations`.
 fn stated<'v>(values: &'v [Value], what: &'v str) -> impl Iterator<Item = (String, u64, u64)> + 'v {
     values.iter().filter_map(move |value| {
         let name = value.name.strip_suffix(what)?.strip_suffix('.')?;
-        let operations = values.iter().find(|other| other.name == format!("{name}.operations"))?;
-        Some((name.to_owned(), operations.number, value.number))
+        Some((name.to_owned(), stated_of(values, name, "operations")?, value.number))
     })
 }
 
@@ -209,5 +237,27 @@ memory_region_ops_write cpu 0 mr 0x1 addr 0x80 value 0x0 size 1 name 'ioport80'
         let values = [value("a.operations", 10), value("a.instructions", 5000), value("b.instructions", 1)];
         let timed = timed(&values);
         assert_eq!(timed, [Timed { name: "a".into(), operations: 10, instructions: 5000 }]);
+    }
+
+    #[test]
+    fn a_device_in_software_has_its_requests_stated_and_qemus_none() {
+        let path = written("bench-software");
+        let stated = |section| {
+            let kicks = value("soft.kicks", 3);
+            [value("soft.section", section), value("soft.operations", 2), value("soft.requests", 4), kicks]
+        };
+        let soft = asked(&stated(2), &path).unwrap();
+        assert_eq!((soft[0].requests, soft[0].counts.kicks, soft[0].accesses), (4, 3, 0));
+        let error = asked(&stated(1), &path).unwrap_err();
+        fs::remove_file(path).unwrap();
+        assert!(error.to_string().contains("asked QEMU's"), "{error}");
+    }
+
+    #[test]
+    fn layers_are_what_lies_between_two_bounds() {
+        let row = Timed { name: "deep".into(), operations: 1, instructions: 100 };
+        let values = [value("deep.within.1", 70), value("deep.within.2", 20), value("deeper.within.3", 5)];
+        assert_eq!(layers(&values, &row), [30, 50, 20]);
+        assert_eq!(layers(&[], &row), [100]);
     }
 }

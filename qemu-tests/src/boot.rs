@@ -26,7 +26,7 @@ pub const DEADLINE: Duration = Duration::from_secs(60);
 /// The scenario of a run that names none.
 pub const DEFAULT_SCENARIO: &str = "default";
 /// The scenarios that a kernel has only when it is built with its feature `contexts`.
-pub const NEEDS_CONTEXTS: [&str; 2] = ["contexts", "nesting"];
+pub const NEEDS_CONTEXTS: [&str; 3] = ["contexts", "nesting", "bench-contexts"];
 /// The scenarios that leave on the disk what must be there.
 const WRITES_DISK: [&str; 6] = [DEFAULT_SCENARIO, "devices", "bridge", "soak", "block", "block-direct"];
 /// The scenarios that have an NVMe disk, and leave there what must be.

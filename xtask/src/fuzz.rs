@@ -29,10 +29,12 @@ struct Target {
     smoke_seconds: u64,
 }
 
-const TARGETS: [Target; 6] = [
+const TARGETS: [Target; 8] = [
     // The long ones first, so that none runs alone at the end.
     Target { name: "sequences", max_len: 2048, smoke_seconds: 9 },
     Target { name: "hostile_used_ring", max_len: 2048, smoke_seconds: 9 },
+    Target { name: "context_sequences", max_len: 768, smoke_seconds: 9 },
+    Target { name: "context_requests", max_len: 768, smoke_seconds: 6 },
     Target { name: "properties", max_len: 512, smoke_seconds: 3 },
     Target { name: "events", max_len: 192, smoke_seconds: 3 },
     Target { name: "viot", max_len: 512, smoke_seconds: 3 },

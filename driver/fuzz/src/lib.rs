@@ -8,13 +8,17 @@
 //!                                      hostile: device that writes anything, and an account of what it said
 //!                                      truthful: virtio-iommu-model, and what it really has mapped
 //! ```
+//! `contexts` has operations and a session of its own over the truthful device; `requests` turns it round, and tries the model.
+//!
 //! An input is a set-up and a list of steps, decoded by `arbitrary`: operations on the driver, and what the device is
 //! to do when it is heard of next. Everything runs in one thread, so that an input does the same each time.
 
+pub mod contexts;
 pub mod hostile;
 pub mod kernel;
 pub mod op;
 pub mod ram;
+pub mod requests;
 pub mod session;
 pub mod truthful;
 

@@ -14,14 +14,14 @@ use crate::number::Status;
 /// Each method is called for a request that the device's own rules allow. The status that it returns instead of success is
 /// the request's answer, and the device's own state then stays as it was.
 pub trait Backend: Send + Sync {
-    /// An endpoint enters a domain, and leaves the one that it was in.
+    /// An endpoint enters a domain, and leaves the one that it was in, which goes with its last endpoint.
     ///
     /// # Errors
     ///
     /// The status to answer.
     fn attach(&self, domain: u32, endpoint: u32) -> Result<(), Status>;
 
-    /// An endpoint leaves its domain.
+    /// An endpoint leaves its domain, which goes with its last one.
     ///
     /// # Errors
     ///

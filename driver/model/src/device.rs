@@ -14,6 +14,7 @@ use crate::endpoint::Endpoint;
 use crate::fault::{AccessKind, Doorbell, FaultReason};
 use crate::inject::Injection;
 use crate::iommu::{Crash, Iommu, Target};
+use crate::memory::GuestMemory;
 use crate::number::device_status;
 use crate::page::PageRequests;
 use crate::process::HeldRequest;
@@ -176,6 +177,28 @@ impl Device {
     /// The reason that a fault would have.
     pub fn translate(&self, endpoint: u32, iova: u64, kind: AccessKind) -> Result<u64, FaultReason> {
         match self.iommu.resolve(endpoint, iova, kind) {
+            Ok(run) => Ok(match run.target {
+                Target::Memory(phys) => phys,
+                Target::Doorbell => iova,
+            }),
+            Err(denied) => Err(denied.reason),
+        }
+    }
+
+    /// The same through a context, on a device of the draft. Tables are read, and what is found is cached, as by an access;
+    /// nothing is reported.
+    ///
+    /// # Errors
+    ///
+    /// The reason that a fault would have.
+    pub fn translate_context(
+        &mut self,
+        mem: &dyn GuestMemory,
+        (endpoint, pasid): (u32, Option<u32>),
+        iova: u64,
+        kind: AccessKind,
+    ) -> Result<u64, FaultReason> {
+        match self.iommu.resolve_context(mem, (endpoint, pasid), iova, kind) {
             Ok(run) => Ok(match run.target {
                 Target::Memory(phys) => phys,
                 Target::Doorbell => iova,

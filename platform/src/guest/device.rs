@@ -8,6 +8,7 @@ use virtio_iommu::transport::{DeviceStatus, InterruptCause, QueueAddresses, Tran
 use virtio_iommu_model::{Device, isr};
 
 use super::memory::Guest;
+use super::work::Work;
 
 /// A virtio-iommu of a guest, whose rings and tables are in the guest's memory. Clones are handles to the same one, and each is
 /// a [`Transport`] to it: registers are calls, and the doorbell returns when all requests are answered.
@@ -15,6 +16,7 @@ use super::memory::Guest;
 pub struct VirtualIommu {
     device: Arc<Mutex<Device>>,
     guest: Guest,
+    doorbells: Arc<Work>,
 }
 
 impl fmt::Debug for VirtualIommu {
@@ -26,12 +28,17 @@ impl fmt::Debug for VirtualIommu {
 impl VirtualIommu {
     /// Puts a device into a guest.
     pub fn new(device: Device, guest: Guest) -> Self {
-        Self { device: Arc::new(Mutex::new(device)), guest }
+        Self { device: Arc::new(Mutex::new(device)), guest, doorbells: Arc::default() }
     }
 
     /// The guest that it is in.
     pub fn guest(&self) -> &Guest {
         &self.guest
+    }
+
+    /// The device's part of what the guest's driver does: all that happens between a doorbell and its return.
+    pub fn doorbells(&self) -> &Work {
+        &self.doorbells
     }
 
     /// What endpoints do, and what this kernel does to the device: with the guest's memory. `work` must not call the guest's
@@ -102,7 +109,7 @@ impl Transport for VirtualIommu {
     }
 
     fn notify(&self, queue: u16) {
-        self.with(|device, guest| device.notify(queue, guest));
+        self.doorbells.count(|| self.with(|device, guest| device.notify(queue, guest)));
     }
 
     fn acknowledge_interrupt(&self) -> InterruptCause {

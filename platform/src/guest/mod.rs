@@ -17,7 +17,9 @@
 mod device;
 mod memory;
 mod nested;
+mod work;
 
 pub use device::VirtualIommu;
 pub use memory::{Guest, NoMemory};
 pub use nested::{NestedIommu, PassedOn};
+pub use work::Work;

@@ -7,7 +7,7 @@ use core::fmt;
 
 use spin::Mutex;
 use virtio_iommu::contexts::nested::{Nest, NestError, NestedFault, SpaceId};
-use virtio_iommu::{EndpointId, Fault, FaultAccess, Iova, IovaRange, Prot, ReservedKind, Viommu};
+use virtio_iommu::{EndpointId, Fault, FaultAccess, Iova, IovaRange, Platform, Prot, ReservedKind, Viommu};
 use virtio_iommu_model::{
     AccessKind, Backend, Config, Device, Endpoint, Fault as Report, FaultReason, Mapping, ReservedRegion,
     Status,
@@ -15,35 +15,37 @@ use virtio_iommu_model::{
 
 use super::device::VirtualIommu;
 use super::memory::Guest;
+use super::work::Work;
 use crate::iommu::KernelPlatform;
 
-/// A virtio-iommu that is offered to a guest and stacked on the machine's. Clones are handles to the same one.
+/// A virtio-iommu that is offered to a guest and stacked on another one: the machine's, or, where a guest has a guest of its
+/// own, that guest's. Clones are handles to the same one.
 #[derive(Clone)]
-pub struct NestedIommu {
-    outer: Viommu<KernelPlatform>,
+pub struct NestedIommu<P: Platform = KernelPlatform> {
+    outer: Viommu<P>,
     device: VirtualIommu,
-    behind: Arc<Behind>,
+    behind: Arc<Behind<P>>,
 }
 
 /// A fault of an endpoint of the guest's, which was told to the guest.
 #[derive(Clone, Copy, Debug)]
 pub struct PassedOn {
-    /// As the machine's IOMMU reported it.
+    /// As the outer IOMMU reported it.
     pub fault: Fault,
     /// What it means at the guest's levels; `None` where by now every level allows the access, and nobody was told.
     pub nested: Option<NestedFault>,
 }
 
-impl fmt::Debug for NestedIommu {
+impl<P: Platform> fmt::Debug for NestedIommu<P> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("NestedIommu").field("device", &self.device).finish_non_exhaustive()
     }
 }
 
-impl NestedIommu {
-    /// Offers a virtio-iommu to a guest, with these endpoints of the machine's behind it, whose reserved regions the guest
+impl<P: Platform> NestedIommu<P> {
+    /// Offers a virtio-iommu to a guest, with these endpoints of the outer one behind it, whose reserved regions the guest
     /// is told. The guest's memory is a space without mappings as yet.
-    pub fn new(outer: &Viommu<KernelPlatform>, guest: Guest, endpoints: &[EndpointId]) -> Self {
+    pub fn new(outer: &Viommu<P>, guest: Guest, endpoints: &[EndpointId]) -> Self {
         let mut nest = Nest::new(outer.clone());
         let memory = nest.add_root();
         let range = outer.input_range();
@@ -53,8 +55,12 @@ impl NestedIommu {
             input_range: range.start().get()..=range.last().get(),
             ..Config::default()
         });
-        let behind =
-            Arc::new(Behind { nest: Mutex::new(nest), memory, domains: Mutex::new(BTreeMap::new()) });
+        let behind = Arc::new(Behind {
+            nest: Mutex::new(nest),
+            memory,
+            domains: Mutex::new(BTreeMap::new()),
+            mapping: Work::default(),
+        });
         for endpoint in endpoints {
             let regions = outer.reserved_regions(*endpoint);
             let reserved = regions.iter().flat_map(|regions| regions.iter()).map(|region| {
@@ -71,8 +77,8 @@ impl NestedIommu {
         Self { outer: outer.clone(), device: VirtualIommu::new(device, guest), behind }
     }
 
-    /// The machine's.
-    pub fn outer(&self) -> &Viommu<KernelPlatform> {
+    /// The driver of the outer one.
+    pub fn outer(&self) -> &Viommu<P> {
         &self.outer
     }
 
@@ -91,8 +97,13 @@ impl NestedIommu {
         self.behind.domains.lock().get(&domain).copied()
     }
 
+    /// The part of MAP and UNMAP that is carried out by the outer IOMMU.
+    pub fn mapping(&self) -> &Work {
+        &self.behind.mapping
+    }
+
     /// What this kernel does to the guest's memory. `work` must not call the guest's driver.
-    pub fn with_nest<R>(&self, work: impl FnOnce(&mut Nest<KernelPlatform>) -> R) -> R {
+    pub fn with_nest<R>(&self, work: impl FnOnce(&mut Nest<P>) -> R) -> R {
         work(&mut self.behind.nest.lock())
     }
 
@@ -130,15 +141,23 @@ impl NestedIommu {
 }
 
 /// The guest's memory, and its domains as children of that.
-struct Behind {
-    nest: Mutex<Nest<KernelPlatform>>,
+struct Behind<P: Platform> {
+    nest: Mutex<Nest<P>>,
     memory: SpaceId,
     domains: Mutex<BTreeMap<u32, SpaceId>>,
+    mapping: Work,
 }
 
-impl Behind {
+impl<P: Platform> Behind<P> {
     fn space(&self, domain: u32) -> Result<SpaceId, Status> {
         self.domains.lock().get(&domain).copied().ok_or(Status::NoEnt)
+    }
+
+    /// With its last endpoint a domain goes, and what is mapped there.
+    fn forget_empty(&self, nest: &mut Nest<P>, space: SpaceId) {
+        if nest.remove(space).is_ok() {
+            self.domains.lock().retain(|_, other| *other != space);
+        }
     }
 }
 
@@ -151,7 +170,7 @@ fn refused(error: NestError) -> Status {
     }
 }
 
-impl Backend for Behind {
+impl<P: Platform> Backend for Behind<P> {
     fn attach(&self, domain: u32, endpoint: u32) -> Result<(), Status> {
         let mut nest = self.nest.lock();
         let known = self.space(domain).ok();
@@ -160,8 +179,9 @@ impl Backend for Behind {
             None => nest.add_child(self.memory).map_err(refused)?,
         };
         let endpoint = EndpointId::new(endpoint);
-        if nest.space_of(endpoint).is_some_and(|other| other != space) {
+        if let Some(left) = nest.space_of(endpoint).filter(|left| *left != space) {
             nest.detach(endpoint).map_err(refused)?;
+            self.forget_empty(&mut nest, left);
         }
         nest.attach(endpoint, space).map_err(refused)?;
         self.domains.lock().insert(domain, space);
@@ -172,24 +192,25 @@ impl Backend for Behind {
         let mut nest = self.nest.lock();
         nest.detach(EndpointId::new(endpoint)).map_err(refused)?;
         let space = self.space(domain)?;
-        // With its last endpoint a domain goes.
-        if nest.remove(space).is_ok() {
-            self.domains.lock().remove(&domain);
-        }
+        self.forget_empty(&mut nest, space);
         Ok(())
     }
 
     fn map(&self, domain: u32, mapping: &Mapping) -> Result<(), Status> {
-        let space = self.space(domain)?;
-        let len = (mapping.virt_last - mapping.virt_first).checked_add(1).ok_or(Status::Range)?;
-        let prot = Prot::from_bits_retain(mapping.flags);
-        let (iova, target) = (Iova::new(mapping.virt_first), Iova::new(mapping.phys_first));
-        self.nest.lock().map(space, iova, target, len, prot).map_err(refused)
+        self.mapping.count(|| {
+            let space = self.space(domain)?;
+            let len = (mapping.virt_last - mapping.virt_first).checked_add(1).ok_or(Status::Range)?;
+            let prot = Prot::from_bits_retain(mapping.flags);
+            let (iova, target) = (Iova::new(mapping.virt_first), Iova::new(mapping.phys_first));
+            self.nest.lock().map(space, iova, target, len, prot).map_err(refused)
+        })
     }
 
     fn unmap(&self, domain: u32, first: u64, last: u64) -> Result<(), Status> {
-        let space = self.space(domain)?;
-        let range = IovaRange::new(Iova::new(first), Iova::new(last)).ok_or(Status::Inval)?;
-        self.nest.lock().unmap(space, range).map_err(refused)
+        self.mapping.count(|| {
+            let space = self.space(domain)?;
+            let range = IovaRange::new(Iova::new(first), Iova::new(last)).ok_or(Status::Inval)?;
+            self.nest.lock().unmap(space, range).map_err(refused)
+        })
     }
 }

@@ -20,6 +20,7 @@
 //! contexts      contexts by PASID, on a device of the draft in software; same  /
 //! bench         counts instructions, and says nothing about right or wrong
 //! bench-direct  what of it there is on a machine without an IOMMU
+//! bench-contexts  contexts and nesting, with a device in software; feature `contexts`
 //! leak          frees memory that is still mapped                  } each ends FAIL at the one check
 //! early         frees memory before its UNMAP was answered         } that such a bug must fail
 //! lie           a transport that turns every failure into success  }
@@ -122,7 +123,7 @@ pub fn run(info: &BootInfo) -> ! {
         #[cfg(feature = "contexts")]
         "contexts" => contexts::run(info),
         #[cfg(not(feature = "contexts"))]
-        "nesting" | "contexts" => {
+        "nesting" | "contexts" | "bench-contexts" => {
             refuse(format_args!("the scenario `{name}` is in kernels with the feature `contexts`"))
         }
         "interrupts" => interrupts::run(info),
@@ -131,6 +132,8 @@ pub fn run(info: &BootInfo) -> ! {
         "lie" => defect::lie(info),
         "bench" => bench::run(info),
         "bench-direct" => bench::direct(info),
+        #[cfg(feature = "contexts")]
+        "bench-contexts" => bench::contexts(info),
         "panic" => misbehave::panic(),
         "page-fault" => misbehave::page_fault(),
         "overflow" => misbehave::stack_overflow(),
@@ -139,8 +142,8 @@ pub fn run(info: &BootInfo) -> ! {
         "babble" => misbehave::babble(),
         unknown => refuse(format_args!(
             "there is no scenario `{unknown}`; there are: default devices bridge soak policies nvme block block-direct \
-             interrupts messages smp groups hot-plug two-iommus nesting contexts bench bench-direct leak early lie panic page-fault \
-             overflow write-code silent half babble"
+             interrupts messages smp groups hot-plug two-iommus nesting contexts bench bench-direct bench-contexts leak early lie \
+             panic page-fault overflow write-code silent half babble"
         )),
     }
 }

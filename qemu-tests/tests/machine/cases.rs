@@ -134,7 +134,7 @@ pub(crate) fn all() -> Vec<Case> {
     cases.extend(from_el2());
     cases.extend(options());
     cases.extend(queues());
-    cases.push(counted());
+    cases.extend(counted());
     cases.extend(caught());
     cases.extend(bad_input());
     cases.extend(bad_network());
@@ -305,12 +305,17 @@ fn queues() -> Vec<Case> {
 }
 
 /// What the operations ask of the device, which does not differ between architectures. Instructions are no matter for a test.
-fn counted() -> Case {
+fn counted() -> Vec<Case> {
     // The clock is as in `bench::ICOUNT`.
     let extra = "-icount shift=0,sleep=off -trace memory_region_ops_read -trace memory_region_ops_write";
-    let counted = Case::new("bench-counts", bench::SCENARIO, Expect::Counts(counts::judge));
-    let on = On::HomeOf(&[Arch::X86_64]);
-    Case { on, words: bench::COUNT, cpus: bench::COUNT_CPUS, extra, ..counted }
+    let case = |name, scenario, judge| {
+        let counted = Case::new(name, scenario, Expect::Counts(judge));
+        Case { on: On::HomeOf(&[Arch::X86_64]), words: bench::COUNT, extra, ..counted }
+    };
+    vec![
+        Case { cpus: bench::COUNT_CPUS, ..case("bench-counts", bench::SCENARIO, counts::judge) },
+        case("bench-counts-contexts", bench::CONTEXTS, counts::judge_contexts),
+    ]
 }
 
 /// Wrong uses of the driver, each of which one check must notice.

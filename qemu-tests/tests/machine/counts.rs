@@ -46,6 +46,45 @@ const SHARED: [(&str, u64, [u64; 3]); 4] = [
     ("blk_4k_qd32_strict", 32, [32, 1, 2]),
 ];
 
+/// A row of contexts, and for each of its operations the requests and the kicks of the device in software.
+const CONTEXTS: [(&str, [u64; 2]); 4] = [
+    ("context_map_unmap", [2, 2]),
+    // A table is written without the device.
+    ("context_table_map_page", [0, 0]),
+    ("context_table_unmap_page", [0, 0]),
+    ("context_invalidate_page", [1, 1]),
+];
+
+/// Rows of nesting: at any depth QEMU's device is asked what it is asked without.
+const NESTED: [&str; 3] = ["nested_map_unmap_depth1", "nested_map_unmap_depth2", "nested_map_unmap_depth3"];
+
+/// Says what is not as it must be of contexts and of nesting.
+pub(crate) fn judge_contexts(asked: &[Asked]) -> Result<(), String> {
+    let row =
+        |name: &str| asked.iter().find(|asked| asked.name == name).ok_or_else(|| format!("no row {name}"));
+    for (name, expected) in CONTEXTS {
+        let row = row(name)?;
+        let counts = [row.requests, row.counts.kicks];
+        if row.operations == 0 || counts != expected.map(|count| count * row.operations) {
+            return Err(format!(
+                "{} operations of {name} took {counts:?} requests and kicks; each may take {expected:?}",
+                row.operations
+            ));
+        }
+    }
+    for name in NESTED {
+        let row = row(name)?;
+        let counts = [row.counts.map, row.counts.unmap, row.counts.kicks, row.requests, row.accesses];
+        if row.operations == 0 || counts != [1, 1, 2, 2, 2].map(|count| count * row.operations) {
+            let operations = row.operations;
+            return Err(format!(
+                "{operations} operations of {name} took {counts:?} MAPs, UNMAPs, kicks, requests and accesses"
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// Says what is not as it must be.
 pub(crate) fn judge(asked: &[Asked]) -> Result<(), String> {
     let each = EXPECTED.map(|(name, expected)| (name, 1, expected));

@@ -21,12 +21,9 @@ text{font:13px system-ui,sans-serif;fill:#1f2328}.s{font-size:11px;fill:#59636e}
 @media(prefers-color-scheme:dark){text{fill:#f0f6fc}.s{fill:#9198a1}.g{stroke:#3d444d}\
 .o{fill:#4493f8}.l{fill:#d29922}.t{stroke:#f0f6fc}}";
 
-/// Draws every figure that Linux has one for.
+/// Draws every figure.
 pub(super) fn svg(figures: &[Figure], qemu: &str) -> String {
-    let row =
-        |figure: &Figure| Some((figure.target, figure.found.number()?, figure.target.linux?.strict as f64));
-    let rows: Vec<_> = figures.iter().filter_map(row).collect();
-    let bottom = TOP + ROW * rows.len() as u32;
+    let bottom = TOP + ROW * figures.len() as u32;
     let height = bottom + 30;
     let mut svg = format!(
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" \
@@ -66,7 +63,9 @@ pub(super) fn svg(figures: &[Figure], qemu: &str) -> String {
             Found::NotMeasured(why) => (None, Some(format!("not measured: {why}"))),
             // Another scale.
             Found::Ratio(ratio) => (None, Some(number(*ratio))),
-            Found::Instructions { .. } | Found::Added { .. } => (figure.found.number(), None),
+            Found::Instructions { .. } | Found::Added { .. } | Found::Layers { .. } => {
+                (figure.found.number(), None)
+            }
         };
         if let Some(words) = words {
             let words = words.replace('&', "&amp;").replace('<', "&lt;");
@@ -125,10 +124,13 @@ mod tests {
     fn every_figure_has_its_bar_or_its_words() {
         let figures = figures(&runs());
         let drawing = svg(&figures, "10.0.2");
-        assert_eq!(drawing.matches("<rect class=\"o\" x=\"260\"").count(), 3, "ours, of what was measured");
+        assert_eq!(drawing.matches("<rect class=\"o\" x=\"260\"").count(), 6, "ours, of what was measured");
         for figure in &figures {
             assert!(drawing.contains(&format!(">{}<", figure.target.name)), "{}", figure.target.name);
         }
+        let height: u32 =
+            drawing.split(" height=\"").nth(1).and_then(|rest| rest.split('"').next()?.parse().ok()).unwrap();
+        assert!(height > TOP + ROW * figures.len() as u32, "the drawing ends before its last row");
         assert!(drawing.contains(">not measured: too many<"));
         assert!(drawing.ends_with("</svg>\n"));
     }

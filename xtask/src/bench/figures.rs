@@ -6,6 +6,7 @@ use qemu_tests::bench::{Asked, Timed};
 use qemu_tests::protocol::{Check, Value};
 use serde_json::{Value as Json, json};
 
+use super::draft::{self, Draft};
 use super::targets::{OPERATIONS, RATIOS, Target};
 
 /// One line: a target and what was found.
@@ -23,6 +24,9 @@ pub(super) enum Found {
     Instructions { mean: f64, samples: u64 },
     /// Those that an IOMMU adds to one: the means with one and without.
     Added { with: f64, without: f64, samples: u64 },
+    /// Instructions of one operation that passes through several layers, the mean over so many: those of each, the first
+    /// called first, and those of devices in software, which count for nobody.
+    Layers { own: Vec<(String, f64)>, devices: f64, samples: u64 },
     /// A number of another kind.
     Ratio(f64),
     /// Nothing, and why.
@@ -35,6 +39,7 @@ impl Found {
         match self {
             Self::Instructions { mean: number, .. } | Self::Ratio(number) => Some(*number),
             Self::Added { with, without, .. } => Some(with - without),
+            Self::Layers { own, .. } => Some(own.iter().map(|(_, mean)| mean).sum()),
             Self::NotMeasured(_) => None,
         }
     }
@@ -69,6 +74,7 @@ pub(super) struct Runs {
     pub(super) values: Vec<Value>,
     pub(super) checks: Vec<Check>,
     pub(super) asked: Vec<Asked>,
+    pub(super) draft: Draft,
 }
 
 /// The row of four CPUs.
@@ -128,11 +134,12 @@ pub(super) fn figures(runs: &Runs) -> Vec<Figure> {
         let none = || Found::NotMeasured(reason(&runs.checks, row));
         Figure { target, found: number.map_or_else(none, Found::Ratio), asked: None }
     };
-    OPERATIONS.iter().map(operation).chain(RATIOS.iter().map(ratio)).collect()
+    let standard = OPERATIONS.iter().map(operation).chain(RATIOS.iter().map(ratio));
+    standard.chain(draft::figures(&runs.draft)).collect()
 }
 
 /// Why there is no figure: what the guest says of the row with the longest name that the figure's begins with.
-fn reason(checks: &[Check], name: &str) -> String {
+pub(super) fn reason(checks: &[Check], name: &str) -> String {
     let rows = checks.iter().filter(|check| name.starts_with(&check.name));
     let row = rows.max_by_key(|check| check.name.len());
     let said = row.and_then(|row| row.detail.strip_prefix("not measured: "));
@@ -154,10 +161,23 @@ pub(super) fn json(figures: &[Figure], qemu: &str, arch: &str) -> Json {
                 "without_iommu": rounded(*without),
                 "samples": samples,
             }),
+            Found::Layers { own, devices, samples } => {
+                let layers: Vec<_> = own
+                    .iter()
+                    .map(|(layer, mean)| json!({ "layer": layer, "guest_instructions": rounded(*mean) }))
+                    .collect();
+                json!({
+                    "name": name,
+                    "guest_instructions": figure.found.number().map(rounded),
+                    "layers": layers,
+                    "devices_in_software": rounded(*devices),
+                    "samples": samples,
+                })
+            }
             Found::Ratio(ratio) => json!({ "name": name, "ratio": rounded(*ratio) }),
             Found::NotMeasured(why) => json!({ "name": name, "not_measured": why }),
         };
-        let operation = matches!(figure.found, Found::Instructions { .. } | Found::Added { .. });
+        let operation = !matches!(figure.found, Found::Ratio(_) | Found::NotMeasured(_));
         if let Some((requests, kicks)) = figure.asked.filter(|_| operation) {
             result["requests"] = rounded(requests);
             result["kicks"] = rounded(kicks);
@@ -206,6 +226,7 @@ pub(super) mod tests {
                 asked("attach_detach", 30),
                 asked("blk_4k_qd1_pool", 0),
             ],
+            draft: draft::tests::runs(),
         }
     }
 

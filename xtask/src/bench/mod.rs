@@ -1,11 +1,13 @@
 //! `cargo xtask bench`: what the driver's operations cost, beside what they cost in Linux.
 //!
-//! The kernel runs three times, always with `-icount`, where each instruction takes a nanosecond of the guest's time and
+//! The kernel runs five times, always with `-icount`, where each instruction takes a nanosecond of the guest's time and
 //! everything else none, so that its counter counts instructions: its `bench` scenario; the disk's part of that on a
 //! machine without an IOMMU, so that the difference is what an IOMMU adds; and `bench` shortly with QEMU's trace, which
-//! says what the device was asked. With `--profile` it runs under a debugger instead.
+//! says what the device was asked. The rows of contexts and nesting come from another kernel, which has them, in two runs
+//! of the same kinds. With `--profile` one of the kernels runs under a debugger instead.
 
 mod chart;
+mod draft;
 mod figures;
 mod gdb;
 mod profile;
@@ -27,6 +29,7 @@ use qemu_tests::boot::{Boot, Outcome, Witness};
 use qemu_tests::machine::{Arch, Iommu, Machine};
 use qemu_tests::qemu::Qemu;
 
+use self::draft::Draft;
 use self::figures::Runs;
 use crate::kernel::{Features, Kernel};
 use crate::setup::SetupArguments;
@@ -57,30 +60,47 @@ const LIMIT: Duration = Duration::from_secs(1800);
 struct Setting {
     qemu: Qemu,
     kernel: Kernel,
+    scenario: &'static str,
     directory: PathBuf,
+}
+
+/// What measures with a kernel of these features.
+fn scenario(features: Features) -> &'static str {
+    match features {
+        Features::Standard => measured::SCENARIO,
+        Features::Contexts => measured::CONTEXTS,
+    }
 }
 
 /// Measures, or shows one row's profile.
 pub(crate) fn bench(arguments: &BenchArguments) -> Result<ExitCode> {
     let arch = Arch::X86_64;
     let qemu = setup::qemu_for_bench(arch, &arguments.setup)?;
-    let kernel = kernel::build(arch, Features::Standard)?;
-    let setting = Setting { qemu, kernel, directory: paths::target().join("bench") };
+    let setting = |features, directory: &str| -> Result<Setting> {
+        let kernel = kernel::build(arch, features)?;
+        let directory = paths::target().join(directory);
+        Ok(Setting { qemu: qemu.clone(), kernel, scenario: scenario(features), directory })
+    };
     if let Some(row) = &arguments.profile {
-        return profile(&setting, row);
+        let features = if targets::is_of_the_draft(row) { Features::Contexts } else { Features::Standard };
+        return profile(&setting(features, "bench")?, row);
     }
+    let draft = setting(Features::Contexts, "bench-contexts")?;
+    let setting = setting(Features::Standard, "bench")?;
     let timed = setting.time()?;
     let direct = setting.direct()?;
-    let (counted, trace) = setting.count()?;
+    let (counted, trace) = setting.count(measured::COUNT_CPUS)?;
+    let draft = draft.measure()?;
     let runs = Runs {
         timed: measured::timed(&timed.verdict.values),
         direct: measured::timed(&direct.verdict.values),
         asked: measured::asked(&counted.verdict.values, &trace)?,
         values: timed.verdict.values,
         checks: timed.verdict.checks,
+        draft,
     };
     let figures = figures::figures(&runs);
-    let version = setting.qemu.version.to_string();
+    let version = qemu.version.to_string();
     if let Some(path) = &arguments.json {
         let text = format!("{:#}\n", figures::json(&figures, &version, arch.name()));
         fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -109,7 +129,19 @@ impl Setting {
     /// The run that counts instructions.
     fn time(&self) -> Result<Outcome> {
         progress::note(&format!("counting instructions on QEMU {}", self.qemu.version));
-        self.run(self.boot(measured::SCENARIO, "bench=time"))
+        self.run(self.boot(self.scenario, "bench=time"))
+    }
+
+    /// Both runs of contexts and nesting.
+    fn measure(&self) -> Result<Draft> {
+        let timed = self.time()?.verdict;
+        let (counted, trace) = self.count(1)?;
+        Ok(Draft {
+            timed: measured::timed(&timed.values),
+            asked: measured::asked(&counted.verdict.values, &trace)?,
+            values: timed.values,
+            checks: timed.checks,
+        })
     }
 
     /// The run that counts those of the disk's requests where there is no IOMMU.
@@ -121,11 +153,11 @@ impl Setting {
     }
 
     /// The run that counts requests and kicks, and its trace.
-    fn count(&self) -> Result<(Outcome, PathBuf)> {
-        let mut boot = self.boot(measured::SCENARIO, measured::COUNT);
+    fn count(&self, cpus: u32) -> Result<(Outcome, PathBuf)> {
+        let mut boot = self.boot(self.scenario, measured::COUNT);
         let trace = self.directory.join("trace.log");
         boot.witness = Witness::Trace;
-        boot.machine.cpus = measured::COUNT_CPUS;
+        boot.machine.cpus = cpus;
         let events = measured::EVENTS.iter().flat_map(|event| ["-trace", event]);
         boot.machine.extra.extend(events.map(Into::into));
         progress::note("counting requests and kicks in QEMU's trace");
@@ -160,7 +192,7 @@ fn profile(setting: &Setting, row: &str) -> Result<ExitCode> {
     // In a temporary directory: the path of a socket is short.
     let socket = std::env::temp_dir().join(format!("xtask-bench-{}.sock", std::process::id()));
     let socket = Socket(socket);
-    let mut boot = setting.boot(measured::SCENARIO, &format!("bench=profile only={row}"));
+    let mut boot = setting.boot(setting.scenario, &format!("bench=profile only={row}"));
     let device = format!("socket,id=gdb,server=on,wait=off,path={}", socket.0.display());
     boot.machine.extra.extend(["-S", "-gdb", "chardev:gdb", "-chardev", &device].map(Into::into));
     progress::note(&format!("stepping through {row} on QEMU {}", setting.qemu.version));

@@ -6,7 +6,7 @@ use super::figures::{Figure, Found};
 use super::targets::Linux;
 
 /// One line for each figure, with what Linux needs and whether the target is met. Of what an IOMMU adds to a disk's
-/// request also the whole request, with one and without.
+/// request also the whole request, with one and without; of an operation in layers, each of them.
 pub(super) fn table(figures: &[Figure]) -> String {
     let mut text = format!(
         "{:<32}{:>10}{:>8}{:>8}{:>8}{:>9}{:>8}  {:<22}{:>9}{:>9}\n\
@@ -60,8 +60,12 @@ fn line(figure: &Figure) -> String {
     };
     let (requests, kicks) =
         figure.asked.map(|(requests, kicks)| (number(requests), number(kicks))).unwrap_or_default();
-    let whole = match figure.found {
-        Found::Added { with, without, .. } => format!("  = {} - {}", number(with), number(without)),
+    let whole = match &figure.found {
+        Found::Added { with, without, .. } => format!("  = {} - {}", number(*with), number(*without)),
+        Found::Layers { own, devices, .. } if own.len() > 1 || *devices > 0.0 => {
+            let own: Vec<_> = own.iter().map(|(layer, mean)| format!("{layer} {}", number(*mean))).collect();
+            format!("  = {}; devices in software take {} more", own.join(" + "), number(*devices))
+        }
         _ => String::new(),
     };
     format!(
@@ -94,6 +98,8 @@ mod tests {
         assert_eq!(words("attach_detach"), "attach_detach 600.5 3733 6.2x 480 NOT MET: figure, kicks 2 3");
         let added = "blk_added_4k_qd1_pool 40 0 18442 18341 461.1x 60 NOT MET: requests 2 0 = 540 - 500";
         assert_eq!(words("blk_added_4k_qd1_pool"), added);
+        let nested = "nested_map_unmap_depth2 1200 = driver 300 + nest 500 + driver 400; devices in software take 800 more";
+        assert_eq!(words("nested_map_unmap_depth2"), nested);
         assert!(line("coherent_4k").ends_with("not measured: there is no such row yet"));
     }
 }

@@ -98,3 +98,20 @@ pub(super) const RATIOS: [Target; 5] = [
     row("driver_bytes_per_live_mapping", None, Some(96.0)),
     row("mmio_accesses_per_kick", None, Some(1.0)),
 ];
+
+/// Instructions of one operation of the draft, or of nested spaces, without those of devices in software. There is nothing
+/// to compare them with, and no target.
+pub(super) const DRAFT: [Target; 7] = [
+    row("context_map_unmap", None, None),
+    row("context_table_map_page", None, None),
+    row("context_table_unmap_page", None, None),
+    row("context_invalidate_page", None, None),
+    row("nested_map_unmap_depth1", None, None),
+    row("nested_map_unmap_depth2", None, None),
+    row("nested_map_unmap_depth3", None, None),
+];
+
+/// Whether a row of the kernel's is one that only a kernel with contexts has.
+pub(super) fn is_of_the_draft(row: &str) -> bool {
+    row.starts_with("context_") || row.starts_with("nested_")
+}

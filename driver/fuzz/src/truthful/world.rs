@@ -6,7 +6,8 @@ use arbitrary::Arbitrary;
 use virtio_iommu::transport::{DeviceStatus, InterruptCause, QueueAddresses, Transport, TransportError};
 use virtio_iommu::{DmaMemory, EndpointId};
 use virtio_iommu_model::{
-    Access, Config, Device, Endpoint, Execute, GuestMemory, Inject, Release, ReservedRegion, isr,
+    Access, AccessKind, Config, Device, Endpoint, Execute, FaultReason, GuestMemory, Inject, Release,
+    ReservedRegion, isr,
 };
 
 use crate::kernel::{World, call_out};
@@ -205,17 +206,53 @@ impl Truthful {
         self.state().answered_all && self.strict
     }
 
-    /// Checks what holds after each step.
+    /// What an endpoint asks the device for, beside plain accesses.
+    pub fn with<R>(&self, work: impl FnOnce(&mut Device, &mut Ram) -> R) -> R {
+        work(&mut self.state().device, &mut self.memory())
+    }
+
+    /// Where an access would arrive. It is cached, and not reported.
     ///
     /// # Panics
-    /// When it does not.
-    pub fn check(&self) {
+    /// When the way leads through a table that is none.
+    pub fn reached(
+        &self,
+        endpoint: EndpointId,
+        pasid: Option<u32>,
+        iova: u64,
+        kind: AccessKind,
+    ) -> Option<u64> {
+        let from = (endpoint.get(), pasid);
+        match self.with(|device, ram| device.translate_context(ram, from, iova, kind)) {
+            Ok(phys) => Some(phys),
+            Err(FaultReason::Unknown) => {
+                panic!("{endpoint}, PASID {pasid:x?}: at {iova:#x} the device walks what is no table")
+            }
+            Err(_) => None,
+        }
+    }
+
+    /// Checks that the driver broke no rule.
+    ///
+    /// # Panics
+    /// When it did.
+    pub fn check_rules(&self) {
         let state = self.state();
         let device = &state.device;
         let violations: Vec<_> = device.violations().collect();
         assert!(violations.is_empty(), "the driver broke a rule: {violations:?}");
         assert_eq!(device.crash(), None, "the driver crashed the device");
         assert_eq!(device.ring_error(), None, "the driver broke a ring");
+    }
+
+    /// Checks what holds after each step.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn check(&self) {
+        self.check_rules();
+        let state = self.state();
+        let device = &state.device;
         for domain in device.domains() {
             for mapping in device.mappings(domain) {
                 let len = mapping.virt_last - mapping.virt_first + 1;

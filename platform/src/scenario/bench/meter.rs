@@ -61,6 +61,12 @@ impl Meter {
         self.overhead
     }
 
+    /// The operations that only warm up.
+    #[cfg(feature = "contexts")]
+    pub(super) fn warm_up(&self) -> u64 {
+        self.warm_up
+    }
+
     /// Whether this run is about requests, and not about instructions.
     pub(super) fn counts_requests(&self) -> bool {
         self.mode == Mode::Count

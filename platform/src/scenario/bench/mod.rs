@@ -9,6 +9,8 @@
 //! The kernel judges no figure. A check fails only where an operation does.
 
 mod disk;
+#[cfg(feature = "contexts")]
+mod draft;
 mod meter;
 mod rows;
 mod smp;
@@ -32,7 +34,19 @@ use crate::report::Report;
 
 /// On a machine with an IOMMU.
 pub(super) fn run(info: &BootInfo) -> ! {
-    let (rig, mut report) = measure(info, &ROWS, rig);
+    let (rig, report) = measure(info, &ROWS, rig);
+    end(&rig, report)
+}
+
+/// Contexts and nesting, on models of the device, and on the machine's IOMMU below them.
+#[cfg(feature = "contexts")]
+pub(super) fn contexts(info: &BootInfo) -> ! {
+    let (rig, report) = measure(info, &draft::ROWS, rig);
+    end(&rig, report)
+}
+
+/// States what the machine's IOMMU was asked, and ends.
+fn end(rig: &Rig, mut report: Report) -> ! {
     let stats = rig.iommu.viommu.stats();
     report.value("attach", stats.attaches, "requests");
     report.value("detach", stats.detaches, "requests");

@@ -351,7 +351,7 @@ fn segments(pages: &[DmaPages]) -> Vec<PhysSegment> {
 }
 
 /// Gives memory back, or keeps it for good where a device may still reach it.
-fn keep_if_failed<M>(measured: Result<(), String>, memory: M) -> Result<End, String> {
+pub(super) fn keep_if_failed<M>(measured: Result<(), String>, memory: M) -> Result<End, String> {
     match measured {
         Ok(()) => drop(memory),
         Err(_) => core::mem::forget(memory),

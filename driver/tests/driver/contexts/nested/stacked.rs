@@ -51,8 +51,12 @@ impl Backend for Behind {
         };
         domains.insert(domain, space);
         let endpoint = EndpointId::new(endpoint);
-        if nest.space_of(endpoint).is_some_and(|other| other != space) {
+        if let Some(left) = nest.space_of(endpoint).filter(|left| *left != space) {
             nest.detach(endpoint).map_err(refused)?;
+            // With the last endpoint the domain goes.
+            if nest.remove(left).is_ok() {
+                domains.retain(|_, other| *other != left);
+            }
         }
         nest.attach(endpoint, space).map_err(refused)
     }
@@ -165,6 +169,27 @@ fn an_inner_driver_maps_through_the_outer_one() {
     unsafe { domain.unmap(Iova::new(0x4000), PAGE) }.unwrap();
     assert!(!host.reaches(EP, 0x4000));
     driver.detach(EP).unwrap();
+}
+
+/// As a driver may do that sends ATTACH without DETACH. Fails when the domain that is left stays behind the device.
+#[test]
+fn a_domain_that_was_left_for_another_one_comes_back_without_its_mappings() {
+    let (host, outer) = Machine::live(Config::default());
+    let memory = host.memory(PAGE);
+    let (guest, nest, root) = inside(&outer, Config::default());
+    // SAFETY: the test's own memory, which outlives the devices.
+    unsafe { nest.lock().unwrap().map_memory(root, Iova::new(GUEST), memory.phys, PAGE, RW) }.unwrap();
+    let behind = Behind { nest, memory: root, domains: Mutex::default() };
+    let mapping = Mapping { virt_first: 0x4000, virt_last: 0x4fff, phys_first: GUEST, flags: RW.bits() };
+    behind.attach(1, EP.get()).unwrap();
+    behind.map(1, &mapping).unwrap();
+    assert!(host.reaches(EP, 0x4000));
+    behind.attach(2, EP.get()).unwrap();
+    behind.attach(1, EP.get()).unwrap();
+    assert!(!host.reaches(EP, 0x4000));
+    behind.map(1, &mapping).unwrap();
+    assert!(host.reaches(EP, 0x4000));
+    drop(guest);
 }
 
 #[test]
