@@ -8,7 +8,7 @@ use super::magazine::MAX_CACHED;
 use super::*;
 use crate::addr::PhysAddr;
 use crate::engine::Tag;
-use crate::engine::mapping::{ListId, MappingHandle, Purpose};
+use crate::engine::mapping::{ListId, MappingHandle, MappingState, Purpose};
 use crate::prot::Prot;
 use std::println;
 
@@ -174,6 +174,27 @@ fn a_length_that_is_no_multiple_of_the_granule_is_not_taken_from_a_magazine() {
     space.release(one, 1);
     let longer = allocate(&mut space, 0x1800).unwrap();
     assert_eq!(longer.len_bytes(), Some(0x1800));
+}
+
+/// Fails when a handle is believed without its addresses, as one that names another mapping by now.
+#[test]
+fn a_handle_of_another_mapping_unmaps_nothing() {
+    let mut space = space(range(0, 0xffff_ffff), 4);
+    let made = [(), (), ()].map(|()| {
+        let (range, record) = map(&mut space, 0x1000);
+        assert!(space.confirm(record, range));
+        (range, record)
+    });
+    let [(first, of_first), (second, of_second), (third, of_third)] = made;
+    assert_eq!(space.begin_unmap(first, of_second), Some(of_first));
+    let state = |space: &Space, range: IovaRange| space.get(range.start()).map(|record| record.state);
+    assert_eq!(state(&space, second), Some(MappingState::Live));
+    assert!(!space.end_unmapped_plain(of_second, first), "the other one is live");
+    assert!(space.end_unmapped_plain(of_first, first));
+    assert_eq!(space.defer(of_second, third).map(|(record, _)| record), None);
+    assert_eq!([second, third].map(|range| state(&space, range)), [Some(MappingState::Live); 2]);
+    assert_eq!(space.begin_unmap(third, of_third), Some(of_third));
+    space.check();
 }
 
 /// Fails when `outside` is not counted, or cached ranges keep their records from others.
