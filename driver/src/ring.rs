@@ -291,6 +291,12 @@ impl Ring {
         Some(Used { id, len })
     }
 
+    /// Whether entries were seen and not passed over.
+    #[inline(always)]
+    pub(crate) fn has_left_any(&self) -> bool {
+        self.seen != self.used_idx
+    }
+
     /// Passes over the entry that [`peek`](Self::peek) or [`sole`](Self::sole) returned.
     #[inline(always)]
     pub(crate) fn pass(&mut self) {

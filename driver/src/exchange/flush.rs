@@ -1,7 +1,7 @@
 //! Unmapping later, and many at once: what a domain with the deferred policy does.
 
 use super::unmap::{Owned, reclaim, unmap};
-use super::{InFlight, Mapped, Need, Shared, State};
+use super::{Access, InFlight, Mapped, Need, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::Unmapped;
 use crate::engine::{Deferral, DomainKey, MERGED, Op, UnmapPlan, first_run};
@@ -170,6 +170,9 @@ impl<'a, P: Platform> Flush<'a, P> {
                 if !flushed {
                     engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
                 }
+            }
+            if requests.has_left_any() {
+                Access::go_on(state).drain();
             }
         }
         shared.in_flight(batch)

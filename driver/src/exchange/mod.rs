@@ -24,7 +24,7 @@ pub(crate) use map::{Place, Run, map};
 pub(crate) use quick::{Mapped, SentMap, defer_first, map_first, unmap_first};
 pub(crate) use revive::{revive_list, revive_one};
 pub(crate) use sleepers::{Need, Sleepers, Wake};
-pub(crate) use state::{State, StateLock};
+pub(crate) use state::{Access, State, StateLock};
 pub(crate) use unmap::{Owned, reclaim, unmap};
 pub(crate) use wait::{Deadline, InFlight};
 

@@ -149,6 +149,14 @@ impl<L: RawLock> StateLock<L> {
 /// The state, while the lock is held.
 pub(crate) struct Access<'a, L: RawLock>(Guard<'a, L, State>);
 
+impl<'a, L: RawLock> Access<'a, L> {
+    /// Goes on where all [was usual](StateLock::usual), to do anything.
+    #[cold]
+    pub(crate) fn go_on(state: Guard<'a, L, State>) -> Self {
+        Self(state)
+    }
+}
+
 impl<L: RawLock> Drop for Access<'_, L> {
     fn drop(&mut self) {
         self.0.usual = self.0.is_usual();

@@ -9,7 +9,7 @@
 //! Wakers are cloned, called and dropped without the lock (I11). A sleeper is woken when its answer is there, when a
 //! slot came free, when its deadline passed, or when no answer comes any more; to be woken twice does no harm.
 
-use super::{Need, Shared, State, Wake};
+use super::{Access, Need, Shared, State, Wake};
 use crate::error::RequestError;
 use crate::options::Options;
 use crate::platform::Platform;
@@ -344,6 +344,9 @@ impl<P: Platform> Shared<P> {
         self.ring();
         if let Some(mut state) = self.state.usual() {
             state.take_successes(&mut batch);
+            if state.requests.has_left_any() {
+                Access::go_on(state).drain();
+            }
         }
         self.in_flight(batch)
     }

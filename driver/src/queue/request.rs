@@ -313,19 +313,22 @@ impl RequestQueue {
     }
 
     /// Takes the success of a request that was [sent](FreeSlot::send), where all is [usual](Self::is_usual), if it is the
-    /// next in the ring. Whether it was.
+    /// only answer that is there. Whether it was: behind it there may be another that names the same slot, which would be
+    /// taken for the answer of the slot's next request.
     #[inline(always)]
     pub(crate) fn take_one(&mut self, index: usize) -> bool {
         debug_assert!(self.is_usual());
         match self.ring.sole() {
             Some(used) => self.take_used(index, used).is_some(),
-            None => self.take_one_of_several(index),
+            None => false,
         }
     }
 
-    #[cold]
-    fn take_one_of_several(&mut self, index: usize) -> bool {
-        self.take_at(index).is_some()
+    /// Whether there are answers that were seen and not taken: they have to be taken in before the lock is given back after
+    /// [`take_next`](Self::take_next), for the same reason.
+    #[inline(always)]
+    pub(crate) fn has_left_any(&self) -> bool {
+        self.ring.has_left_any()
     }
 
     /// Takes the batch's first request, where all is [usual](Self::is_usual), if it succeeded and its answer is the next in

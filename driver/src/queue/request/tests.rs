@@ -387,3 +387,39 @@ fn descriptors_are_mended() {
     let after: Vec<_> = (0..SIZE).map(|index| bench.descriptor(index)).collect();
     assert_eq!(before, after);
 }
+
+/// Fails when one answer of several is taken the quick way: the second copy would answer the slot's next request.
+#[test]
+fn an_answer_that_comes_twice_is_nobodys_the_second_time() {
+    let mut bench = bench();
+    let _other = bench.submit(&[unmap(1)]);
+    let slot = bench.queue.free_slot().unwrap();
+    let index = slot.index();
+    let _ = slot.send(&unmap(2), Op::None);
+    bench.answer(index as u16, 0);
+    bench.answer(index as u16, 0);
+    assert!(!bench.queue.take_one(index), "there are two");
+    assert_eq!(bench.drain(), 1);
+    let mut batch = bench.queue.batch_of(index);
+    assert_eq!((bench.take(&mut batch), bench.queue.stray()), (Some(Ok(())), 1));
+    // Its next request has no answer yet.
+    let slot = bench.queue.free_slot().unwrap();
+    assert_eq!(slot.index(), index);
+    let _ = slot.send(&unmap(3), Op::None);
+    assert!(!bench.queue.take_one(index) && bench.drain() == 0);
+}
+
+/// Fails when a batch leaves answers behind that were seen, and does not say so.
+#[test]
+fn a_batch_says_what_it_left_behind() {
+    let mut bench = bench();
+    let _other = bench.submit(&[unmap(1)]);
+    let mut batch = bench.submit(&[unmap(2)]);
+    bench.answer(1, 0);
+    assert!(bench.queue.take_next(&mut batch).is_some() && !bench.queue.has_left_any());
+    let mut batch = bench.submit(&[unmap(3)]);
+    bench.answer(1, 0);
+    bench.answer(1, 0);
+    assert!(bench.queue.take_next(&mut batch).is_some() && bench.queue.has_left_any());
+    assert_eq!((bench.drain(), bench.queue.stray(), bench.queue.has_left_any()), (0, 1, false));
+}
