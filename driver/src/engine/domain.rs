@@ -142,6 +142,25 @@ impl DomainRecord {
         self.update_mappable();
     }
 
+    /// An endpoint's ATTACH was confirmed, while nothing else is under way.
+    #[inline(always)]
+    pub(super) fn join(&mut self) {
+        debug_assert!(!self.in_transition);
+        self.attached += 1;
+        if self.kind == DomainKind::Translated {
+            self.mappable = self.key;
+        }
+    }
+
+    /// DETACH of an endpoint is about to be sent.
+    #[inline(always)]
+    pub(super) fn leave(&mut self) {
+        self.attached -= 1;
+        if self.attached == 0 {
+            self.mappable = DomainKey::NONE;
+        }
+    }
+
     pub(crate) fn is_in_transition(&self) -> bool {
         self.in_transition
     }

@@ -89,7 +89,7 @@ impl Engine {
             return false;
         }
         (endpoint.attachment, endpoint.wanted) = (Attachment::Attached(key), true);
-        domain.set_attached(domain.attached() + 1);
+        domain.join();
         confirmed.attaches += 1;
         true
     }
@@ -107,7 +107,7 @@ impl Engine {
         }
         endpoint.attachment = Attachment::Detaching { domain: key, was_attached: true };
         endpoint.wanted = false;
-        domain.set_attached(domain.attached() - 1);
+        domain.leave();
         let request = Request::Detach { domain: domain.id, endpoint: id };
         Some(((request, EndpointPlace(at), domain), key))
     }

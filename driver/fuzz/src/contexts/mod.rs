@@ -80,9 +80,6 @@ pub fn run(data: &[u8]) -> Result<()> {
             trace("step", &step);
             match step {
                 Step::Op(op) => session.run(op),
-                // A second answer may come when the slot is another request's, which no driver can tell: left out, since
-                // what is checked here are contexts.
-                Step::Device(Misbehaviour::Twice) => continue,
                 Step::Device(misbehaviour) => world.misbehave(misbehaviour),
             }
             // What is about to go wrong has not gone wrong yet.
