@@ -4,13 +4,16 @@
 
 use std::env;
 use std::ffi::OsString;
+use std::panic::resume_unwind;
 use std::process::Command;
+use std::thread;
 
 use anyhow::{Context as _, Result, bail};
 use qemu_tests::machine::Arch;
 
 use crate::kernel::{self, Features};
 use crate::setup::matrix::{self, Found};
+use crate::setup::toolchain;
 use crate::test::TestArguments;
 use crate::{command, progress, vhost};
 
@@ -46,13 +49,36 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
         }
         let paths = env::join_paths(qemus.iter().map(|qemu| &qemu.path)).context("the path of a QEMU")?;
         tests.env(name("QEMU", *arch), paths);
-        tests.env(name("KERNEL", *arch), kernel::build(*arch, Features::Standard)?.image);
-        let with_contexts = kernel::build(*arch, Features::Contexts)?.image;
-        tests.env(name("KERNEL_WITH_CONTEXTS", *arch), with_contexts);
     }
+    let archs_with_qemu = found.iter().filter(|found| !found.qemus.is_empty()).map(|found| found.arch);
+    build_kernels(&mut tests, &archs_with_qemu.collect::<Vec<_>>())?;
     with_vhost_user(&mut tests, &archs, arguments)?;
     tests.args(arguments.filter.as_slice());
     command::run(&mut tests)
+}
+
+/// Builds the kernels and names them: those of either kind one after the other, which share a directory, and both kinds at
+/// once, since most of a build is one long link on one CPU.
+fn build_kernels(tests: &mut Command, archs: &[Arch]) -> Result<()> {
+    for arch in archs {
+        // What has to be installed is installed once.
+        toolchain::ensure(*arch)?;
+    }
+    let build_all = |features| {
+        let images = archs.iter().map(|arch| kernel::build(*arch, features).map(|kernel| kernel.image));
+        images.collect::<Result<Vec<_>>>()
+    };
+    let (standard, with_contexts) = thread::scope(|scope| {
+        let with_contexts = scope.spawn(|| build_all(Features::Contexts));
+        (build_all(Features::Standard), with_contexts.join())
+    });
+    let with_contexts = with_contexts.unwrap_or_else(|panic| resume_unwind(panic));
+    for (variable, images) in [("KERNEL", standard?), ("KERNEL_WITH_CONTEXTS", with_contexts?)] {
+        for (arch, image) in archs.iter().zip(images) {
+            tests.env(name(variable, *arch), image);
+        }
+    }
+    Ok(())
 }
 
 /// Names the QEMU that has an IOMMU over vhost-user, or why there is none, and what serves that.

@@ -18,13 +18,8 @@ type Begun<'a> = (Request, EndpointPlace, &'a mut DomainRecord);
 impl DomainRecord {
     /// Whether nothing happens when its first endpoint comes or its last one leaves.
     fn is_quiet(&self) -> bool {
-        #[cfg(feature = "contexts")]
-        if self.has_contexts() {
-            return false;
-        }
         // What is deferred is mapped. All by one branch.
-        let busy = self.orphaned | self.is_in_transition() | self.reviving;
-        self.space.len() | usize::from(busy) == 0
+        self.is_empty() & !(self.orphaned | self.is_in_transition() | self.reviving)
     }
 }
 

@@ -197,7 +197,7 @@ fn a_handle_of_another_mapping_unmaps_nothing() {
     space.check();
 }
 
-/// Fails when `outside` is not counted, or cached ranges keep their records from others.
+/// Fails when what is taken is not counted, or cached ranges keep their records from others.
 #[test]
 fn records_run_out_and_grow_without_moving() {
     let mut space = Space::new(range(0, 0xffff_ffff), GRANULE, Room { mappings: 6, holes: 0, others: 0 });
