@@ -2,7 +2,8 @@
 
 use virtio_iommu::{
     AttachError, DetachError, Direction, DmaDevice, DmaError, DmaMapping, Domain, DomainOptions, Endpoint,
-    EndpointOptions, Iova, MapError, PhysAddr, RequestError, Status, UnmapError, Unmapped, Viommu,
+    EndpointOptions, Iova, MapError, PhysAddr, PhysSegment, RequestError, Status, UnmapError, Unmapped,
+    Viommu,
 };
 use virtio_iommu_model::{Config, Execute, Inject, Release};
 
@@ -405,4 +406,39 @@ fn memory_goes_back_once_whatever_the_order() {
     // Memory that came back twice would have failed the machine's own check.
     assert!(lent.into_iter().all(|phys| bench.machine.is_lent_back(phys)));
     bench.assert_clean();
+}
+
+/// Fails when the second answer stays in the ring, behind one that was taken the quick way or behind a batch: the slot's next
+/// request counts as answered by it, while the device still has it.
+#[test]
+fn i03_an_answer_that_comes_twice_answers_no_other_request() {
+    for in_batch in [false, true] {
+        let bench = bench(Machine::new(Config::default()));
+        let memory = bench.machine.memory(PAGE);
+        // Another one is in flight, without which the second answer breaks the ring.
+        let held = Inject::Hold(Execute::AtRelease);
+        bench.machine.inject([held, Inject::Twice, held]);
+        assert!(bench.adopt().0.is_err());
+        let segments = [PhysSegment { phys: memory.phys, len: PAGE as usize }];
+        let mut mapped = [None];
+        // SAFETY: memory of the test's, which lives until the device is gone.
+        unsafe {
+            if in_batch {
+                bench.endpoint.map_each(&segments, Direction::Both, &mut mapped).unwrap();
+            } else {
+                mapped = [Some(bench.endpoint.map(memory.phys, PAGE as usize, Direction::Both).unwrap())];
+            }
+        }
+        let (next, phys) = bench.adopt();
+        assert!(matches!(next, Err(DmaError::Map(error)) if is_timeout(&error)), "{in_batch}: {next:?}");
+        bench.assert_quarantined(2, 2);
+        assert_eq!(bench.viommu.stats().stray_answers, 1);
+
+        // Its own answer is its own. The other one's would be one more than were asked for.
+        bench.machine.release(Release::Newest);
+        bench.viommu.poll();
+        bench.assert_quarantined(2, 1);
+        assert_eq!((bench.viommu.reclaim(), bench.machine.is_lent_back(phys)), (1, true));
+        bench.assert_quarantined(1, 1);
+    }
 }
