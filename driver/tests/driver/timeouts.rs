@@ -1,9 +1,9 @@
 //! Every wait ends, and what a request touches that was not answered stays in quarantine until it is (I3).
 
 use virtio_iommu::{
-    AttachError, DetachError, Direction, DmaDevice, DmaError, DmaMapping, Domain, DomainOptions, Endpoint,
-    EndpointOptions, Iova, MapError, PhysAddr, PhysSegment, RequestError, Status, UnmapError, Unmapped,
-    Viommu,
+    AttachError, DeferredBounds, DetachError, Direction, DmaDevice, DmaError, DmaMapping, Domain,
+    DomainOptions, Endpoint, EndpointOptions, Iova, MapError, PhysAddr, PhysSegment, RequestError, Status,
+    UnmapError, UnmapPolicy, Unmapped, Viommu,
 };
 use virtio_iommu_model::{Config, Execute, Inject, Release};
 
@@ -26,8 +26,12 @@ struct Bench {
 }
 
 fn bench(machine: Machine) -> Bench {
+    bench_with(machine, UnmapPolicy::Strict)
+}
+
+fn bench_with(machine: Machine, unmap: UnmapPolicy) -> Bench {
     let viommu = machine.bring_up();
-    let domain = viommu.create_domain(DomainOptions::default()).unwrap();
+    let domain = viommu.create_domain(DomainOptions { unmap, ..DomainOptions::default() }).unwrap();
     let endpoint = viommu.open(EP, &domain, EndpointOptions::default()).unwrap();
     Bench { endpoint, domain, viommu, machine }
 }
@@ -441,4 +445,22 @@ fn i03_an_answer_that_comes_twice_answers_no_other_request() {
         assert_eq!((bench.viommu.reclaim(), bench.machine.is_lent_back(phys)), (1, true));
         bench.assert_quarantined(1, 1);
     }
+}
+
+/// Fails when the second answer stays in the ring behind a flush.
+#[test]
+fn i03_a_flush_that_is_answered_twice_answers_no_other_request() {
+    let bench = bench_with(Machine::new(Config::default()), UnmapPolicy::Deferred(DeferredBounds::default()));
+    let memory = bench.machine.memory(PAGE);
+    let held = Inject::Hold(Execute::AtRelease);
+    bench.machine.inject([held, Inject::Pass, Inject::Twice, held]);
+    assert!(bench.adopt().0.is_err());
+    // SAFETY: memory of the test's, which lives until the device is gone.
+    let mapping = unsafe { bench.endpoint.map(memory.phys, PAGE as usize, Direction::Both) }.unwrap();
+    assert_eq!(bench.endpoint.unmap(mapping), Ok(Unmapped::AtFlush));
+    bench.endpoint.flush().unwrap();
+    let (next, _) = bench.adopt();
+    assert!(matches!(next, Err(DmaError::Map(error)) if is_timeout(&error)), "{next:?}");
+    assert_eq!(bench.viommu.stats().stray_answers, 1);
+    bench.assert_quarantined(2, 2);
 }
