@@ -423,16 +423,17 @@ fn i03_an_answer_that_comes_twice_answers_no_other_request() {
         let held = Inject::Hold(Execute::AtRelease);
         bench.machine.inject([held, Inject::Twice, held]);
         assert!(bench.adopt().0.is_err());
-        let segments = [PhysSegment { phys: memory.phys, len: PAGE as usize }];
-        let mut mapped = [None];
         // SAFETY: memory of the test's, which lives until the device is gone.
-        unsafe {
+        let _mapped = unsafe {
             if in_batch {
+                let mut mapped = [None];
+                let segments = [PhysSegment { phys: memory.phys, len: PAGE as usize }];
                 bench.endpoint.map_each(&segments, Direction::Both, &mut mapped).unwrap();
+                mapped
             } else {
-                mapped = [Some(bench.endpoint.map(memory.phys, PAGE as usize, Direction::Both).unwrap())];
+                [Some(bench.endpoint.map(memory.phys, PAGE as usize, Direction::Both).unwrap())]
             }
-        }
+        };
         let (next, phys) = bench.adopt();
         assert!(matches!(next, Err(DmaError::Map(error)) if is_timeout(&error)), "{in_batch}: {next:?}");
         bench.assert_quarantined(2, 2);
