@@ -45,10 +45,11 @@ pub(crate) struct Kernel {
 /// When there is no compiler and none can be installed, or when the build fails.
 pub(crate) fn build(arch: Arch, features: Features) -> Result<Kernel> {
     let toolchain = toolchain::ensure(arch)?;
-    // A directory of its own, so that neither image is ever taken for the other.
-    let (directory, kind) = match features {
-        Features::Standard => (directory(toolchain), ""),
-        Features::Contexts => (directory(toolchain).join("with-contexts"), " with contexts"),
+    // A directory for each architecture, so that they can be built at once. Both kinds share what does not differ.
+    let directory = directory(toolchain).join(arch.name());
+    let (name, kind) = match features {
+        Features::Standard => ("kernel-standard", ""),
+        Features::Contexts => ("kernel-with-contexts", " with contexts"),
     };
     let mut build = toolchain::cargo(toolchain, arch.target());
     build.args(["build", "--profile", PROFILE, "--package", "platform", "--bin", "kernel"]);
@@ -59,10 +60,11 @@ pub(crate) fn build(arch: Arch, features: Features) -> Result<Kernel> {
     build.arg("--target-dir").arg(&directory);
     progress::note(&format!("building the kernel{kind} for {} with {toolchain}", arch.name()));
     command::run(&mut build)?;
-    let elf = directory.join(arch.target()).join(PROFILE).join("kernel");
-    if !elf.is_file() {
-        bail!("the build left no kernel image at {}", elf.display());
-    }
+    let built = directory.join(arch.target()).join(PROFILE).join("kernel");
+    // A name of its own, so that neither image is ever taken for the other.
+    let elf = built.with_file_name(name);
+    fs::copy(&built, &elf)
+        .with_context(|| format!("the build left no kernel image at {}", built.display()))?;
     if features == Features::Standard {
         without_contexts(&elf)?;
     }

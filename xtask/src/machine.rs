@@ -57,24 +57,26 @@ pub(crate) fn test(arguments: &TestArguments) -> Result<()> {
     command::run(&mut tests)
 }
 
-/// Builds the kernels and names them: those of either kind one after the other, which share a directory, and both kinds at
-/// once, since most of a build is one long link on one CPU.
+/// Builds the kernels and names them: all architectures at once, since most of a build is one long link on one CPU, and one
+/// kind after the other, which share most of what they consist of.
 fn build_kernels(tests: &mut Command, archs: &[Arch]) -> Result<()> {
     for arch in archs {
         // What has to be installed is installed once.
         toolchain::ensure(*arch)?;
     }
-    let build_all = |features| {
-        let images = archs.iter().map(|arch| kernel::build(*arch, features).map(|kernel| kernel.image));
-        images.collect::<Result<Vec<_>>>()
+    let kinds = [("KERNEL", Features::Standard), ("KERNEL_WITH_CONTEXTS", Features::Contexts)];
+    let build = |arch| -> Result<Vec<_>> {
+        kinds
+            .iter()
+            .map(|(variable, features)| Ok((*variable, kernel::build(arch, *features)?.image)))
+            .collect()
     };
-    let (standard, with_contexts) = thread::scope(|scope| {
-        let with_contexts = scope.spawn(|| build_all(Features::Contexts));
-        (build_all(Features::Standard), with_contexts.join())
+    let built: Vec<_> = thread::scope(|scope| {
+        let builds: Vec<_> = archs.iter().map(|arch| scope.spawn(|| build(*arch))).collect();
+        builds.into_iter().map(|build| build.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
     });
-    let with_contexts = with_contexts.unwrap_or_else(|panic| resume_unwind(panic));
-    for (variable, images) in [("KERNEL", standard?), ("KERNEL_WITH_CONTEXTS", with_contexts?)] {
-        for (arch, image) in archs.iter().zip(images) {
+    for (arch, images) in archs.iter().zip(built) {
+        for (variable, image) in images? {
             tests.env(name(variable, *arch), image);
         }
     }

@@ -128,6 +128,7 @@ boot_gdt_pointer64:
 
 .section .bss.boot, "aw", @nobits
 .balign 4096
+.global boot_level4              # The trampoline has it in a part of its own.
 boot_level4: .skip 4096
 boot_level3: .skip 4096
 boot_level2: .skip 4 * 4096
