@@ -39,8 +39,8 @@ pub(crate) fn check() -> Result<()> {
 /// What the test binary lists.
 fn list(which: &[&str]) -> Result<String> {
     // The whole workspace, as the host tests are built: else the features differ, and all is built again.
-    let mut list = command::cargo(&["test", "--workspace", "--test", "driver", "--", "--list"]);
-    list.args(which).arg(MODULE);
+    let mut list = command::cargo(&["test", "--workspace", "--all-features", "--test", "driver"]);
+    list.args(["--", "--list"]).args(which).arg(MODULE);
     command::output(&mut list, LIMIT)
 }
 
