@@ -1,7 +1,7 @@
 //! Memory that driver and device both touch: the rings, request slots and event buffers.
 //!
-//! Every access is within the region's bounds: that is looked at each time, or once for all entries of the ring and all
-//! request slots, when it is said where they lie. What the device wrote is read once, volatile, into the
+//! Every access is within the region's bounds: that is looked at each time, or once for all entries of the ring, and once
+//! for each cell, when it is said where they lie. What the device wrote is read once, volatile, into the
 //! driver's own memory and parsed there, since the device may change it at any time.
 
 use crate::addr::PhysAddr;
@@ -32,9 +32,22 @@ struct Places {
     avail_event: NonNull<u8>,
     /// The ring's size, less one.
     mask: usize,
-    cells: NonNull<u8>,
-    cell_mask: usize,
 }
+
+/// A place for one request, with two descriptors of its own. It is used with the memory that it is a part of, and belongs to
+/// whoever has that.
+///
+/// # Invariants
+/// Both point into memory that is valid as long as this exists: at the start of [`CELL_LEN`] bytes, aligned to 8, and at the
+/// length in the first descriptor.
+#[derive(Debug)]
+pub(crate) struct Cell {
+    start: NonNull<u8>,
+    descriptor_len: NonNull<u32>,
+}
+
+// SAFETY: the memory belongs to no thread, and who has a cell has the rest of it too.
+unsafe impl Send for Cell {}
 
 // SAFETY: the memory belongs to no thread, and this is its only owner.
 unsafe impl Send for SharedMemory {}
@@ -42,7 +55,7 @@ unsafe impl Send for SharedMemory {}
 impl SharedMemory {
     /// # Safety
     /// The memory is valid for reads and writes and used by no one but this and the device as long
-    /// as this exists.
+    /// as this exists, or a cell of it.
     ///
     /// # Panics
     /// When the memory is not aligned to 8 bytes, which breaks the platform's promise.
@@ -51,8 +64,7 @@ impl SharedMemory {
         assert!(memory.len >= CELL_LEN, "DMA memory is too short");
         // INVARIANT: the caller's promise, and the checks above: with all places at the start no access passes 64 bytes.
         let start = memory.ptr;
-        let (avail, used, avail_event, cells) = (start, start, start, start);
-        Self { memory, places: Places { avail, used, avail_event, mask: 0, cells, cell_mask: 0 } }
+        Self { memory, places: Places { avail: start, used: start, avail_event: start, mask: 0 } }
     }
 
     /// Says where a ring lies, whose entries are then reached by any index, modulo its size.
@@ -66,21 +78,18 @@ impl SharedMemory {
         assert!(size.is_power_of_two() && 16 * usize::from(size) <= layout.avail, "no ring");
         let avail_event = self.at(layout.used + 4 + 8 * usize::from(size), 2, 2);
         // INVARIANT: checked just now.
-        self.places = Places { avail, used, avail_event, mask: usize::from(size - 1), ..self.places };
+        self.places = Places { avail, used, avail_event, mask: usize::from(size - 1) };
         self
     }
 
-    /// Says where `count` cells of 64 bytes lie, which are then reached by any index, modulo their number. The start of the
-    /// region has two descriptors for each.
+    /// The cell at `offset`, whose first descriptor has this index.
     ///
     /// # Panics
-    /// When they do not lie in the region.
-    pub(crate) fn with_cells(mut self, start: usize, count: u16) -> Self {
-        let cells = self.at(start, CELL_LEN * usize::from(count), 8);
-        assert!(count.is_power_of_two() && 32 * usize::from(count) <= start, "no cells");
-        // INVARIANT: checked just now.
-        (self.places.cells, self.places.cell_mask) = (cells, usize::from(count - 1));
-        self
+    /// When either does not lie in the region.
+    pub(crate) fn cell(&self, offset: usize, descriptor: u16) -> Cell {
+        // INVARIANT: checked by `at`; the memory is valid by the promise to `new`.
+        let start = self.at(offset, CELL_LEN, 8);
+        Cell { start, descriptor_len: self.at(16 * usize::from(descriptor) + 8, 4, 4).cast() }
     }
 
     /// The whole region, to be given back when neither this nor the device uses it any more.
@@ -162,41 +171,33 @@ impl SharedMemory {
         (u32::from_le(id), u32::from_le(len))
     }
 
-    /// Writes words to the beginning of a cell, four bytes at `AT`, and to the first of the two descriptors that the cell has
-    /// how many bytes of the words there are.
+    /// Writes words to the beginning of a cell, four bytes at `AT`, and to its first descriptor how many bytes of the words
+    /// there are.
     #[inline(always)]
     pub(crate) fn fill_cell<const N: usize, const AT: usize>(
         &mut self,
-        index: usize,
+        cell: &mut Cell,
         (words, len): (&[u64; N], u32),
         bytes: [u8; 4],
     ) {
         const { assert!(8 * N <= AT && AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
-        // Both addresses first: for all that the compiler knows, what is written could change the places.
-        let cell = self.cell(index);
-        let start = self.placed(self.places.cells, CELL_LEN * cell);
-        let descriptor_len = self.placed(self.memory.ptr, 32 * cell + 8).cast::<u32>();
-        // SAFETY: inside the region and aligned, since cells are; no reference covers it.
+        // For all that the compiler knows, what is written could change them.
+        let Cell { start, descriptor_len } = *cell;
+        // SAFETY: inside the cell and aligned, by its invariant; no reference covers it.
         unsafe {
             start.cast::<[u64; N]>().write(*words);
             start.add(AT).cast::<[u8; 4]>().write(bytes);
         }
-        // SAFETY: inside the region and aligned by the invariant; no reference covers it.
+        // SAFETY: valid and aligned by the cell's invariant; no reference covers it.
         unsafe { descriptor_len.write_volatile(len.to_le()) };
     }
 
     /// Reads four bytes of a cell, at `AT`.
     #[inline(always)]
-    pub(crate) fn read_cell<const AT: usize>(&self, index: usize) -> [u8; 4] {
+    pub(crate) fn read_cell<const AT: usize>(&self, cell: &Cell) -> [u8; 4] {
         const { assert!(AT + 4 <= CELL_LEN && AT.is_multiple_of(4), "outside of the cell") };
-        let at = self.placed(self.places.cells, CELL_LEN * self.cell(index) + AT).cast::<u32>();
-        // SAFETY: inside the region and aligned; volatile, since the device may write at any time.
-        unsafe { at.read_volatile() }.to_ne_bytes()
-    }
-
-    #[inline(always)]
-    fn cell(&self, index: usize) -> usize {
-        index & self.places.cell_mask
+        // SAFETY: inside the cell and aligned, by its invariant; volatile, since the device may write at any time.
+        unsafe { cell.start.add(AT).cast::<u32>().read_volatile() }.to_ne_bytes()
     }
 
     #[inline]

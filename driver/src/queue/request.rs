@@ -105,14 +105,14 @@ impl<'a> FreeSlot<'a> {
 
     #[inline(always)]
     fn fill(self, request: &Request, op: Op) -> &'a mut Ring {
-        let Self { index, slot, ring, free } = self;
+        let Self { slot, ring, free, .. } = self;
         *free = usize::from(slot.next);
         (slot.state, slot.op) = (SlotState::InFlight, op);
         // A PROBE has an area of its own.
         if !matches!(request, Request::Probe { .. }) {
             let memory = ring.memory_mut();
             let Encoded { words, len } = request.encode();
-            memory.fill_cell::<WORDS, TAIL_AT>(index, (&words, len as u32), TAIL_SENTINEL);
+            memory.fill_cell::<WORDS, TAIL_AT>(&mut slot.cell, (&words, len as u32), TAIL_SENTINEL);
         }
         ring
     }
@@ -164,11 +164,11 @@ impl RequestQueue {
         let slots = (0..slot_count)
             .map(|index| Slot {
                 state: SlotState::Free,
+                cell: memory.cell(areas.slots + STRIDE * usize::from(index), 2 * index),
                 op: Op::None,
                 next: if index + 1 < slot_count { index + 1 } else { NO_SLOT },
             })
             .collect();
-        let memory = memory.with_cells(areas.slots, slot_count);
         let ring = Ring::new(memory, size, suppression, Interrupts::Unwanted);
         let mut queue = Self {
             ring,
@@ -365,7 +365,7 @@ impl RequestQueue {
         let mine = used.id == u32::from(head_of(index)) && slot.state == SlotState::InFlight;
         // Before the answer is known to be there the device may be writing it.
         if !(mine && used.len >= TAIL_LEN as u32)
-            || self.ring.memory().read_cell::<TAIL_AT>(index)[0] != Status::OK
+            || self.ring.memory().read_cell::<TAIL_AT>(&slot.cell)[0] != Status::OK
         {
             return None;
         }
@@ -398,7 +398,7 @@ impl RequestQueue {
             self.ring.memory().read_bytes(self.areas.probe_writable + self.probe_size, &mut tail);
             (self.probe_size + TAIL_LEN, tail[0])
         } else {
-            (TAIL_LEN, self.ring.memory().read_cell::<TAIL_AT>(usize::from(index))[0])
+            (TAIL_LEN, self.ring.memory().read_cell::<TAIL_AT>(&self.slots[usize::from(index)].cell)[0])
         };
         let slot = &mut self.slots[usize::from(index)];
         let outcome = judge(used_len, expected as u32, status);

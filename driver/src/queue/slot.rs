@@ -12,6 +12,7 @@
 use crate::engine::Op;
 use crate::error::RequestError;
 use crate::ring::CELL_LEN;
+use crate::shared_memory::Cell;
 use crate::wire::request::{Status, TAIL_SENTINEL, Tail, WORDS};
 use core::mem::size_of;
 
@@ -26,11 +27,13 @@ pub(crate) enum SlotState {
     Abandoned,
 }
 
-/// The driver's private side of a slot. As long as a cell in shared memory, so that one shift finds both.
-#[derive(Clone, Copy, Debug)]
+/// The driver's private side of a slot: a cache line, which one shift finds.
+#[derive(Debug)]
 #[repr(align(64))]
 pub(super) struct Slot {
     pub state: SlotState,
+    /// Where it lies in shared memory.
+    pub cell: Cell,
     /// What the request does to the driver's records, while it is not free.
     pub op: Op,
     /// The next slot of the same batch, or of the free list, or [`NO_SLOT`].

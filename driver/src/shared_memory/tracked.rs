@@ -5,7 +5,7 @@
 
 use crate::addr::PhysAddr;
 use crate::platform::DmaMemory;
-use crate::ring::{CELL_LEN, Layout};
+use crate::ring::Layout;
 use crate::sync::{AtomicU16, Ordering};
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -26,18 +26,23 @@ struct Places {
     avail: usize,
     used: usize,
     mask: u16,
-    cells: usize,
-    cell_mask: usize,
+}
+
+/// As in `shared_memory.rs`: offsets, in place of addresses.
+#[derive(Debug)]
+pub(crate) struct Cell {
+    offset: usize,
+    descriptor_len: usize,
 }
 
 /// Memory, cell by cell.
 pub(crate) struct Cells {
     /// Each with its offset, ascending and without gaps.
-    cells: Vec<(usize, Cell)>,
+    cells: Vec<(usize, Tracked)>,
     len: usize,
 }
 
-enum Cell {
+enum Tracked {
     Atomic(AtomicU16),
     Plain(UnsafeCell<Box<[u8]>>),
 }
@@ -74,13 +79,12 @@ impl SharedMemory {
         edges.extend((avail_event + 2 < len).then_some((avail_event + 2, false)));
         edges.extend((len..self.memory.len).step_by(PLAIN_LEN).map(|offset| (offset, false)));
         let cells = Arc::new(Cells::new(self.memory.len, &edges));
-        Self { cells, places: Places { avail, used, mask, ..self.places }, ..self }
+        Self { cells, places: Places { avail, used, mask }, ..self }
     }
 
-    /// `count` cells of 64 bytes, from `start` on.
-    pub(crate) fn with_cells(mut self, start: usize, count: u16) -> Self {
-        (self.places.cells, self.places.cell_mask) = (start, usize::from(count - 1));
-        self
+    /// The cell at `offset`, whose first descriptor has this index.
+    pub(crate) fn cell(&self, offset: usize, descriptor: u16) -> Cell {
+        Cell { offset, descriptor_len: 16 * usize::from(descriptor) + 8 }
     }
 
     pub(crate) fn set_avail_entry(&mut self, index: u16, head: u16) {
@@ -116,26 +120,21 @@ impl SharedMemory {
 
     pub(crate) fn fill_cell<const N: usize, const AT: usize>(
         &mut self,
-        index: usize,
+        cell: &mut Cell,
         (words, len): (&[u64; N], u32),
         bytes: [u8; 4],
     ) {
-        let at = self.cell(index);
         for (number, word) in words.iter().enumerate() {
-            self.cells.write(at + 8 * number, &word.to_ne_bytes());
+            self.cells.write(cell.offset + 8 * number, &word.to_ne_bytes());
         }
-        self.cells.write(at + AT, &bytes);
-        self.cells.write(32 * (index & self.places.cell_mask) + 8, &len.to_le_bytes());
+        self.cells.write(cell.offset + AT, &bytes);
+        self.cells.write(cell.descriptor_len, &len.to_le_bytes());
     }
 
-    pub(crate) fn read_cell<const AT: usize>(&self, index: usize) -> [u8; 4] {
+    pub(crate) fn read_cell<const AT: usize>(&self, cell: &Cell) -> [u8; 4] {
         let mut bytes = [0; 4];
-        self.cells.read(self.cell(index) + AT, &mut bytes);
+        self.cells.read(cell.offset + AT, &mut bytes);
         bytes
-    }
-
-    fn cell(&self, index: usize) -> usize {
-        self.places.cells + CELL_LEN * (index & self.places.cell_mask)
     }
 
     /// The device's side of it.
@@ -188,8 +187,8 @@ impl Cells {
         let ends = edges.iter().skip(1).map(|(offset, _)| *offset).chain([len]);
         let cell = |(&(offset, atomic), end): (&(usize, bool), usize)| {
             let cell = match atomic {
-                true => Cell::Atomic(AtomicU16::new(0)),
-                false => Cell::Plain(UnsafeCell::new(vec![0; end - offset].into_boxed_slice())),
+                true => Tracked::Atomic(AtomicU16::new(0)),
+                false => Tracked::Plain(UnsafeCell::new(vec![0; end - offset].into_boxed_slice())),
             };
             (offset, cell)
         };
@@ -199,7 +198,7 @@ impl Cells {
     /// The 16 bits at `offset`, which a ring entry holds in plain memory.
     pub(crate) fn load(&self, offset: usize, order: Ordering) -> u16 {
         match self.at(offset) {
-            Some(Cell::Atomic(cell)) => cell.load(order),
+            Some(Tracked::Atomic(cell)) => cell.load(order),
             _ => {
                 let mut bytes = [0; 2];
                 self.read(offset, &mut bytes);
@@ -211,7 +210,7 @@ impl Cells {
     /// The same for a store.
     pub(crate) fn store(&self, offset: usize, value: u16, order: Ordering) {
         match self.at(offset) {
-            Some(Cell::Atomic(cell)) => cell.store(value, order),
+            Some(Tracked::Atomic(cell)) => cell.store(value, order),
             _ => self.write(offset, &value.to_le_bytes()),
         }
     }
@@ -234,7 +233,7 @@ impl Cells {
         });
     }
 
-    fn at(&self, offset: usize) -> Option<&Cell> {
+    fn at(&self, offset: usize) -> Option<&Tracked> {
         let index = self.cells.binary_search_by_key(&offset, |(start, _)| *start).ok()?;
         Some(&self.cells[index].1)
     }
@@ -255,8 +254,8 @@ impl Cells {
             let end = self.cells.get(index + 1).map_or(self.len, |(next, _)| *next);
             let part = (len - at).min(end - (offset + at));
             match cell {
-                Cell::Plain(cell) => access(cell, offset + at - start, at, part),
-                Cell::Atomic(_) => panic!("bytes at {offset:#x} reach over an index"),
+                Tracked::Plain(cell) => access(cell, offset + at - start, at, part),
+                Tracked::Atomic(_) => panic!("bytes at {offset:#x} reach over an index"),
             }
             (index, at) = (index + 1, at + part);
         }

@@ -18,11 +18,7 @@ impl RequestQueue {
         self.free = usize::from(slot.next);
         (slot.state, slot.op) = (SlotState::InFlight, op);
         let memory = self.ring.memory_mut();
-        memory.fill_cell::<_, TAIL_AT>(
-            usize::from(index),
-            (&request.words, request.len as u32),
-            TAIL_SENTINEL,
-        );
+        memory.fill_cell::<_, TAIL_AT>(&mut slot.cell, (&request.words, request.len as u32), TAIL_SENTINEL);
         self.ring.push(2 * index);
         // Slots come off the free list one after the other: they are linked already.
         if batch.len == 0 {
