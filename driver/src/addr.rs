@@ -128,6 +128,12 @@ impl IovaRange {
         self.len_minus_one().checked_add(1)
     }
 
+    /// The number of bytes, which is known to be one: no mapping takes the whole 64-bit space.
+    #[inline]
+    pub(crate) const fn len_of_mapping(self) -> u64 {
+        self.len_minus_one().wrapping_add(1)
+    }
+
     /// Whether both ranges have an address in common.
     #[inline]
     pub const fn overlaps(self, other: Self) -> bool {

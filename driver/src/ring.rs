@@ -282,12 +282,11 @@ impl Ring {
     pub(crate) fn sole(&mut self) -> Option<Used> {
         debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
         let at = self.used_idx;
-        let next = at.wrapping_add(1);
-        if self.published == at || self.memory.used_index() != next {
+        if self.published == at {
             return None;
         }
-        self.seen = next;
-        let (id, len) = self.memory.used_entry(at);
+        let (id, len) = self.memory.used_entry_if_last(at)?;
+        self.seen = at.wrapping_add(1);
         Some(Used { id, len })
     }
 

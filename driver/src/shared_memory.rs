@@ -164,8 +164,22 @@ impl SharedMemory {
     /// An entry of the used ring: id and length.
     #[inline]
     pub(crate) fn used_entry(&self, index: u16) -> (u32, u32) {
+        self.entry_of(self.places.used, index)
+    }
+
+    /// The same of the last entry that the device has written; `None` where it is another.
+    #[inline(always)]
+    pub(crate) fn used_entry_if_last(&self, index: u16) -> Option<(u32, u32)> {
+        // Read once: for all that the compiler knows, the device's writes could change it.
+        let used = self.places.used;
+        let next = u16::from_le(self.placed_u16(used, 2).load(Ordering::Acquire));
+        (next == index.wrapping_add(1)).then(|| self.entry_of(used, index))
+    }
+
+    #[inline(always)]
+    fn entry_of(&self, used: NonNull<u8>, index: u16) -> (u32, u32) {
         let entry = usize::from(index) & self.places.mask;
-        let at = self.placed(self.places.used, 4 + 8 * entry).cast::<u32>();
+        let at = self.placed(used, 4 + 8 * entry).cast::<u32>();
         // SAFETY: inside the region and aligned by the invariant; volatile, since the device may write at any time.
         let (id, len) = unsafe { (at.read_volatile(), at.add(1).read_volatile()) };
         (u32::from_le(id), u32::from_le(len))

@@ -151,7 +151,7 @@ impl DeferredList {
         self.waiting.push(deferred);
         self.mappings += mappings;
         // No two of them overlap, so that this does not wrap.
-        self.bytes += deferred.range.len_minus_one() + 1;
+        self.bytes += deferred.range.len_of_mapping();
         if self.due_ns == NEVER {
             self.begin_age(now_ns);
         }
@@ -162,7 +162,7 @@ impl DeferredList {
     #[inline(always)]
     pub(super) fn forget(&mut self, range: IovaRange, mappings: usize) {
         self.mappings -= mappings;
-        self.bytes -= range.len_minus_one() + 1;
+        self.bytes -= range.len_of_mapping();
     }
 
     #[inline(always)]

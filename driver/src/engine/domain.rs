@@ -47,15 +47,17 @@ impl Counts {
     #[inline(always)]
     pub(super) fn mapped(&mut self, maps: u64, bytes: u64) {
         self.maps += maps;
-        match self.below_peak.checked_sub(bytes) {
-            Some(below) => self.below_peak = below,
-            None => self.rise(bytes),
+        let above;
+        (self.below_peak, above) = self.below_peak.overflowing_sub(bytes);
+        if above {
+            self.rise();
         }
     }
 
+    /// There are more than ever: by what is missing below zero.
     #[cold]
-    fn rise(&mut self, bytes: u64) {
-        self.peak_bytes += bytes - self.below_peak;
+    fn rise(&mut self) {
+        self.peak_bytes += self.below_peak.wrapping_neg();
         self.below_peak = 0;
     }
 

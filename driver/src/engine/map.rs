@@ -209,8 +209,8 @@ impl Engine {
 
     /// Names the mappings that are made next, so that they can be told from others.
     pub(crate) fn begin_list(&mut self) -> ListId {
-        self.lists += 1;
-        ListId(self.lists)
+        self.list = self.list.next();
+        self.list
     }
 
     /// Records a mapping of a range that was allocated or taken, or of its beginning, whose request is then sent in any

@@ -66,9 +66,21 @@ pub(crate) struct Purpose {
 /// Names a list of mappings that are made together, and rolled back together: what lies at their addresses by then
 /// may be another's.
 ///
-/// Records keep 48 bits of it: at a million lists a second they repeat after nine years.
+/// A number of 48 bits, where [`Making`] has it: at a million lists a second they repeat after nine years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ListId(pub(super) u64);
+pub(crate) struct ListId(u64);
+
+impl ListId {
+    #[inline(always)]
+    pub(super) const fn new(number: u64) -> Self {
+        Self(number << 16)
+    }
+
+    #[inline(always)]
+    pub(super) fn next(self) -> Self {
+        Self(self.0.wrapping_add(Self::new(1).0))
+    }
+}
 
 /// Whose a mapping is, and what it allows: the list that it was made with, its tag, and its flags, from the highest bits to
 /// the lowest. One word, since all of it is written at once.
@@ -81,11 +93,11 @@ impl Making {
     #[inline(always)]
     fn new(Purpose { prot, tag }: Purpose, ListId(list): ListId) -> Self {
         // The standard's flags take three bits.
-        Self(list << 16 | u64::from(tag.0) << 8 | u64::from(prot.bits() as u8))
+        Self(list | u64::from(tag.0) << 8 | u64::from(prot.bits() as u8))
     }
 
-    fn list(self) -> u64 {
-        self.0 >> 16
+    fn list(self) -> ListId {
+        ListId::new(self.0 >> 16)
     }
 }
 
@@ -263,12 +275,12 @@ impl Record {
 
     /// Whether it was made with this list.
     pub(crate) fn is_of(&self, list: ListId) -> bool {
-        self.making.list() == Making(list.0 << 16).list()
+        self.making.list() == list
     }
 
     /// Whether both were made together.
     pub(super) fn is_beside(&self, other: &Self) -> bool {
-        self.making.list() == other.making.list()
+        self.is_of(other.making.list())
     }
 
     /// Whether there is memory that goes back to its owner when the device cannot reach it any more.

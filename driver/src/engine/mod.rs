@@ -209,8 +209,8 @@ pub(crate) struct Engine {
     released: usize,
     /// Faults of endpoints that are not known.
     strangers: FaultWindow,
-    /// Lists that were begun.
-    lists: u64,
+    /// The list that was begun last.
+    list: ListId,
     tags: Tags,
     /// Domains that the embedder let go of.
     orphans: usize,
@@ -232,7 +232,7 @@ impl Engine {
             confirmed: Confirmed::default(),
             released: 0,
             strangers: FaultWindow::default(),
-            lists: 0,
+            list: ListId::new(0),
             tags: Tags::new(),
             orphans: 0,
         }

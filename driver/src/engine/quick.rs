@@ -33,7 +33,7 @@ impl Sum {
     #[inline(always)]
     fn add(&mut self, range: IovaRange) {
         self.count += 1;
-        self.bytes += range.len_minus_one() + 1;
+        self.bytes += range.len_of_mapping();
     }
 }
 
@@ -155,7 +155,7 @@ impl Engine {
         if !domain.space.end_unmapped_plain(record, range) {
             return false;
         }
-        domain.counts.unmapped(1, range.len_minus_one() + 1);
+        domain.counts.unmapped(1, range.len_of_mapping());
         true
     }
 
@@ -168,7 +168,7 @@ impl Engine {
     ) -> Option<HeldMemory> {
         let domain = self.domain_mut(key)?;
         let held = domain.space.end_unmapped_held(record, range)?;
-        domain.counts.unmapped(1, range.len_minus_one() + 1);
+        domain.counts.unmapped(1, range.len_of_mapping());
         Some(held)
     }
 
@@ -186,7 +186,7 @@ impl Engine {
         if !domain.space.end_unmapped_run(record, range) {
             return false;
         }
-        domain.counts.unmapped(1, range.len_minus_one() + 1);
+        domain.counts.unmapped(1, range.len_of_mapping());
         true
     }
 
@@ -201,7 +201,7 @@ impl Engine {
         if !covered || !domain.space.end_flush(run) {
             return false;
         }
-        domain.counts.unmapped(1, range.len_minus_one() + 1);
+        domain.counts.unmapped(1, range.len_of_mapping());
         true
     }
 

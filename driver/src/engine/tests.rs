@@ -14,7 +14,7 @@ use alloc::sync::Arc;
 
 const EP: EndpointId = EndpointId::new(8);
 const EP2: EndpointId = EndpointId::new(9);
-const LIST: ListId = ListId(0);
+const LIST: ListId = ListId::new(0);
 const TIMED_OUT: RequestError = RequestError::TimedOut;
 const REFUSED: RequestError = RequestError::Refused(Status::NoMem);
 

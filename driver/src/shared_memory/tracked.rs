@@ -118,6 +118,10 @@ impl SharedMemory {
         (self.read_u32(at), self.read_u32(at + 4))
     }
 
+    pub(crate) fn used_entry_if_last(&self, index: u16) -> Option<(u32, u32)> {
+        (self.used_index() == index.wrapping_add(1)).then(|| self.used_entry(index))
+    }
+
     pub(crate) fn fill_cell<const N: usize, const AT: usize>(
         &mut self,
         cell: &mut Cell,

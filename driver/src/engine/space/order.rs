@@ -104,6 +104,11 @@ impl Order {
         self.slab.get_mut(index)
     }
 
+    #[inline(always)]
+    pub(super) fn get_mut_apart(&mut self, index: Index) -> Option<&mut Record> {
+        self.slab.get_mut_apart(index)
+    }
+
     pub(super) fn first(&self) -> Index {
         self.first
     }

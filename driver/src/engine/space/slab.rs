@@ -148,6 +148,22 @@ impl Slab {
         self.get_more_mut(index)
     }
 
+    /// The same for whoever looks for one record alone: in a loop the call would cost more than it saves.
+    #[inline(always)]
+    pub(super) fn get_mut_apart(&mut self, index: Index) -> Option<&mut Record> {
+        if (index as usize) < self.first.len() {
+            return self.first.get_mut(index as usize);
+        }
+        self.get_more_mut_apart(index)
+    }
+
+    // Inlined it would share its end with the way above, which then took more steps.
+    #[cold]
+    #[inline(never)]
+    fn get_more_mut_apart(&mut self, index: Index) -> Option<&mut Record> {
+        self.get_more_mut(index)
+    }
+
     #[cold]
     fn get_more_mut(&mut self, index: Index) -> Option<&mut Record> {
         let (chunk, at) = place(index)?;

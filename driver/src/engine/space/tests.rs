@@ -38,7 +38,7 @@ fn purpose() -> Purpose {
 
 fn insert(space: &mut Space, range: IovaRange, list: u64) -> MappingHandle {
     let phys = PhysAddr::new(range.start().get());
-    space.insert(range, phys, (purpose(), ListId(list)), &mut None).unwrap()
+    space.insert(range, phys, (purpose(), ListId::new(list)), &mut None).unwrap()
 }
 
 fn map(space: &mut Space, len: u64) -> (IovaRange, MappingHandle) {

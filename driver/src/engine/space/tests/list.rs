@@ -18,7 +18,7 @@ fn make(space: &mut Space, parts: &[u64], left_out: &[usize]) -> (IovaRange, Vec
     let mut rest = Mapped { range, record: MappingHandle::UNKNOWN };
     let mut made: Vec<Mapped> = Vec::new();
     loop {
-        let mut begun = space.begin_parts(rest, (purpose(), ListId(7))).expect("it was taken");
+        let mut begun = space.begin_parts(rest, (purpose(), ListId::new(7))).expect("it was taken");
         let before = made.len();
         while let Some(part) = parts.get(made.len()).and_then(|pages| begun.push(run(*pages))) {
             made.push(part);
@@ -81,7 +81,7 @@ fn a_long_list_is_made_in_several_goes() {
     space.check();
     let range = space.allocate(4 * GRANULE, GRANULE, ANYWHERE, 4).unwrap().unwrap();
     let mut parts = space
-        .begin_parts(Mapped { range, record: MappingHandle::UNKNOWN }, (purpose(), ListId(1)))
+        .begin_parts(Mapped { range, record: MappingHandle::UNKNOWN }, (purpose(), ListId::new(1)))
         .expect("taken");
     let made = parts.push(run(1)).expect("there is room");
     assert!(parts.push(run(4)).is_none(), "longer than what is left");

@@ -172,7 +172,7 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
             let (page, taken, Who::Taken { parts }) = plain.ranges[at] else { return };
             plain.lists += 1;
             let rest = Mapped { range: pages(page, taken), record: MappingHandle::UNKNOWN };
-            let begun = space.begin_parts(rest, (purpose(), ListId(1_000 + plain.lists)));
+            let begun = space.begin_parts(rest, (purpose(), ListId::new(1_000 + plain.lists)));
             let mut begun = begun.expect("it was taken");
             let mut made = Vec::new();
             for part in 0..parts {
