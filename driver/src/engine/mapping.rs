@@ -93,7 +93,7 @@ impl Making {
     #[inline(always)]
     fn new(Purpose { prot, tag }: Purpose, ListId(list): ListId) -> Self {
         // The standard's flags take three bits.
-        Self(list | u64::from(tag.0) << 8 | u64::from(prot.bits() as u8))
+        Self(list | u64::from(tag.0) | u64::from(prot.bits() as u8))
     }
 
     fn list(self) -> ListId {
@@ -208,14 +208,18 @@ impl Record {
         }
     }
 
-    /// Makes a mapping of taken addresses, with the memory that is held for it.
-    #[inline]
-    pub(super) fn begin(&mut self, phys: PhysAddr, purpose: Purpose, list: ListId, kept: Option<Kept>) {
-        (self.phys, self.kept, self.making) = (phys, kept, Making::new(purpose, list));
+    /// Makes a mapping of taken or cached addresses, which hold no memory and do not count.
+    #[inline(always)]
+    pub(super) fn begin(&mut self, holder: Holder, phys: PhysAddr, purpose: Purpose, list: ListId) {
+        debug_assert!(self.kept.is_none() && !self.counted, "it was a mapping");
+        (self.phys, self.making) = (phys, Making::new(purpose, list));
         self.owned = false;
-        let holder = Holder::Mapping;
-        (self.state, self.holder, self.on_device, self.counted) =
-            (MappingState::Mapping, holder, true, false);
+        (self.state, self.holder, self.on_device) = (MappingState::Mapping, holder, true);
+    }
+
+    /// Holds memory for the mapping that it has just become.
+    pub(super) fn hold(&mut self, held: HeldMemory) {
+        self.kept = Some(held.into_kept());
     }
 
     /// One more mapping of a list, behind the record `prev`.
@@ -264,13 +268,13 @@ impl Record {
 
     /// What its maker calls it.
     pub(super) fn tag(&self) -> Tag {
-        Tag((self.making.0 >> 8) as u8)
+        Tag(self.making.0 as u16 & Tag::BITS)
     }
 
     /// Its maker's word for it from now on.
     #[inline(always)]
     pub(super) fn set_tag(&mut self, Tag(tag): Tag) {
-        self.making = Making(self.making.0 & !0xff00 | u64::from(tag) << 8);
+        self.making = Making(self.making.0 & !u64::from(Tag::BITS) | u64::from(tag));
     }
 
     /// Whether it was made with this list.

@@ -241,8 +241,7 @@ impl Parts<'_> {
         let index = if self.count == 0 {
             let record = &mut order[self.first];
             record.range = range;
-            record.begin(run.phys, self.purpose, self.list, None);
-            record.holder = Holder::Head;
+            record.begin(Holder::Head, run.phys, self.purpose, self.list);
             self.first
         } else {
             self.rank -= 1;

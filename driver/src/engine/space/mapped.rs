@@ -26,7 +26,11 @@ impl Space {
         }
         self.mappings += 1;
         self.set_others(self.others - 1);
-        self.order[index].begin(phys, purpose, list, held.take().map(HeldMemory::into_kept));
+        let record = &mut self.order[index];
+        record.begin(Holder::Mapping, phys, purpose, list);
+        if let Some(held) = held.take() {
+            record.hold(held);
+        }
         Some(MappingHandle(index))
     }
 

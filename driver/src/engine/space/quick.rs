@@ -37,8 +37,12 @@ impl Space {
             }
         };
         let range = record.range;
-        let kept = if held.is_some() { held.take().map(HeldMemory::into_kept) } else { None };
-        record.begin(run.phys, purpose, list, kept);
+        record.begin(Holder::Mapping, run.phys, purpose, list);
+        if held.is_some()
+            && let Some(held) = held.take()
+        {
+            record.hold(held);
+        }
         self.mappings += 1;
         Some(Mapped { range, record: MappingHandle(index) })
     }
