@@ -92,8 +92,8 @@ pub(crate) struct Ring {
     published: u16,
     /// Index of the next used entry to read.
     used_idx: u16,
-    /// What the device's index was when it was last looked at: entries before it are there.
-    seen: u16,
+    /// How many more entries were there when the device's index was last looked at.
+    left: u16,
 }
 
 impl Ring {
@@ -117,7 +117,7 @@ impl Ring {
             avail_idx: 0,
             published: 0,
             used_idx: 0,
-            seen: 0,
+            left: 0,
         };
         ring.write_wish();
         ring
@@ -141,7 +141,7 @@ impl Ring {
 
     /// Empties the ring, as it was when it was made: the device forgot the queue.
     pub(crate) fn restart(&mut self) {
-        (self.avail_idx, self.published, self.used_idx, self.seen) = (0, 0, 0, 0);
+        (self.avail_idx, self.published, self.used_idx, self.left) = (0, 0, 0, 0);
         let avail_end = self.layout.avail + 6 + 2 * usize::from(self.size);
         for at in (self.layout.avail..avail_end).step_by(2) {
             self.memory.write_u16(at, 0);
@@ -248,11 +248,11 @@ impl Ring {
     /// The next entry that the device is done with. Bounded by what is in flight.
     #[inline]
     pub(crate) fn pop(&mut self) -> Result<Option<Used>, UsedIndexJumped> {
-        if self.seen == self.used_idx && !self.look()? {
+        if self.left == 0 && !self.look()? {
             return Ok(None);
         }
         let (id, len) = self.memory.used_entry(self.used_idx);
-        self.used_idx = self.used_idx.wrapping_add(1);
+        self.pass();
         if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
             self.write_used_event();
         }
@@ -264,14 +264,13 @@ impl Ring {
     #[inline(always)]
     pub(crate) fn peek(&mut self) -> Option<Used> {
         debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
-        if self.seen == self.used_idx {
-            let seen = self.memory.used_index();
-            let ready = seen.wrapping_sub(self.used_idx);
+        if self.left == 0 {
+            let ready = self.memory.used_index().wrapping_sub(self.used_idx);
             let possible = self.published.wrapping_sub(self.used_idx);
             if ready == 0 || ready > possible {
                 return None;
             }
-            self.seen = seen;
+            self.left = ready;
         }
         let (id, len) = self.memory.used_entry(self.used_idx);
         Some(Used { id, len })
@@ -280,25 +279,31 @@ impl Ring {
     /// What [`peek`](Self::peek) returns, where it is the only entry that is there.
     #[inline(always)]
     pub(crate) fn sole(&mut self) -> Option<Used> {
-        debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
+        debug_assert_eq!((self.interrupts, self.left), (Interrupts::Unwanted, 0));
         let at = self.used_idx;
         if self.published == at {
             return None;
         }
         let (id, len) = self.memory.used_entry_if_last(at)?;
-        self.seen = at.wrapping_add(1);
         Some(Used { id, len })
     }
 
     /// Whether entries were seen and not passed over.
     #[inline(always)]
     pub(crate) fn has_left_any(&self) -> bool {
-        self.seen != self.used_idx
+        self.left > 0
     }
 
-    /// Passes over the entry that [`peek`](Self::peek) or [`sole`](Self::sole) returned.
+    /// Passes over the entry that [`peek`](Self::peek) returned.
     #[inline(always)]
     pub(crate) fn pass(&mut self) {
+        self.left -= 1;
+        self.pass_sole();
+    }
+
+    /// Passes over the entry that [`sole`](Self::sole) returned.
+    #[inline(always)]
+    pub(crate) fn pass_sole(&mut self) {
         self.used_idx = self.used_idx.wrapping_add(1);
     }
 
@@ -316,7 +321,7 @@ impl Ring {
         if ready > self.published.wrapping_sub(self.used_idx) {
             return Err(UsedIndexJumped { seen, expected_at_most: self.published });
         }
-        self.seen = seen;
+        self.left = ready;
         Ok(ready > 0)
     }
 
@@ -494,7 +499,7 @@ mod tests {
         let _ = ring.publish();
         complete(&mut ring, &mut index, 0, 4);
         assert_eq!(ring.sole(), Some(Used { id: 0, len: 4 }));
-        ring.pass();
+        ring.pass_sole();
         complete(&mut ring, &mut index, 0, 4);
         assert_eq!((ring.sole(), ring.peek()), (None, None));
         assert_eq!(ring.pop(), Err(UsedIndexJumped { seen: 2, expected_at_most: 1 }));

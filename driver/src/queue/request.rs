@@ -319,7 +319,7 @@ impl RequestQueue {
     pub(crate) fn take_one(&mut self, index: usize) -> bool {
         debug_assert!(self.is_usual());
         match self.ring.sole() {
-            Some(used) => self.take_used(index, used).is_some(),
+            Some(used) => self.take_used(index, used, Ring::pass_sole).is_some(),
             None => false,
         }
     }
@@ -355,12 +355,12 @@ impl RequestQueue {
     fn take_at(&mut self, index: usize) -> Option<(&Op, u16)> {
         debug_assert!(self.is_usual());
         let used = self.ring.peek()?;
-        self.take_used(index, used)
+        self.take_used(index, used, Ring::pass)
     }
 
-    /// The same for the entry that is the next in the ring.
+    /// The same for the entry that is the next in the ring, which `pass` passes over.
     #[inline(always)]
-    fn take_used(&mut self, index: usize, used: Used) -> Option<(&Op, u16)> {
+    fn take_used(&mut self, index: usize, used: Used, pass: fn(&mut Ring)) -> Option<(&Op, u16)> {
         let slot = self.slots.get_mut(index)?;
         let mine = used.id == u32::from(head_of(index)) && slot.state == SlotState::InFlight;
         // Before the answer is known to be there the device may be writing it.
@@ -372,7 +372,7 @@ impl RequestQueue {
         let next = core::mem::replace(&mut slot.next, self.free as u16);
         slot.state = SlotState::Free;
         self.free = index;
-        self.ring.pass();
+        pass(&mut self.ring);
         Some((&slot.op, next))
     }
 
