@@ -49,13 +49,13 @@ pub struct Stats {
     pub requests: u64,
     /// Doorbells of the request queue that were rung.
     pub kicks: u64,
-    /// ATTACH requests that the device confirmed.
+    /// ATTACH requests that the device totals.
     pub attaches: u64,
-    /// DETACH requests that the device confirmed.
+    /// DETACH requests that the device totals.
     pub detaches: u64,
-    /// MAP requests that the device confirmed.
+    /// MAP requests that the device totals.
     pub maps: u64,
-    /// UNMAP requests that the device confirmed.
+    /// UNMAP requests that the device totals.
     pub unmaps: u64,
     /// Requests that were given up on and still belong to the device.
     pub abandoned_requests: u64,
@@ -299,14 +299,14 @@ impl<P: Platform> Viommu<P> {
     pub fn stats(&self) -> Stats {
         let state = self.shared.state.lock();
         let (quarantined_mappings, quarantined_bytes) = state.engine.quarantined();
-        let confirmed = state.engine.confirmed();
+        let totals = state.engine.totals();
         Stats {
-            requests: state.sent,
+            requests: totals.requests,
             kicks: self.shared.kicks.load(Ordering::Relaxed) as u64,
-            attaches: confirmed.attaches,
-            detaches: confirmed.detaches,
-            maps: confirmed.maps,
-            unmaps: confirmed.unmaps,
+            attaches: totals.attaches,
+            detaches: totals.detaches,
+            maps: totals.maps,
+            unmaps: totals.unmaps,
             abandoned_requests: state.requests.abandoned().into(),
             quarantined_mappings,
             quarantined_bytes,

@@ -77,9 +77,6 @@ impl State {
         let id = record.map_or(DomainId::new(0), |domain| domain.id);
         let submitted = self.requests.submit_context(&request.encode(id), op, batch);
         debug_assert!(submitted, "the caller makes sure of a slot");
-        self.sent += 1;
-        if let Some(key) = domain {
-            self.engine.count_request(key);
-        }
+        self.engine.count_request(domain);
     }
 }

@@ -81,7 +81,7 @@ impl Engine {
         id: EndpointId,
         key: DomainKey,
     ) -> bool {
-        let Self { endpoints, domains, confirmed, .. } = self;
+        let Self { endpoints, domains, totals, .. } = self;
         let Some(endpoint) = endpoints.get_mut(at) else { return false };
         let Some(domain) = domains.get_mut(key.place()).and_then(Option::as_deref_mut) else { return false };
         let waits = endpoint.id == id && endpoint.attachment == Attachment::Attaching(key);
@@ -90,7 +90,7 @@ impl Engine {
         }
         (endpoint.attachment, endpoint.wanted) = (Attachment::Attached(key), true);
         domain.join();
-        confirmed.attaches += 1;
+        totals.attaches += 1;
         true
     }
 
@@ -119,7 +119,7 @@ impl Engine {
         id: EndpointId,
         key: DomainKey,
     ) -> bool {
-        let Self { endpoints, domains, confirmed, .. } = self;
+        let Self { endpoints, domains, totals, .. } = self;
         let Some(endpoint) = endpoints.get_mut(at) else { return false };
         let Some(domain) = domains.get_mut(key.place()).and_then(Option::as_deref_mut) else { return false };
         let waits = endpoint.id == id
@@ -130,7 +130,7 @@ impl Engine {
         }
         endpoint.attachment = Attachment::Detached;
         domain.possible -= 1;
-        confirmed.detaches += 1;
+        totals.detaches += 1;
         true
     }
 }

@@ -179,13 +179,27 @@ const MAX_DOMAINS: usize = 4096;
 /// Reserved regions that a domain has room for, over all its endpoints.
 pub(crate) const MAX_RESERVED: usize = 64;
 
-/// What the device confirmed so far, over all domains. The engine keeps MAPs and UNMAPs of those that are gone.
+/// What was sent, and what the device confirmed of it, over all domains. The engine keeps of requests, MAPs and UNMAPs those
+/// of domains that are gone, and of requests those of no domain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Confirmed {
+pub(crate) struct Totals {
+    pub requests: u64,
     pub attaches: u64,
     pub detaches: u64,
     pub maps: u64,
     pub unmaps: u64,
+}
+
+impl Totals {
+    fn with(self, counts: &Counts) -> Self {
+        let Counts { requests, maps, unmaps, .. } = *counts;
+        Self {
+            requests: self.requests + requests,
+            maps: self.maps + maps,
+            unmaps: self.unmaps + unmaps,
+            ..self
+        }
+    }
 }
 
 pub(crate) struct Engine {
@@ -204,7 +218,7 @@ pub(crate) struct Engine {
     retired_ids: Vec<u32>,
     /// Whether unattached endpoints are known to be blocked.
     pub(crate) bypass_closed: bool,
-    confirmed: Confirmed,
+    totals: Totals,
     /// Records in state Released.
     released: usize,
     /// Faults of endpoints that are not known.
@@ -229,7 +243,7 @@ impl Engine {
             next_domain_id: geometry.domain_ids.0,
             retired_ids: Vec::with_capacity(2 * limits.domains),
             bypass_closed: false,
-            confirmed: Confirmed::default(),
+            totals: Totals::default(),
             released: 0,
             strangers: FaultWindow::default(),
             list: ListId::new(0),
@@ -329,10 +343,11 @@ impl Engine {
         self.tags.name(record.tag())
     }
 
-    /// Counts a request that was sent for a domain.
-    pub(crate) fn count_request(&mut self, key: DomainKey) {
-        if let Some(domain) = self.domain_mut(key) {
-            domain.counts.requests += 1;
+    /// Counts a request that was sent, for its domain where it has one.
+    pub(crate) fn count_request(&mut self, key: Option<DomainKey>) {
+        match key.and_then(|key| self.domain_mut(key)) {
+            Some(domain) => domain.counts.requests += 1,
+            None => self.totals.requests += 1,
         }
     }
 
@@ -358,8 +373,7 @@ impl Engine {
         let idle = self.domains[index].take_if(|domain| domain.orphaned && domain.is_idle());
         if let Some(domain) = &idle {
             self.orphans -= 1;
-            self.confirmed.maps += domain.counts.maps;
-            self.confirmed.unmaps += domain.counts.unmaps;
+            self.totals = self.totals.with(&domain.counts);
         }
         idle
     }
@@ -372,12 +386,9 @@ impl Engine {
         }
     }
 
-    /// What the device confirmed so far, over all domains.
-    pub(crate) fn confirmed(&self) -> Confirmed {
-        self.domains.iter().flatten().fold(self.confirmed, |sum, domain| {
-            let Counts { maps, unmaps, .. } = domain.counts;
-            Confirmed { maps: sum.maps + maps, unmaps: sum.unmaps + unmaps, ..sum }
-        })
+    /// What was done so far, over all domains.
+    pub(crate) fn totals(&self) -> Totals {
+        self.domains.iter().flatten().fold(self.totals, |sum, domain| sum.with(&domain.counts))
     }
 
     /// What is in quarantine: mappings, and their bytes.

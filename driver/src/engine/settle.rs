@@ -62,7 +62,7 @@ impl Engine {
         let deserted = |domain: &DomainRecord| domain.attached() == 0 && domain.is_in_doubt();
         match outcome {
             Ok(()) => {
-                self.confirmed.attaches += 1;
+                self.totals.attaches += 1;
                 // Where all others left meanwhile, the domain may have died and be a new one, without its mappings.
                 match abandoned && self.domain(key).is_some_and(deserted) {
                     true => self.mark_unknown(id, key, false),
@@ -85,7 +85,7 @@ impl Engine {
     fn settle_detach(&mut self, id: EndpointId, key: DomainKey, outcome: Outcome) {
         match outcome {
             Ok(()) => {
-                self.confirmed.detaches += 1;
+                self.totals.detaches += 1;
                 self.mark_detached(id, key);
             }
             // The device does not know it any more: it was unplugged, and what comes back may be another.

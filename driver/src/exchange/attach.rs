@@ -118,12 +118,11 @@ pub(crate) fn attach_first<P: Platform>(
     let op = Op::Attach { endpoint, domain: key };
     let (slot, place) = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
-        let State { engine, requests, sent, .. } = &mut *state;
+        let State { engine, requests, .. } = &mut *state;
         let Some(slot) = requests.free_slot() else { return Err(None) };
         let Some((request, place, domain)) = engine.begin_attach_one(endpoint, key) else { return Err(None) };
         let index = slot.index();
         let wanted = slot.send(&request, op);
-        *sent += 1;
         shared.note_sent(domain, wanted);
         (index, place)
     };
@@ -144,14 +143,13 @@ pub(crate) fn detach_first<P: Platform>(
 ) -> Result<bool, Option<usize>> {
     let (slot, place, key) = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
-        let State { engine, requests, sent, .. } = &mut *state;
+        let State { engine, requests, .. } = &mut *state;
         let Some(slot) = requests.free_slot() else { return Err(None) };
         let Some(((request, place, domain), key)) = engine.begin_detach_one(endpoint) else {
             return Err(None);
         };
         let index = slot.index();
         let wanted = slot.send(&request, Op::Detach { endpoint, domain: key });
-        *sent += 1;
         shared.note_sent(domain, wanted);
         (index, place, key)
     };

@@ -112,7 +112,7 @@ impl<P: Platform> Each<'_, P> {
         state: &mut State,
         batch: &mut Batch,
     ) -> usize {
-        let State { engine, requests, sent, .. } = state;
+        let State { engine, requests, .. } = state;
         let (key, granule) = (self.key, engine.geometry.granule);
         let Some(domain) = engine.usual_domain(key, purpose.prot) else { return 0 };
         let mut next = first;
@@ -131,7 +131,6 @@ impl<P: Platform> Each<'_, P> {
             next += 1;
         }
         let count = next - first;
-        *sent += count as u64;
         domain.counts.requests += count as u64;
         count
     }
@@ -148,14 +147,13 @@ impl<P: Platform> Each<'_, P> {
         state: &mut State,
         batch: &mut Batch,
     ) -> Result<bool, MapError> {
-        let State { engine, requests, sent, .. } = state;
+        let State { engine, requests, .. } = state;
         let Some(slot) = requests.free_slot() else { return Ok(false) };
         let Wanted { run, placement } = wanted(next)?;
         let (mapped, domain) = engine.begin_anywhere(self.key, (run, placement), (purpose, name))?;
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
         slot.queue(&request, Op::Map { domain: self.key, range, record }, batch);
-        *sent += 1;
         self.made[next] = Some(mapping(next, mapped));
         Ok(true)
     }
@@ -244,7 +242,7 @@ impl<P: Platform> Rest<'_, P> {
     /// Begins and submits as long as they are live mappings.
     #[inline(always)]
     fn submit_usual(&mut self, state: &mut State, batch: &mut Batch) {
-        let State { engine, requests, sent, .. } = state;
+        let State { engine, requests, .. } = state;
         let Some(domain) = engine.domain_mut(self.key) else { return };
         let before = batch.len();
         for place in &self.mappings[self.next..] {
@@ -258,7 +256,6 @@ impl<P: Platform> Rest<'_, P> {
             self.next += 1;
         }
         let count = u64::from(batch.len() - before);
-        *sent += count;
         domain.counts.requests += count;
     }
 
@@ -267,15 +264,14 @@ impl<P: Platform> Rest<'_, P> {
         let mut batch = Batch::default();
         while self.next < self.mappings.len() && state.requests.has_free_slot() {
             self.submit_usual(state, &mut batch);
-            let State { engine, requests, sent, .. } = &mut *state;
+            let State { engine, requests, .. } = &mut *state;
             let Some(slot) = requests.free_slot() else { break };
             let Some(place) = self.mappings.get(self.next) else { break };
             self.next += 1;
             let Some(range) = place.as_ref().map(DmaMapping::range) else { continue };
             match engine.begin_unmap(self.key, range) {
                 Ok(UnmapPlan::Send(request, op)) => {
-                    engine.count_request(self.key);
-                    *sent += 1;
+                    engine.count_request(Some(self.key));
                     slot.queue(&request, op, &mut batch);
                 }
                 Ok(UnmapPlan::Nothing) => {}

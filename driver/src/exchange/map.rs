@@ -134,7 +134,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
     /// Begins and submits runs as long as there is nothing special about them.
     #[inline]
     fn submit_parts(&mut self, state: &mut State, (purpose, name): (Purpose, ListId), batch: &mut Batch) {
-        let State { engine, requests, sent, .. } = state;
+        let State { engine, requests, .. } = state;
         let (key, granule) = (self.key, engine.geometry.granule);
         let Some(range) = self.free else { return };
         let rest = Mapped { range, record: self.free_record };
@@ -154,7 +154,6 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         }
         (self.run, self.runs) = (next, runs);
         let count = u64::from(batch.len() - before);
-        *sent += count;
         counts.requests += count;
         let rest = parts.end();
         self.free = rest.map(|rest| rest.range);
@@ -169,7 +168,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         held: &mut Option<HeldMemory>,
         batch: &mut Batch,
     ) -> Result<(), MapError> {
-        let State { engine, requests, sent, .. } = state;
+        let State { engine, requests, .. } = state;
         let (Some(free), Some(slot)) = (self.free, requests.free_slot()) else { return Ok(()) };
         let Some(Run { phys, len }) = self.run else { return Err(MapError::Empty) };
         let range = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
@@ -177,7 +176,6 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let (record, domain) = engine.begin_map(self.key, (name, range), phys, purpose, held)?;
         let request = Request::Map { domain, range, phys, prot: purpose.prot };
         slot.queue(&request, Op::Map { domain: self.key, range, record }, batch);
-        *sent += 1;
         (self.run, self.free, self.free_record) =
             (self.runs.next(), free.after(range), MappingHandle::UNKNOWN);
         Ok(())

@@ -72,7 +72,7 @@ impl<P: Platform> Shared<P> {
             let Some(slot) = state.requests.free_slot() else { return Err(RequestError::NoSlot) };
             let index = slot.index();
             let wanted = slot.send(request, Op::None);
-            state.sent += 1;
+            state.engine.count_request(None);
             if wanted {
                 self.note_doorbell();
             }
@@ -99,7 +99,7 @@ pub(crate) fn map_first<P: Platform>(
     let lent = held.is_some();
     let sent = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
-        let State { engine, requests, sent, .. } = &mut *state;
+        let State { engine, requests, .. } = &mut *state;
         let Some(slot) = requests.free_slot() else { return Err(None) };
         let name = engine.begin_list();
         let begun = engine.begin_one(key, (run, placement), (purpose, name), held);
@@ -108,7 +108,6 @@ pub(crate) fn map_first<P: Platform>(
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
         let index = slot.index();
         let wanted = slot.send(&request, Op::Map { domain: key, range, record });
-        *sent += 1;
         shared.note_sent(domain, wanted);
         SentMap { slot: index, mapped, name, lent }
     };
@@ -131,13 +130,12 @@ pub(crate) fn unmap_first<P: Platform>(
 ) -> Result<(), Option<usize>> {
     let (slot, record) = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
-        let State { engine, requests, sent, .. } = &mut *state;
+        let State { engine, requests, .. } = &mut *state;
         let Some(slot) = requests.free_slot() else { return Err(None) };
         let Some((domain, record)) = engine.begin_unmap_one(key, range, record) else { return Err(None) };
         let request = Request::Unmap { domain: domain.id, range };
         let index = slot.index();
         let wanted = slot.send(&request, Op::Unmap { domain: key, range, record });
-        *sent += 1;
         shared.note_sent(domain, wanted);
         (index, record)
     };

@@ -18,8 +18,6 @@ pub(crate) struct State {
     pub faults: FaultBacklog,
     /// Whoever waits for a slot.
     pub sleepers: Sleepers,
-    /// Requests that were put into the ring.
-    pub sent: u64,
     /// Why no request can be answered any more, once that is known.
     pub dead: Option<RequestError>,
     /// All but the recovery wait for its end.
@@ -43,7 +41,6 @@ impl State {
             events,
             faults: FaultBacklog::new(fault_backlog),
             sleepers: Sleepers::new(),
-            sent: 0,
             dead: None,
             paused: false,
             bypass_due: false,
@@ -100,10 +97,7 @@ impl State {
     pub(crate) fn submit(&mut self, request: &Request, op: Op, batch: &mut Batch) {
         let submitted = self.requests.submit(request, op, batch);
         debug_assert!(submitted, "the caller makes sure of a slot");
-        self.sent += 1;
-        if let Some(key) = op.domain() {
-            self.engine.count_request(key);
-        }
+        self.engine.count_request(op.domain());
     }
 
     /// Shows the device what was submitted. A doorbell that is due is noted in `doorbell`, to be rung by

@@ -83,7 +83,7 @@ fn submit_map(
     list: ListId,
     batch: &mut Batch,
 ) -> Result<(), MapError> {
-    let State { engine, requests, sent, .. } = state;
+    let State { engine, requests, .. } = state;
     let Piece { range, phys, prot } = piece;
     let slot = requests.free_slot().ok_or(MapError::Empty)?;
     let len = range.len_bytes().ok_or(MapError::Empty)?;
@@ -96,7 +96,6 @@ fn submit_map(
     let (record, domain) = begun?;
     let request = Request::Map { domain, range, phys, prot };
     slot.queue(&request, Op::Map { domain: key, range, record }, batch);
-    *sent += 1;
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use super::order::Order;
 use super::slab::{Index, NIL};
 use crate::addr::{IovaRange, PhysAddr};
 use crate::engine::mapping::{Holder, Record};
+use core::num::NonZeroU64;
 
 /// Sizes in granules up to this one have a magazine each; beyond it the powers of two have.
 const SMALL: u64 = 32;
@@ -31,8 +32,9 @@ fn class_of(granules: u64) -> Option<usize> {
 
 #[cold]
 fn class_of_many(granules: u64) -> Option<usize> {
-    let class = SMALL as usize + (granules / SMALL).trailing_zeros() as usize;
-    Some(class).filter(|class| granules.is_power_of_two() && *class < CLASSES)
+    let log = NonZeroU64::new(granules)?.trailing_zeros();
+    let class = SMALL as usize - SMALL.ilog2() as usize + log as usize;
+    (granules.is_power_of_two() && class < CLASSES).then_some(class)
 }
 
 /// The next record of a magazine.
