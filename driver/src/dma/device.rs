@@ -4,6 +4,7 @@ use super::{DmaSegments, HeldMemory, MsiDoorbell};
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::{DomainKey, MappingHandle};
 use crate::error::{DmaError, UnmapError};
+use crate::exchange::Mapped;
 use crate::id::EndpointId;
 use crate::mappings::Translation;
 use crate::prot::Direction;
@@ -278,6 +279,17 @@ pub struct DmaMapping {
 }
 
 impl DmaMapping {
+    /// Of memory of any place in its granules, which are mapped as a whole.
+    #[inline(always)]
+    pub(crate) fn around(
+        PhysSegment { phys, len }: PhysSegment,
+        granule: u64,
+        (domain, Mapped { range, record }): (DomainKey, Mapped),
+    ) -> Self {
+        let iova = Iova::new(range.start().get() + (phys.get() & (granule - 1)));
+        Self { domain, iova, len, range, record }
+    }
+
     /// The segments that the endpoint is given for a mapping of one piece, see [`DmaDevice::segments`].
     pub fn segments(&self, device: &dyn DmaDevice) -> DmaSegments<'static> {
         DmaSegments::of_one(self.iova, self.len as u64, device.max_segment(), device.boundary())

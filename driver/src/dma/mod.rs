@@ -19,6 +19,7 @@ pub use held::HeldMemory;
 pub(crate) use held::{Kept, Release};
 pub use msi::MsiDoorbell;
 pub use pool::{DmaPool, PoolBuffer};
+pub(crate) use scatter::rounded;
 pub use segments::{DmaSegment, DmaSegments};
 pub use stream::{
     Bidirectional, Bounced, BouncedAccess, CpuAccess, CpuWrites, DeviceWrites, DmaDirection, FromDevice,

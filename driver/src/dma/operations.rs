@@ -1,11 +1,12 @@
 //! The operations of an endpoint's view as futures.
 
+use super::endpoint::View;
 use super::scatter::{Extent, Runs, as_one, is_rounded, place, place_one, rounded, survey};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose, Wish};
 use crate::error::{DmaError, MapError, UnmapError};
-use crate::exchange::{self, Mapped, Place, Run, SentMap, Shared, Wanted};
+use crate::exchange::{self, Mapped, Place, Run, SentMap, Shared};
 use crate::platform::Platform;
 use crate::prot::{Direction, Prot};
 use crate::wire::feature::Features;
@@ -194,17 +195,8 @@ impl<P: Platform> Endpoint<P> {
         }
         self.check_open()?;
         let (view, purpose) = (&*self.view, Purpose { prot: direction.prot(), tag: self.tag });
-        let granule = view.granule;
-        let wanted = |index: usize| {
-            let run = rounded(segments[index], granule)?;
-            Ok(Wanted { run, placement: view.reach.placement(run.len) })
-        };
-        let mapping = |index: usize, mapped| {
-            let PhysSegment { phys, len } = segments[index];
-            self.mapping_within(mapped, phys, len)
-        };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        Ok(exchange::map_each(shared, key, wanted, mapping, purpose, mappings).await?)
+        Ok(exchange::map_each(shared, key, (segments, &view.reach), purpose, mappings).await?)
     }
 
     /// [`DmaDevice::unmap_each`](super::DmaDevice::unmap_each) as a future. Dropped before its end it leaves what it sent
@@ -362,9 +354,8 @@ impl<P: Platform> Endpoint<P> {
         }
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let wish = Wish { buffer: PhysSegment { phys, len }, prot, tag: self.tag, reach: &view.reach };
-        let Mapped { range, record } = exchange::revive_one(shared, key, wish)?;
-        let iova = Iova::new(range.start().get() + (phys.get() & (view.granule - 1)));
-        Some(DmaMapping { domain: key, iova, len, range, record })
+        let mapped = exchange::revive_one(shared, key, wish)?;
+        Some(DmaMapping::around(wish.buffer, view.granule, (key, mapped)))
     }
 
     /// Whole granules around what is asked for. The caller promises the memory.
@@ -505,8 +496,8 @@ impl<P: Platform> Endpoint<P> {
     /// Memory of any place in a granule, mapped by whole granules.
     #[inline]
     fn mapping_within(&self, mapped: Mapped, phys: PhysAddr, len: usize) -> DmaMapping {
-        let offset = phys.get() & (self.view.granule - 1);
-        self.mapping(mapped, Iova::new(mapped.range.start().get() + offset), len)
+        let View { domain, granule, .. } = &*self.view;
+        DmaMapping::around(PhysSegment { phys, len }, *granule, (domain.key(), mapped))
     }
 
     #[inline]

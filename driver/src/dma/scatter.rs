@@ -7,7 +7,7 @@ use crate::exchange::Run;
 
 /// The whole granules around a segment.
 #[inline(always)]
-pub(super) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapError> {
+pub(crate) fn rounded(segment: PhysSegment, granule: u64) -> Result<Run, MapError> {
     let run = Run { phys: segment.phys, len: segment.len as u64 };
     match is_rounded(run, granule) {
         true => Ok(run),

@@ -2,19 +2,13 @@
 //! the ring takes.
 
 use super::unmap::{Owned, unmap};
-use super::{Mapped, Need, Run, Shared, State};
-use crate::dma::DmaMapping;
-use crate::engine::{DomainKey, ListId, Made, Op, Placement, Purpose, UnmapPlan};
+use super::{Mapped, Need, Shared, State};
+use crate::dma::{DmaMapping, PhysSegment, rounded};
+use crate::engine::{DomainKey, ListId, Made, Op, Purpose, Reach, UnmapPlan};
 use crate::error::{MapError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
 use crate::wire::request::Request;
-
-/// What is to be mapped: each with the place that it may go to, and what its owner gets for it.
-pub(crate) struct Wanted {
-    pub run: Run,
-    pub placement: Placement,
-}
 
 /// Mappings on their way to their owner. Where they do not get there they are in quarantine.
 struct Each<'a, P: Platform> {
@@ -22,6 +16,9 @@ struct Each<'a, P: Platform> {
     key: DomainKey,
     /// What is made by the call goes by this name.
     name: Option<ListId>,
+    /// What is to be mapped, whole granules around it, and where it may go.
+    segments: &'a [PhysSegment],
+    reach: &'a Reach,
     made: &'a mut [Option<DmaMapping>],
 }
 
@@ -34,18 +31,17 @@ impl<P: Platform> Drop for Each<'_, P> {
     }
 }
 
-/// Maps each by itself, and puts what was made into `made`, which is empty. After an error that holds what was mapped all
-/// the same.
+/// Maps each segment by itself where `reach` allows, and puts what was made into `made`, which is empty and as long. After an
+/// error that holds what was mapped all the same.
 pub(crate) async fn map_each<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
-    wanted: impl Fn(usize) -> Result<Wanted, MapError> + Send,
-    mapping: impl Fn(usize, Mapped) -> DmaMapping + Send,
+    (segments, reach): (&[PhysSegment], &Reach),
     purpose: Purpose,
     made: &mut [Option<DmaMapping>],
 ) -> Result<(), MapError> {
     let count = made.len();
-    let mut each = Each { shared, key, name: None, made };
+    let mut each = Each { shared, key, name: None, segments, reach, made };
     let mut next = 0;
     let mut result = Ok(());
     // Bounded by their number: each round begins one, or ends in an error.
@@ -55,11 +51,11 @@ pub(crate) async fn map_each<P: Platform>(
             let mut batch = Batch::default();
             let name = *each.name.get_or_insert_with(|| state.engine.begin_list());
             while next < count && state.requests.has_free_slot() {
-                next += each.submit_usual((next, &wanted, &mapping), (purpose, name), state, &mut batch);
+                next += each.submit_usual(next, (purpose, name), state, &mut batch);
                 if next == count {
                     break;
                 }
-                match each.submit_next((next, &wanted, &mapping), (purpose, name), state, &mut batch) {
+                match each.submit_next(next, (purpose, name), state, &mut batch) {
                     Ok(submitted) => next += usize::from(submitted),
                     Err(error) => {
                         result = Err(error);
@@ -103,11 +99,7 @@ impl<P: Platform> Each<'_, P> {
     #[inline(always)]
     fn submit_usual(
         &mut self,
-        (first, wanted, mapping): (
-            usize,
-            &impl Fn(usize) -> Result<Wanted, MapError>,
-            &impl Fn(usize, Mapped) -> DmaMapping,
-        ),
+        first: usize,
         (purpose, name): (Purpose, ListId),
         state: &mut State,
         batch: &mut Batch,
@@ -115,46 +107,44 @@ impl<P: Platform> Each<'_, P> {
         let State { engine, requests, .. } = state;
         let (key, granule) = (self.key, engine.geometry.granule);
         let Some(domain) = engine.usual_domain(key, purpose.prot) else { return 0 };
-        let mut next = first;
-        for place in &mut self.made[first..] {
-            let (Some(slot), Ok(Wanted { run, placement })) = (requests.free_slot(), wanted(next)) else {
-                break;
-            };
-            if !run.is_whole(granule) {
-                break;
-            }
+        // A granule of one byte is no mapping by itself; of any other size what is rounded is one.
+        if granule < 2 {
+            return 0;
+        }
+        let before = batch.len();
+        for (place, segment) in self.made[first..].iter_mut().zip(&self.segments[first..]) {
+            let (Some(slot), Ok(run)) = (requests.free_slot(), rounded(*segment, granule)) else { break };
+            debug_assert!(run.is_whole(granule));
+            let placement = self.reach.placement(run.len);
             let made = domain.space.make(run, placement, (purpose, name), &mut None);
             let Some(mapped @ Mapped { range, record }) = made else { break };
             let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
             slot.queue(&request, Op::Map { domain: key, range, record }, batch);
-            *place = Some(mapping(next, mapped));
-            next += 1;
+            *place = Some(DmaMapping::around(*segment, granule, (key, mapped)));
         }
-        let count = next - first;
-        domain.counts.requests += count as u64;
-        count
+        let count = batch.len() - before;
+        domain.counts.requests += u64::from(count);
+        count.into()
     }
 
     /// Begins and submits the one with this number. False where there is no slot.
     fn submit_next(
         &mut self,
-        (next, wanted, mapping): (
-            usize,
-            &impl Fn(usize) -> Result<Wanted, MapError>,
-            &impl Fn(usize, Mapped) -> DmaMapping,
-        ),
+        next: usize,
         (purpose, name): (Purpose, ListId),
         state: &mut State,
         batch: &mut Batch,
     ) -> Result<bool, MapError> {
         let State { engine, requests, .. } = state;
         let Some(slot) = requests.free_slot() else { return Ok(false) };
-        let Wanted { run, placement } = wanted(next)?;
-        let (mapped, domain) = engine.begin_anywhere(self.key, (run, placement), (purpose, name))?;
+        let (key, granule, segment) = (self.key, engine.geometry.granule, self.segments[next]);
+        let run = rounded(segment, granule)?;
+        let (mapped, domain) =
+            engine.begin_anywhere(key, (run, self.reach.placement(run.len)), (purpose, name))?;
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
-        slot.queue(&request, Op::Map { domain: self.key, range, record }, batch);
-        self.made[next] = Some(mapping(next, mapped));
+        slot.queue(&request, Op::Map { domain: key, range, record }, batch);
+        self.made[next] = Some(DmaMapping::around(segment, granule, (key, mapped)));
         Ok(true)
     }
 

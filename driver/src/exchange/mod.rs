@@ -18,7 +18,7 @@ mod unmap;
 mod wait;
 
 pub(crate) use attach::{attach_first, detach_first};
-pub(crate) use each::{Wanted, map_each, unmap_each};
+pub(crate) use each::{map_each, unmap_each};
 pub(crate) use flush::{flush, flush_all_the_same, flush_due, unmap_by_policy};
 pub(crate) use map::{Place, Run, map};
 pub(crate) use quick::{Mapped, SentMap, defer_first, map_first, unmap_first};

@@ -15,9 +15,8 @@ use core::task::Waker;
 /// no memory of its own.
 #[derive(Debug, Default)]
 pub(crate) struct Batch {
-    /// The first and the last slot, unless it is empty.
+    /// The first slot, unless it is empty.
     head: u16,
-    tail: u16,
     len: u16,
 }
 
@@ -99,7 +98,6 @@ impl<'a> FreeSlot<'a> {
         if batch.len == 0 {
             batch.head = index as u16;
         }
-        batch.tail = index as u16;
         batch.len += 1;
     }
 
@@ -379,7 +377,7 @@ impl RequestQueue {
     /// A request that was [sent](FreeSlot::send), to be waited for.
     pub(crate) fn batch_of(&self, index: usize) -> Batch {
         let index = index as u16;
-        Batch { head: index, tail: index, len: 1 }
+        Batch { head: index, len: 1 }
     }
 
     /// The slot that a used entry's id names, if a request is in flight there.

@@ -236,7 +236,8 @@ impl Parts<'_> {
         if !fits {
             return None;
         }
-        let range = IovaRange::from_len(Iova::new(self.next), run.len)?;
+        // It ends below `end`.
+        let range = IovaRange::new(Iova::new(self.next), Iova::new(self.next + (run.len - 1)))?;
         let order = &mut self.space.order;
         let index = if self.count == 0 {
             let record = &mut order[self.first];

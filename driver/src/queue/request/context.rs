@@ -24,7 +24,6 @@ impl RequestQueue {
         if batch.len == 0 {
             batch.head = index;
         }
-        batch.tail = index;
         batch.len += 1;
         true
     }
