@@ -256,3 +256,23 @@ impl DomainRecord {
         Ok(range)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Fails when what goes below the most, or beyond it, is not in the count of either.
+    #[test]
+    fn the_most_bytes_are_those_that_were_mapped_at_a_time() {
+        let mut counts = Counts::default();
+        let mut seen = |maps, unmaps| {
+            counts.mapped(1, maps);
+            counts.unmapped(1, unmaps);
+            (counts.mapped_bytes(), counts.peak_bytes)
+        };
+        assert_eq!(seen(0x3000, 0), (0x3000, 0x3000));
+        assert_eq!(seen(0x1000, 0x2000), (0x2000, 0x4000));
+        assert_eq!(seen(0x2000, 0), (0x4000, 0x4000), "as many as there ever were");
+        assert_eq!(seen(0x5000, 0x9000), (0, 0x9000));
+    }
+}
