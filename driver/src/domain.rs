@@ -6,7 +6,7 @@ use crate::engine::{
     Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose, Tag,
 };
 use crate::error::{MapError, UnmapError};
-use crate::exchange::{self, Owned, Place, Run, Shared};
+use crate::exchange::{self, Mapped, Owned, Place, Run, SentMap, Shared};
 use crate::id::DomainId;
 use crate::mappings::{Mappings, Translation};
 use crate::options::UnmapPolicy;
@@ -196,14 +196,40 @@ impl<P: Platform> Domain<P> {
     }
 
     async fn map_run(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
-        let purpose = Purpose { prot, tag: Tag::NONE };
-        let (shared, key) = (&self.0.shared, self.0.key);
-        let first = match place {
-            Place::Anywhere { placement, .. } if prot.is_plain() && run.is_whole(shared.granule) => {
+        let first = self.map_first(place, run, prot);
+        self.map_rest(place, run, prot, first).await
+    }
+
+    fn map_run_now(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
+        match self.map_first(place, run, prot) {
+            Ok(mapped) if !self.may_be_overdue() => Ok(mapped.range),
+            first => self.0.shared.block_on(self.map_rest(place, run, prot, first)),
+        }
+    }
+
+    /// The first step, without a future.
+    fn map_first(&self, place: Place, run: Run, prot: Prot) -> Result<Mapped, Option<SentMap>> {
+        let (shared, key, purpose) = (&self.0.shared, self.0.key, Purpose { prot, tag: Tag::NONE });
+        if !(prot.is_plain() && run.is_whole(shared.granule)) {
+            return Err(None);
+        }
+        match place {
+            Place::Anywhere { placement, .. } => {
                 exchange::map_first(shared, key, run, placement, purpose, &mut None)
             }
-            _ => Err(None),
-        };
+            Place::At(range) => exchange::map_first_at(shared, key, (run, range), purpose),
+        }
+    }
+
+    /// What is left after the first step.
+    async fn map_rest(
+        &self,
+        place: Place,
+        run: Run,
+        prot: Prot,
+        first: Result<Mapped, Option<SentMap>>,
+    ) -> Result<IovaRange, MapError> {
+        let (shared, key, purpose) = (&self.0.shared, self.0.key, Purpose { prot, tag: Tag::NONE });
         let range = match first {
             Ok(mapped) => mapped.range,
             Err(sent) => {
@@ -212,10 +238,6 @@ impl<P: Platform> Domain<P> {
         };
         self.flush_if_overdue_for(range).await;
         Ok(range)
-    }
-
-    fn map_run_now(&self, place: Place, run: Run, prot: Prot) -> Result<IovaRange, MapError> {
-        self.0.shared.block_on(self.map_run(place, run, prot))
     }
 
     /// Maps `len` bytes from `start` at their own addresses, around what is reserved for the domain's endpoints: what

@@ -8,7 +8,7 @@ use super::domain::{Counts, DomainRecord};
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::Parts;
 use super::{DomainKey, Engine, Op, Placement};
-use crate::addr::IovaRange;
+use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::id::DomainId;
@@ -85,6 +85,20 @@ impl Engine {
         debug_assert!(purpose.prot.is_plain() && run.is_whole(self.geometry.granule));
         let domain = self.mappable(key)?;
         let mapped = domain.space.make(run, placement, (purpose, list), held)?;
+        Some((domain, mapped))
+    }
+
+    /// The same at exactly these addresses. `None` also where they are not at hand.
+    #[inline(always)]
+    pub(crate) fn begin_one_at(
+        &mut self,
+        key: DomainKey,
+        (phys, range): (PhysAddr, IovaRange),
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<(&mut DomainRecord, Mapped)> {
+        debug_assert!(purpose.prot.is_plain());
+        let domain = self.mappable(key)?;
+        let mapped = domain.space.make_at((phys, range), (purpose, list))?;
         Some((domain, mapped))
     }
 

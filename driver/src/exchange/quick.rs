@@ -96,13 +96,46 @@ pub(crate) fn map_first<P: Platform>(
     purpose: Purpose,
     held: &mut Option<HeldMemory>,
 ) -> Result<Mapped, Option<SentMap>> {
+    send_map(shared, key, (run, Spot::Within(placement)), purpose, held)
+}
+
+/// Maps a run at exactly these addresses, which are as many, for reading, writing or both. As [`map_first`], but also where
+/// the addresses are free, if they were not given back lately, [`map`](super::map) takes over.
+pub(crate) fn map_first_at<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    (run, range): (Run, IovaRange),
+    purpose: Purpose,
+) -> Result<Mapped, Option<SentMap>> {
+    debug_assert_eq!(range.len_of_mapping(), run.len);
+    send_map(shared, key, (run, Spot::At(range)), purpose, &mut None)
+}
+
+/// Which addresses a run gets.
+enum Spot {
+    Within(Placement),
+    At(IovaRange),
+}
+
+/// Sends the MAP of a run, and looks for its answer.
+#[inline(always)]
+fn send_map<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    (run, spot): (Run, Spot),
+    purpose: Purpose,
+    held: &mut Option<HeldMemory>,
+) -> Result<Mapped, Option<SentMap>> {
     let lent = held.is_some();
     let sent = {
         let Some(mut state) = shared.state.usual() else { return Err(None) };
         let State { engine, requests, .. } = &mut *state;
         let Some(slot) = requests.free_slot() else { return Err(None) };
         let name = engine.begin_list();
-        let begun = engine.begin_one(key, (run, placement), (purpose, name), held);
+        let begun = match spot {
+            Spot::Within(placement) => engine.begin_one(key, (run, placement), (purpose, name), held),
+            Spot::At(range) => engine.begin_one_at(key, (run.phys, range), (purpose, name)),
+        };
         let Some((domain, mapped)) = begun else { return Err(None) };
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };

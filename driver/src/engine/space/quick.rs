@@ -47,6 +47,22 @@ impl Space {
         Some(Mapped { range, record: MappingHandle(index) })
     }
 
+    /// The same at exactly these addresses, where they are those of their size that were given back last.
+    pub(crate) fn make_at(
+        &mut self,
+        (phys, range): (PhysAddr, IovaRange),
+        (purpose, list): (Purpose, ListId),
+    ) -> Option<Mapped> {
+        if self.mappings >= self.most {
+            return None;
+        }
+        let granules = self.order.page(Iova::new(range.len_of_mapping()));
+        let (index, record) = self.magazines.pop(&mut self.order, granules, |cached| cached == range)?;
+        record.begin(Holder::Mapping, phys, purpose, list);
+        self.mappings += 1;
+        Some(Mapped { range, record: MappingHandle(index) })
+    }
+
     #[cold]
     fn search_for_one(&mut self, len: u64, align: u64, limit: Iova) -> Option<Index> {
         let granule = self.order.granule();
@@ -129,6 +145,9 @@ impl Space {
     #[cold]
     fn begin_unmap_run(&mut self, range: IovaRange) -> Option<MappingHandle> {
         let first = self.find(range.start())?;
+        if self.begin_unmap_named(range, MappingHandle(first)) {
+            return Some(MappingHandle(first));
+        }
         if self.mark_list(first, range, MappingState::Live, MappingState::Unmapping).is_some() {
             return Some(MappingHandle(first));
         }
