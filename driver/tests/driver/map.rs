@@ -137,6 +137,33 @@ fn i05_overlaps_are_refused() {
     }
 }
 
+/// Fails when addresses that were given back lead to earlier memory, count as free while they are mapped, or are lost where
+/// the device refuses them.
+#[test]
+fn addresses_are_mapped_again_and_again() {
+    let (machine, _viommu, domain) = Machine::attached(Config::default());
+    let memory = machine.memory(4 * PAGE);
+    // SAFETY: nobody but the test uses the memory.
+    let map = |phys| unsafe { domain.map_at(AT, phys, PAGE, RW) };
+    for page in 0..4 {
+        let phys = PhysAddr::new(memory.phys.get() + page * PAGE);
+        let (mapped, requests, kicks) = machine.traffic(|| map(phys));
+        assert_eq!((mapped, requests, kicks), (Ok(()), 1, 1), "page {page}");
+        assert_eq!(domain.translate(AT).map(|translation| translation.phys), Some(phys));
+        machine.dma_write(EP, AT.get(), &[page as u8 + 1]).unwrap();
+        let (again, requests, _) = machine.traffic(|| map(memory.phys));
+        assert!(matches!(again, Err(MapError::InUse(_))) && requests == 0, "page {page}");
+        // SAFETY: mapped above.
+        unsafe { domain.unmap(AT, PAGE) }.unwrap();
+        machine.inject([Inject::Refuse(8)]);
+        let refused = map(phys);
+        assert!(matches!(refused, Err(MapError::Request { .. })), "page {page}: {refused:?}");
+        assert!(domain.translate(AT).is_none() && machine.dma_write(EP, AT.get(), &[9]).is_err());
+    }
+    let bytes = bytes_of(&memory);
+    assert_eq!([0, 0x1000, 0x2000, 0x3000].map(|at| bytes[at]), [1, 2, 3, 4]);
+}
+
 /// Fails when `begin_attach` leaves out a region, the MSI window among them.
 #[test]
 fn d33_reserved_regions_are_kept_out_of_mappings() {
