@@ -92,7 +92,7 @@ pub(crate) struct Ring {
     published: u16,
     /// Index of the next used entry to read.
     used_idx: u16,
-    /// How many more entries were there when the device's index was last looked at.
+    /// How many entries of the device's are known of and not passed over yet.
     left: u16,
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct SharedMemory {
 /// The alignment that the accessors rely on.
 const MIN_ALIGN: usize = 8;
 
-/// Where a ring's parts and a table of cells lie.
+/// Where a ring's parts lie.
 #[derive(Clone, Copy, Debug)]
 struct Places {
     avail: NonNull<u8>,
@@ -38,8 +38,8 @@ struct Places {
 /// whoever has that.
 ///
 /// # Invariants
-/// Both point into memory that is valid as long as this exists: at the start of [`CELL_LEN`] bytes, aligned to 8, and at the
-/// length in the first descriptor.
+/// Both point into the memory that it is a part of, which is valid as long as it is used: at the start of [`CELL_LEN`] bytes,
+/// aligned to 8, and at the length in the first descriptor.
 #[derive(Debug)]
 pub(crate) struct Cell {
     start: NonNull<u8>,

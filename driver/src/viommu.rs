@@ -49,13 +49,13 @@ pub struct Stats {
     pub requests: u64,
     /// Doorbells of the request queue that were rung.
     pub kicks: u64,
-    /// ATTACH requests that the device totals.
+    /// ATTACH requests that the device confirmed.
     pub attaches: u64,
-    /// DETACH requests that the device totals.
+    /// DETACH requests that the device confirmed.
     pub detaches: u64,
-    /// MAP requests that the device totals.
+    /// MAP requests that the device confirmed.
     pub maps: u64,
-    /// UNMAP requests that the device totals.
+    /// UNMAP requests that the device confirmed.
     pub unmaps: u64,
     /// Requests that were given up on and still belong to the device.
     pub abandoned_requests: u64,

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process;
 
 use anyhow::{Context as _, Result, bail};
 use qemu_tests::boot::NEEDS_CONTEXTS;
@@ -61,16 +62,15 @@ pub(crate) fn build(arch: Arch, features: Features) -> Result<Kernel> {
     progress::note(&format!("building the kernel{kind} for {} with {toolchain}", arch.name()));
     command::run(&mut build)?;
     let built = directory.join(arch.target()).join(PROFILE).join("kernel");
+    let bytes =
+        fs::read(&built).with_context(|| format!("the build left no kernel image at {}", built.display()))?;
+    check(&bytes, features)?;
     // A name of its own, so that neither image is ever taken for the other.
     let elf = built.with_file_name(name);
-    fs::copy(&built, &elf)
-        .with_context(|| format!("the build left no kernel image at {}", built.display()))?;
-    if features == Features::Standard {
-        without_contexts(&elf)?;
-    }
+    put(&elf, &bytes)?;
     let image = match arch.image() {
         Image::Elf => elf.clone(),
-        Image::Arm64 => flat(&elf)?,
+        Image::Arm64 => flat(&elf, &bytes)?,
     };
     Ok(Kernel { elf, image })
 }
@@ -79,13 +79,28 @@ pub(crate) fn build(arch: Arch, features: Features) -> Result<Kernel> {
 /// it consists of.
 const OF_CONTEXTS: [&str; 2] = ["12virtio_iommu8contexts", "18virtio_iommu_model"];
 
-/// Sees that a feature that is off left nothing in the kernel.
-fn without_contexts(elf: &Path) -> Result<()> {
-    let bytes = fs::read(elf).with_context(|| format!("cannot read {}", elf.display()))?;
-    match OF_CONTEXTS.into_iter().find(|part| holds(&bytes, part)) {
-        None => Ok(()),
-        Some(part) => bail!("{} has symbols with {part}, although its feature is off", elf.display()),
+/// Sees that a feature that is off left nothing in the kernel, and that one that is on is there: another build may have put
+/// its kernel there just then.
+fn check(elf: &[u8], features: Features) -> Result<()> {
+    let part = OF_CONTEXTS.into_iter().find(|part| holds(elf, part));
+    match (features, part) {
+        (Features::Standard, Some(part)) => bail!(
+            "the kernel without contexts has symbols with {part}; if another build was running here, try again"
+        ),
+        (Features::Contexts, None) => {
+            bail!(
+                "the kernel with contexts has no symbol of them; if another build was running here, try again"
+            )
+        }
+        _ => Ok(()),
     }
+}
+
+/// Puts a file in its place at once, since a QEMU may be reading what was there.
+fn put(path: &Path, bytes: &[u8]) -> Result<()> {
+    let new = path.with_extension(process::id().to_string());
+    let written = fs::write(&new, bytes).and_then(|()| fs::rename(&new, path));
+    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn holds(bytes: &[u8], part: &str) -> bool {
@@ -94,12 +109,11 @@ fn holds(bytes: &[u8], part: &str) -> bool {
 }
 
 /// Makes the flat image beside the ELF file.
-fn flat(elf: &Path) -> Result<PathBuf> {
-    let bytes = fs::read(elf).with_context(|| format!("cannot read {}", elf.display()))?;
-    let flat = image::flatten(&bytes)
+fn flat(elf: &Path, bytes: &[u8]) -> Result<PathBuf> {
+    let flat = image::flatten(bytes)
         .with_context(|| format!("{} does not make an image for arm64's boot protocol", elf.display()))?;
     let path = elf.with_extension("image");
-    fs::write(&path, flat).with_context(|| format!("cannot write {}", path.display()))?;
+    put(&path, &flat)?;
     Ok(path)
 }
 
@@ -120,6 +134,20 @@ mod tests {
         assert!(holds(b"\0_RNvNtCs9dGXsK4UtOz_12virtio_iommu8contexts6nested\0", OF_CONTEXTS[0]));
         assert!(!holds(b"\0_RNvNtCs9dGXsK4UtOz_12virtio_iommu6domain\0", OF_CONTEXTS[0]));
         assert!(!holds(b"", OF_CONTEXTS[1]));
+    }
+
+    #[test]
+    fn neither_kernel_is_taken_for_the_other() {
+        let standard = b"\0_RNvNtCs9dGXsK4UtOz_12virtio_iommu6domain\0".as_slice();
+        let with_contexts = b"\0_RNvNtCs9dGXsK4UtOz_12virtio_iommu8contexts6nested\0".as_slice();
+        for (elf, features, good) in [
+            (standard, Features::Standard, true),
+            (standard, Features::Contexts, false),
+            (with_contexts, Features::Standard, false),
+            (with_contexts, Features::Contexts, true),
+        ] {
+            assert_eq!(check(elf, features).is_ok(), good, "{features:?}");
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ pub(crate) enum SlotState {
     Abandoned,
 }
 
-/// The driver's private side of a slot: a cache line, which one shift finds.
+/// The driver's private side of a slot: a cache line, or two as its cell is, which one shift finds.
 #[derive(Debug)]
 #[repr(align(64))]
 pub(super) struct Slot {
@@ -39,6 +39,9 @@ pub(super) struct Slot {
     /// The next slot of the same batch, or of the free list, or [`NO_SLOT`].
     pub next: u16,
 }
+
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<Slot>() == CELL_LEN);
 
 /// No slot: there are at most 2^14.
 pub(super) const NO_SLOT: u16 = u16::MAX;

@@ -105,8 +105,8 @@ impl Order {
     }
 
     #[inline(always)]
-    pub(super) fn get_mut_apart(&mut self, index: Index) -> Option<&mut Record> {
-        self.slab.get_mut_apart(index)
+    pub(super) fn get_mut_alone(&mut self, index: Index) -> Option<&mut Record> {
+        self.slab.get_mut_alone(index)
     }
 
     pub(super) fn first(&self) -> Index {

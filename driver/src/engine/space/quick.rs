@@ -75,7 +75,7 @@ impl Space {
     /// The device confirmed the MAP of a record that waits for that. False where it is not there, or not so.
     #[inline(always)]
     pub(crate) fn confirm(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
-        let Some(record) = self.order.get_mut_apart(handle.0) else { return false };
+        let Some(record) = self.order.get_mut_alone(handle.0) else { return false };
         // Before and after it adds nothing to the tally.
         if record.range.start() == range.start() && record.standing() == Standing::MAPPING {
             debug_assert!(record.range == range);
@@ -112,7 +112,7 @@ impl Space {
     /// The same for the one mapping that the handle names. False, and nothing changed, where it is another.
     #[inline(always)]
     fn begin_unmap_named(&mut self, range: IovaRange, handle: MappingHandle) -> bool {
-        let Some(record) = self.order.get_mut_apart(handle.0) else { return false };
+        let Some(record) = self.order.get_mut_alone(handle.0) else { return false };
         if record.range != range || record.standing() != Standing::LIVE {
             return false;
         }
@@ -254,7 +254,7 @@ impl Space {
     pub(crate) fn end_unmapped_plain(&mut self, handle: MappingHandle, range: IovaRange) -> bool {
         let Self { order, magazines, .. } = self;
         let granules = order.page(Iova::new(range.len_of_mapping()));
-        let Some(record) = order.get_mut_apart(handle.0) else { return false };
+        let Some(record) = order.get_mut_alone(handle.0) else { return false };
         if !was_unmapped(record, range) || record.holds_memory() {
             return false;
         }

@@ -150,17 +150,17 @@ impl Slab {
 
     /// The same for whoever looks for one record alone: in a loop the call would cost more than it saves.
     #[inline(always)]
-    pub(super) fn get_mut_apart(&mut self, index: Index) -> Option<&mut Record> {
+    pub(super) fn get_mut_alone(&mut self, index: Index) -> Option<&mut Record> {
         if (index as usize) < self.first.len() {
             return self.first.get_mut(index as usize);
         }
-        self.get_more_mut_apart(index)
+        self.get_more_mut_alone(index)
     }
 
     // Inlined it would share its end with the way above, which then took more steps.
     #[cold]
     #[inline(never)]
-    fn get_more_mut_apart(&mut self, index: Index) -> Option<&mut Record> {
+    fn get_more_mut_alone(&mut self, index: Index) -> Option<&mut Record> {
         self.get_more_mut(index)
     }
 
