@@ -326,7 +326,8 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
 }
 
 /// Fails, as was tried, when a gap is not brought up to date after a removal, when a tree is not balanced, when a record
-/// behind a removed one is lost, when a magazine gives out what does not suit, or other addresses than those that were asked for, and when what is cached counts as taken.
+/// behind a removed one is lost, when a magazine gives out what does not suit, or other addresses than those that were
+/// asked for, and when what is cached counts as taken.
 #[test]
 fn agrees_with_a_plain_list() {
     let seed = std::env::var("SEED").ok().map_or(0x5eed, |text| text.parse().expect("SEED is a number"));
