@@ -3,7 +3,8 @@
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::Unmapped;
 use crate::engine::{
-    Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose, Tag,
+    Deferral, DomainKey, DomainRecord, DomainStats, Engine, FlushDue, MappingHandle, Placement, Purpose,
+    Spot, Tag,
 };
 use crate::error::{MapError, UnmapError};
 use crate::exchange::{self, Mapped, Owned, Place, Run, SentMap, Shared};
@@ -213,12 +214,11 @@ impl<P: Platform> Domain<P> {
         if !(prot.is_plain() && run.is_whole(shared.granule)) {
             return Err(None);
         }
-        match place {
-            Place::Anywhere { placement, .. } => {
-                exchange::map_first(shared, key, run, placement, purpose, &mut None)
-            }
-            Place::At(range) => exchange::map_first_at(shared, key, (run, range), purpose),
-        }
+        let spot = match place {
+            Place::Anywhere { placement, .. } => Spot::Within(placement),
+            Place::At(range) => Spot::At(range),
+        };
+        exchange::map_first(shared, key, (run, spot), purpose, &mut None)
     }
 
     /// What is left after the first step.

@@ -4,7 +4,7 @@ use super::endpoint::View;
 use super::scatter::{Extent, Runs, as_one, is_rounded, place, place_one, rounded, survey};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
-use crate::engine::{Placement, Purpose, Wish};
+use crate::engine::{Placement, Purpose, Spot, Wish};
 use crate::error::{DmaError, MapError, UnmapError};
 use crate::exchange::{self, Mapped, Place, Run, SentMap, Shared};
 use crate::platform::Platform;
@@ -50,7 +50,7 @@ impl<P: Platform> Endpoint<P> {
         let (placement, mut held) = (view.reach.placement(run.len), Some(held));
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let first = exchange::map_first(shared, key, run, placement, purpose, &mut held);
+        let first = exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, &mut held);
         let mapped = match first {
             Ok(mapped) => {
                 view.domain.flush_if_overdue();
@@ -375,7 +375,7 @@ impl<P: Platform> Endpoint<P> {
         }
         let purpose = Purpose { prot: direction.prot(), tag: self.tag };
         let (shared, key, placement) = (view.domain.shared(), view.domain.key(), Placement::ANYWHERE);
-        match exchange::map_first(shared, key, run, placement, purpose, &mut None) {
+        match exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, &mut None) {
             Ok(Mapped { range, record }) => {
                 Ok(DmaMapping { domain: key, iova: range.start(), len, range, record })
             }
@@ -398,7 +398,7 @@ impl<P: Platform> Endpoint<P> {
         let (shared, key) = (view.domain.shared(), view.domain.key());
         // A granule of one byte is no mapping by itself.
         let first = match run.len >= 2 {
-            true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
+            true => exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, &mut None),
             false => Err(None),
         };
         match first {
@@ -439,7 +439,7 @@ impl<P: Platform> Endpoint<P> {
         let (placement, purpose) = (view.reach.placement(run.len), Purpose { prot, tag: self.tag });
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let first = match prot.is_plain() && run.len >= 2 {
-            true => exchange::map_first(shared, key, run, placement, purpose, &mut None),
+            true => exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, &mut None),
             false => Err(None),
         };
         self.map_rest_async(phys, len, (run, placement, purpose), first).await
@@ -481,7 +481,7 @@ impl<P: Platform> Endpoint<P> {
         let (shared, key) = (view.domain.shared(), view.domain.key());
         let one = if parts == 1 { runs.clone().next() } else { None };
         let first = match one.filter(|run| run.is_whole(view.granule)) {
-            Some(run) => exchange::map_first(shared, key, run, placement, purpose, held),
+            Some(run) => exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, held),
             None => Err(None),
         };
         match first {

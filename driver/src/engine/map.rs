@@ -38,6 +38,15 @@ impl Placement {
     }
 }
 
+/// Which addresses a mapping gets.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Spot {
+    /// Any that this allows.
+    Within(Placement),
+    /// Exactly these, as many as it has bytes.
+    At(IovaRange),
+}
+
 /// What an endpoint can put on the bus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Reach {

@@ -31,7 +31,7 @@ pub use domain::DomainStats;
 pub(crate) use domain::{Counts, DomainRecord};
 pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
-pub(crate) use map::{Made, Placement, Reach, Unmade, UnmapPlan};
+pub(crate) use map::{Made, Placement, Reach, Spot, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
 pub(crate) use recover::Revival;
 pub(crate) use revive::Wish;

@@ -7,8 +7,8 @@ use super::deferred::Deferral;
 use super::domain::{Counts, DomainRecord};
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::Parts;
-use super::{DomainKey, Engine, Op, Placement};
-use crate::addr::{IovaRange, PhysAddr};
+use super::{DomainKey, Engine, Op, Spot};
+use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::id::DomainId;
@@ -72,33 +72,19 @@ impl Confirming<'_> {
 }
 
 impl Engine {
-    /// Begins a mapping of whole granules for reading, writing or both, where `placement` allows. The request for it is
-    /// then sent in any case.
+    /// Begins a mapping of whole granules for reading, writing or both, where `spot` says, as far as that is
+    /// [quick](super::space::Space::make). The request for it is then sent in any case.
     #[inline(always)]
     pub(crate) fn begin_one(
         &mut self,
         key: DomainKey,
-        (run, placement): (Run, Placement),
+        (run, spot): (Run, Spot),
         (purpose, list): (Purpose, ListId),
         held: &mut Option<HeldMemory>,
     ) -> Option<(&mut DomainRecord, Mapped)> {
         debug_assert!(purpose.prot.is_plain() && run.is_whole(self.geometry.granule));
         let domain = self.mappable(key)?;
-        let mapped = domain.space.make(run, placement, (purpose, list), held)?;
-        Some((domain, mapped))
-    }
-
-    /// The same at exactly these addresses. `None` also where they are not at hand.
-    #[inline(always)]
-    pub(crate) fn begin_one_at(
-        &mut self,
-        key: DomainKey,
-        (phys, range): (PhysAddr, IovaRange),
-        (purpose, list): (Purpose, ListId),
-    ) -> Option<(&mut DomainRecord, Mapped)> {
-        debug_assert!(purpose.prot.is_plain());
-        let domain = self.mappable(key)?;
-        let mapped = domain.space.make_at((phys, range), (purpose, list))?;
+        let mapped = domain.space.make(run, spot, (purpose, list), held)?;
         Some((domain, mapped))
     }
 

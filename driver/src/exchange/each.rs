@@ -4,7 +4,7 @@
 use super::unmap::{Owned, unmap};
 use super::{Mapped, Need, Shared, State};
 use crate::dma::{DmaMapping, PhysSegment, rounded};
-use crate::engine::{DomainKey, ListId, Made, Op, Purpose, Reach, UnmapPlan};
+use crate::engine::{DomainKey, ListId, Made, Op, Purpose, Reach, Spot, UnmapPlan};
 use crate::error::{MapError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
@@ -115,8 +115,8 @@ impl<P: Platform> Each<'_, P> {
         for (place, segment) in self.made[first..].iter_mut().zip(&self.segments[first..]) {
             let (Some(slot), Ok(run)) = (requests.free_slot(), rounded(*segment, granule)) else { break };
             debug_assert!(run.is_whole(granule));
-            let placement = self.reach.placement(run.len);
-            let made = domain.space.make(run, placement, (purpose, name), &mut None);
+            let spot = Spot::Within(self.reach.placement(run.len));
+            let made = domain.space.make(run, spot, (purpose, name), &mut None);
             let Some(mapped @ Mapped { range, record }) = made else { break };
             let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
             slot.queue(&request, Op::Map { domain: key, range, record }, batch);

@@ -8,7 +8,7 @@
 use super::*;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::domain::Domain;
-use crate::engine::{AttachPlan, Placement, Purpose, Tag};
+use crate::engine::{AttachPlan, Placement, Purpose, Spot, Tag};
 use crate::exchange;
 use crate::id::DomainId;
 use crate::lock::RawLock;

@@ -8,7 +8,7 @@
 use super::{InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose, stamp};
+use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Purpose, Spot, stamp};
 #[cfg(feature = "bench")]
 use crate::error::RequestError;
 use crate::exchange::Run;
@@ -85,41 +85,10 @@ impl<P: Platform> Shared<P> {
     }
 }
 
-/// Maps a run where `placement` allows, for reading, writing or both. With `held` as for [`map`](super::map), which takes
-/// over where it did not succeed, with what was sent.
+/// Maps a run where `spot` says, for reading, writing or both. With `held` as for [`map`](super::map), which takes over where
+/// it did not succeed, with what was sent.
 #[inline(always)]
 pub(crate) fn map_first<P: Platform>(
-    shared: &Shared<P>,
-    key: DomainKey,
-    run: Run,
-    placement: Placement,
-    purpose: Purpose,
-    held: &mut Option<HeldMemory>,
-) -> Result<Mapped, Option<SentMap>> {
-    send_map(shared, key, (run, Spot::Within(placement)), purpose, held)
-}
-
-/// Maps a run at exactly these addresses, which are as many, for reading, writing or both. As [`map_first`], but also where
-/// the addresses are free, if they were not given back lately, [`map`](super::map) takes over.
-pub(crate) fn map_first_at<P: Platform>(
-    shared: &Shared<P>,
-    key: DomainKey,
-    (run, range): (Run, IovaRange),
-    purpose: Purpose,
-) -> Result<Mapped, Option<SentMap>> {
-    debug_assert_eq!(range.len_of_mapping(), run.len);
-    send_map(shared, key, (run, Spot::At(range)), purpose, &mut None)
-}
-
-/// Which addresses a run gets.
-enum Spot {
-    Within(Placement),
-    At(IovaRange),
-}
-
-/// Sends the MAP of a run, and looks for its answer.
-#[inline(always)]
-fn send_map<P: Platform>(
     shared: &Shared<P>,
     key: DomainKey,
     (run, spot): (Run, Spot),
@@ -132,10 +101,7 @@ fn send_map<P: Platform>(
         let State { engine, requests, .. } = &mut *state;
         let Some(slot) = requests.free_slot() else { return Err(None) };
         let name = engine.begin_list();
-        let begun = match spot {
-            Spot::Within(placement) => engine.begin_one(key, (run, placement), (purpose, name), held),
-            Spot::At(range) => engine.begin_one_at(key, (run.phys, range), (purpose, name)),
-        };
+        let begun = engine.begin_one(key, (run, spot), (purpose, name), held);
         let Some((domain, mapped)) = begun else { return Err(None) };
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };

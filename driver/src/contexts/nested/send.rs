@@ -4,7 +4,7 @@ use super::compose::Piece;
 use crate::addr::IovaRange;
 use crate::engine::{DomainKey, ListId, Made, Op, Purpose, Tag, UnmapPlan};
 use crate::error::MapError;
-use crate::exchange::{Need, Run, Shared, State};
+use crate::exchange::{Need, Shared, State};
 use crate::platform::Platform;
 use crate::queue::{Answer, Batch};
 use crate::wire::request::Request;
@@ -87,24 +87,13 @@ fn submit_map(
     let Piece { range, phys, prot } = piece;
     let slot = requests.free_slot().ok_or(MapError::Empty)?;
     let len = range.len_bytes().ok_or(MapError::Empty)?;
-    let purpose = Purpose { prot, tag: Tag::NONE };
-    let plain = prot.is_plain() && Run { phys, len }.is_whole(engine.geometry.granule);
-    let at_hand = if plain { engine.begin_one_at(key, (phys, range), (purpose, list)) } else { None };
-    let (record, domain) = match at_hand {
-        Some((domain, mapped)) => {
-            domain.counts.requests += 1;
-            (mapped.record, domain.id)
-        }
-        None => {
-            engine.check_map(key, range.start(), len, phys, prot)?;
-            engine.take(key, range)?;
-            let begun = engine.begin_map(key, (list, range), phys, purpose, &mut None);
-            if begun.is_err() {
-                engine.give_back(key, range, 1);
-            }
-            begun?
-        }
-    };
+    engine.check_map(key, range.start(), len, phys, prot)?;
+    engine.take(key, range)?;
+    let begun = engine.begin_map(key, (list, range), phys, Purpose { prot, tag: Tag::NONE }, &mut None);
+    if begun.is_err() {
+        engine.give_back(key, range, 1);
+    }
+    let (record, domain) = begun?;
     let request = Request::Map { domain, range, phys, prot };
     slot.queue(&request, Op::Map { domain: key, range, record }, batch);
     Ok(())

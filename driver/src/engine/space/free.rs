@@ -63,9 +63,20 @@ impl Space {
         if !self.usable.contains(range) {
             return Ok(false);
         }
-        self.make_room();
-        let Some(next) = self.clear(range) else { return Ok(false) };
-        let Some(index) = self.order.insert(range, Holder::Taken, next) else { return Err(ListFull) };
+        let granules = self.order.granules(range);
+        let index = match self.magazines.pop(&mut self.order, granules, |cached| cached == range) {
+            Some((index, record)) => {
+                record.holder = Holder::Taken;
+                index
+            }
+            None => {
+                self.make_room();
+                let Some(next) = self.clear(range) else { return Ok(false) };
+                let inserted = self.order.insert(range, Holder::Taken, next);
+                let Some(index) = inserted else { return Err(ListFull) };
+                index
+            }
+        };
         self.set_others(self.others + 1);
         self.remember(index, range.start());
         Ok(true)

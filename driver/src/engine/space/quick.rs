@@ -5,60 +5,47 @@ use super::order::Wanted;
 use super::slab::Index;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
-use crate::engine::Placement;
 use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record, Standing};
+use crate::engine::{Placement, Spot};
 use crate::exchange::{Mapped, Run};
 
 impl Space {
-    /// Takes addresses as [`allocate`](Self::allocate) does, and makes a mapping of them as [`insert`](Self::insert)
-    /// does. `None`, and nothing changed, where that cannot be.
+    /// Takes addresses as [`allocate`](Self::allocate) and [`take`](Self::take) do, and makes a mapping of them as
+    /// [`insert`](Self::insert) does. `None`, and nothing changed, where that cannot be; exact addresses only where they are
+    /// those of their size that were given back last.
     #[inline(always)]
     pub(crate) fn make(
         &mut self,
         run: Run,
-        Placement { limit, align }: Placement,
+        spot: Spot,
         (purpose, list): (Purpose, ListId),
         held: &mut Option<HeldMemory>,
     ) -> Option<Mapped> {
         if self.mappings >= self.most {
             return None;
         }
-        // All ranges of a magazine are as long, and only 0 lies below the lowest address.
-        let suits = |range: IovaRange| {
-            let (start, last) = (range.start().get(), range.last().get());
-            start != 0 && last <= limit.get() && start & (align - 1) == 0
+        let suits = |range: IovaRange| match spot {
+            // All ranges of a magazine are as long, and only 0 lies below the lowest address.
+            Spot::Within(Placement { limit, align }) => {
+                let (start, last) = (range.start().get(), range.last().get());
+                start != 0 && last <= limit.get() && start & (align - 1) == 0
+            }
+            Spot::At(wanted) => range == wanted,
         };
         let granules = self.order.page(Iova::new(run.len));
-        let (index, record) = match self.magazines.pop(&mut self.order, granules, suits) {
-            Some(cached) => cached,
-            None => {
+        let (index, record) = match (self.magazines.pop(&mut self.order, granules, suits), spot) {
+            (Some(cached), _) => cached,
+            (None, Spot::Within(Placement { limit, align })) => {
                 let index = self.search_for_one(run.len, align, limit)?;
                 (index, self.order.get_mut(index)?)
             }
+            (None, Spot::At(_)) => return None,
         };
         let range = record.range;
         record.begin(Holder::Mapping, run.phys, purpose, list);
-        if held.is_some()
-            && let Some(held) = held.take()
-        {
+        if let Some(held) = held.take() {
             record.hold(held);
         }
-        self.mappings += 1;
-        Some(Mapped { range, record: MappingHandle(index) })
-    }
-
-    /// The same at exactly these addresses, where they are those of their size that were given back last.
-    pub(crate) fn make_at(
-        &mut self,
-        (phys, range): (PhysAddr, IovaRange),
-        (purpose, list): (Purpose, ListId),
-    ) -> Option<Mapped> {
-        if self.mappings >= self.most {
-            return None;
-        }
-        let granules = self.order.page(Iova::new(range.len_of_mapping()));
-        let (index, record) = self.magazines.pop(&mut self.order, granules, |cached| cached == range)?;
-        record.begin(Holder::Mapping, phys, purpose, list);
         self.mappings += 1;
         Some(Mapped { range, record: MappingHandle(index) })
     }

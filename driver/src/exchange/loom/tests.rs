@@ -163,7 +163,7 @@ fn who_looks_once_leaves_others_answers_alone() {
         let (shared, placement) = (world.shared(), Placement::up_to(Iova::new(u64::MAX)));
         let place = Place::Anywhere { len: 0x1000, placement, parts: 1 };
         let mapped = run(async {
-            match exchange::map_first(shared, key, whole, placement, READ, &mut page) {
+            match exchange::map_first(shared, key, (whole, Spot::Within(placement)), READ, &mut page) {
                 Ok(mapped) => Ok(mapped.range),
                 Err(sent) => {
                     let runs = core::iter::once(whole);

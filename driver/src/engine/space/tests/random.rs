@@ -1,6 +1,7 @@
 //! Random operations on a space, against a plain list of who has what.
 
 use super::*;
+use crate::engine::Spot;
 use crate::engine::mapping::MappingState;
 use crate::exchange::{Mapped, Run};
 use proptest::prelude::*;
@@ -182,8 +183,9 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
             let place = plain.given_back.len().checked_sub(1 + which % 4);
             let Some((page, len)) = place.map(|place| plain.given_back[place]) else { return };
             plain.lists += 1;
-            let phys = PhysAddr::new(page * GRANULE);
-            let made = space.make_at((phys, pages(page, len)), (purpose(), ListId::new(plain.lists)));
+            let run = Run { phys: PhysAddr::new(page * GRANULE), len: len * GRANULE };
+            let spot = Spot::At(pages(page, len));
+            let made = space.make(run, spot, (purpose(), ListId::new(plain.lists)), &mut None);
             if let Some(Mapped { range, record: handle }) = made {
                 assert!(plain.is_free(page, len) && range == pages(page, len));
                 plain.ranges.push((page, len, Who::Mapped { handle }));
