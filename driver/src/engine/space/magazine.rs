@@ -6,11 +6,14 @@ use crate::addr::{IovaRange, PhysAddr};
 use crate::engine::mapping::{Holder, Record};
 use core::num::NonZeroU64;
 
-/// Sizes in granules up to this one have a magazine each; beyond it the powers of two have.
-const SMALL: u64 = 32;
+/// Sizes in granules up to this one, a megabyte of the smallest, have a magazine each; beyond it the powers of two have.
+const SMALL: u64 = 256;
 
-/// None, which stays empty, 1 to 32 granules, and 64 to 4096.
-const CLASSES: usize = SMALL as usize + 8;
+/// None, which stays empty, 1 to 256 granules, and 512 to 4096.
+const CLASSES: usize = SMALL as usize + 5;
+
+/// How many magazines are looked at for one that gives way to another size, while a mapping ends.
+const LOOKS: usize = 32;
 
 /// The most ranges in all magazines. Few in unit tests, so that they give way to each other there.
 pub(super) const MAX_CACHED: usize = if cfg!(test) { 8 } else { 512 };
@@ -20,7 +23,7 @@ pub(super) const MAX_CACHED: usize = if cfg!(test) { 8 } else { 512 };
 pub(super) struct Magazines {
     tops: [Index; CLASSES],
     cached: usize,
-    /// The magazine that gives way next when all are full together.
+    /// The magazine that gave way last when all were full together.
     victim: usize,
 }
 
@@ -94,15 +97,17 @@ impl Magazines {
         self.keep(index, &mut order[index], granules)
     }
 
-    /// Another magazine that has something, each in its turn.
+    /// Another magazine that has something, each in its turn, if one of the next is.
     fn next_victim(&mut self, but: usize) -> Option<usize> {
-        for _ in 0..CLASSES {
-            self.victim = (self.victim + 1) % CLASSES;
-            if self.victim != but && self.tops[self.victim] != NIL {
-                return Some(self.victim);
-            }
-        }
-        None
+        let (next, victim) = (self.victim + 1, self.first_from(self.victim + 1, LOOKS, but));
+        self.victim = victim.unwrap_or(next + LOOKS - 1) % CLASSES;
+        victim
+    }
+
+    /// The first of so many magazines that has something.
+    fn first_from(&self, first: usize, looks: usize, but: usize) -> Option<usize> {
+        let mut classes = (first..first + looks).map(|class| class % CLASSES);
+        classes.find(|class| *class != but && self.tops[*class] != NIL)
     }
 
     fn free_one(&mut self, order: &mut Order, class: usize) {
@@ -116,8 +121,10 @@ impl Magazines {
 
     /// Frees one range, whichever, so that its record can be had. False where there is none.
     pub(super) fn free_any(&mut self, order: &mut Order) -> bool {
-        match self.next_victim(CLASSES) {
+        // Where the last one was there are often more.
+        match self.first_from(self.victim, CLASSES, CLASSES) {
             Some(class) => {
+                self.victim = class;
                 self.free_one(order, class);
                 true
             }
@@ -169,8 +176,10 @@ mod tests {
 
     #[test]
     fn each_size_has_its_own_magazine() {
-        let classes: [_; 9] = [0, 1, 32, 33, 63, 64, 128, 4096, 8192].map(class_of);
+        let classes: [_; 9] = [0, 1, 256, 257, 511, 512, 1024, 4096, 8192].map(class_of);
         let last = CLASSES - 1;
-        assert_eq!(classes, [Some(0), Some(1), Some(32), None, None, Some(33), Some(34), Some(last), None]);
+        let of_many = [Some(257), Some(258), Some(last), None];
+        assert_eq!(classes[..5], [Some(0), Some(1), Some(256), None, None]);
+        assert_eq!(classes[5..], of_many);
     }
 }
