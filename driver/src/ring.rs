@@ -193,8 +193,20 @@ impl Ring {
 
     /// Adds a chain to the available ring. The device sees it after [`publish`](Self::publish).
     pub(crate) fn push(&mut self, head: u16) {
-        self.memory.set_avail_entry(self.avail_idx, head);
+        self.memory.set_avail_entry(self.avail_idx.into(), head);
         self.avail_idx = self.avail_idx.wrapping_add(1);
+    }
+
+    /// Adds a chain that is that many behind the last one. It counts once it is [`pushed`](Self::pushed).
+    #[inline(always)]
+    pub(crate) fn push_behind(&mut self, count: usize, head: u16) {
+        self.memory.set_avail_entry(usize::from(self.avail_idx) + count, head);
+    }
+
+    /// Counts chains that were added [behind](Self::push_behind) each other.
+    #[inline(always)]
+    pub(crate) fn pushed(&mut self, count: u16) {
+        self.avail_idx = self.avail_idx.wrapping_add(count);
     }
 
     /// [`push`](Self::push) and [`publish`](Self::publish) for one chain, where all that was pushed before is published.
@@ -204,7 +216,7 @@ impl Ring {
         debug_assert_eq!(self.avail_idx, self.published);
         let old = self.avail_idx;
         let new = old.wrapping_add(1);
-        self.memory.set_avail_entry(old, head);
+        self.memory.set_avail_entry(old.into(), head);
         (self.avail_idx, self.published) = (new, new);
         if new.is_multiple_of(EVENT_STEP) {
             self.move_event_on();
@@ -251,32 +263,37 @@ impl Ring {
         if self.left == 0 && !self.look()? {
             return Ok(None);
         }
-        let (id, len) = self.memory.used_entry(self.used_idx);
-        self.pass();
+        let (id, len) = self.memory.used_entry(self.used_idx.into());
+        self.pass(1);
         if self.suppression == Suppression::EventIndex && self.interrupts == Interrupts::Wanted {
             self.write_used_event();
         }
         Ok(Some(Used { id, len }))
     }
 
-    /// The next entry that the device is done with, left where it is, while no interrupt is wanted. `None` also where the
-    /// index makes no sense, as [`pop`](Self::pop) finds out.
+    /// How many entries the device is done with, while no interrupt is wanted. None also where the index makes no sense, as
+    /// [`pop`](Self::pop) finds out.
     #[inline(always)]
-    pub(crate) fn peek(&mut self) -> Option<Used> {
+    pub(crate) fn ready(&mut self) -> u16 {
         debug_assert_eq!(self.interrupts, Interrupts::Unwanted);
         if self.left == 0 {
             let ready = self.memory.used_index().wrapping_sub(self.used_idx);
-            let possible = self.published.wrapping_sub(self.used_idx);
-            if ready == 0 || ready > possible {
-                return None;
+            if ready <= self.published.wrapping_sub(self.used_idx) {
+                self.left = ready;
             }
-            self.left = ready;
         }
-        let (id, len) = self.memory.used_entry(self.used_idx);
-        Some(Used { id, len })
+        self.left
     }
 
-    /// What [`peek`](Self::peek) returns, where it is the only entry that is there.
+    /// The entry that is so many behind the next one, of those that are [ready](Self::ready).
+    #[inline(always)]
+    pub(crate) fn used_behind(&self, count: usize) -> Used {
+        debug_assert!(count < self.left.into());
+        let (id, len) = self.memory.used_entry(usize::from(self.used_idx) + count);
+        Used { id, len }
+    }
+
+    /// The next entry that the device is done with, left where it is, where it is the only one that is there.
     #[inline(always)]
     pub(crate) fn sole(&mut self) -> Option<Used> {
         debug_assert_eq!((self.interrupts, self.left), (Interrupts::Unwanted, 0));
@@ -294,11 +311,12 @@ impl Ring {
         self.left > 0
     }
 
-    /// Passes over the entry that [`peek`](Self::peek) returned.
+    /// Passes over so many of the entries that are [ready](Self::ready).
     #[inline(always)]
-    pub(crate) fn pass(&mut self) {
-        self.left -= 1;
-        self.pass_sole();
+    pub(crate) fn pass(&mut self, count: u16) {
+        debug_assert!(count <= self.left);
+        self.left -= count;
+        self.used_idx = self.used_idx.wrapping_add(count);
     }
 
     /// Passes over the entry that [`sole`](Self::sole) returned.
@@ -501,7 +519,7 @@ mod tests {
         assert_eq!(ring.sole(), Some(Used { id: 0, len: 4 }));
         ring.pass_sole();
         complete(&mut ring, &mut index, 0, 4);
-        assert_eq!((ring.sole(), ring.peek()), (None, None));
+        assert_eq!((ring.sole(), ring.ready()), (None, 0));
         assert_eq!(ring.pop(), Err(UsedIndexJumped { seen: 2, expected_at_most: 1 }));
     }
 

@@ -126,10 +126,10 @@ impl SharedMemory {
         unsafe { AtomicU16::from_ptr(self.placed(place, offset).cast()) }
     }
 
-    /// Writes an entry of the available ring.
+    /// Writes an entry of the available ring, by any index.
     #[inline]
-    pub(crate) fn set_avail_entry(&mut self, index: u16, head: u16) {
-        let entry = usize::from(index) & self.places.mask;
+    pub(crate) fn set_avail_entry(&mut self, index: usize, head: u16) {
+        let entry = index & self.places.mask;
         self.placed_u16(self.places.avail, 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
     }
 
@@ -161,9 +161,9 @@ impl SharedMemory {
         u16::from_le(self.placed_u16(self.places.used, 2).load(Ordering::Acquire))
     }
 
-    /// An entry of the used ring: id and length.
+    /// An entry of the used ring, by any index: id and length.
     #[inline]
-    pub(crate) fn used_entry(&self, index: u16) -> (u32, u32) {
+    pub(crate) fn used_entry(&self, index: usize) -> (u32, u32) {
         self.entry_of(self.places.used, index)
     }
 
@@ -173,12 +173,12 @@ impl SharedMemory {
         // Read once: for all that the compiler knows, the device's writes could change it.
         let used = self.places.used;
         let next = u16::from_le(self.placed_u16(used, 2).load(Ordering::Acquire));
-        (next == index.wrapping_add(1)).then(|| self.entry_of(used, index))
+        (next == index.wrapping_add(1)).then(|| self.entry_of(used, index.into()))
     }
 
     #[inline(always)]
-    fn entry_of(&self, used: NonNull<u8>, index: u16) -> (u32, u32) {
-        let entry = usize::from(index) & self.places.mask;
+    fn entry_of(&self, used: NonNull<u8>, index: usize) -> (u32, u32) {
+        let entry = index & self.places.mask;
         let at = self.placed(used, 4 + 8 * entry).cast::<u32>();
         // SAFETY: inside the region and aligned by the invariant; volatile, since the device may write at any time.
         let (id, len) = unsafe { (at.read_volatile(), at.add(1).read_volatile()) };

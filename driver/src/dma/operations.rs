@@ -209,9 +209,11 @@ impl<P: Platform> Endpoint<P> {
         mappings: &mut [Option<DmaMapping>],
     ) -> Result<Unmapped, UnmapError> {
         let domain = &self.view.domain;
-        let mut ours = mappings.iter().flatten();
-        if let Some(foreign) = ours.find(|mapping| mapping.domain != domain.key()) {
-            return Err(UnmapError::NotMapped(foreign.iova));
+        let key = domain.key();
+        for mapping in mappings.iter().flatten() {
+            if mapping.domain != key {
+                return Err(UnmapError::NotMapped(mapping.iova));
+            }
         }
         if !domain.defers() {
             let unmapped = exchange::unmap_each(domain.shared(), domain.key(), mappings).await;

@@ -33,6 +33,7 @@ pub(crate) use endpoint::Attachment;
 use endpoint::EndpointRecord;
 pub(crate) use map::{Made, Placement, Reach, Spot, Unmade, UnmapPlan};
 pub(crate) use mapping::{ListId, MappingHandle, MappingState, Purpose, Record};
+pub(crate) use quick::Sum;
 pub(crate) use recover::Revival;
 pub(crate) use revive::Wish;
 pub(crate) use tag::Tag;

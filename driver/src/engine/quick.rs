@@ -6,68 +6,26 @@
 use super::deferred::Deferral;
 use super::domain::{Counts, DomainRecord};
 use super::mapping::{ListId, MappingHandle, Purpose};
-use super::space::Parts;
-use super::{DomainKey, Engine, Op, Spot};
+use super::space::{Parts, Space};
+use super::{DomainKey, Engine, Spot};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::id::DomainId;
 use crate::prot::Prot;
 
-/// Successes of one domain's requests, which are counted together.
-#[must_use = "they are counted at the end"]
-pub(crate) struct Confirming<'a> {
-    key: DomainKey,
-    domain: &'a mut DomainRecord,
-    maps: Sum,
-    unmaps: Sum,
-}
-
+/// Confirmed requests that are counted together, and the bytes that they mapped or unmapped.
 #[derive(Default)]
-struct Sum {
+pub(crate) struct Sum {
     count: u64,
     bytes: u64,
 }
 
 impl Sum {
     #[inline(always)]
-    fn add(&mut self, range: IovaRange) {
+    pub(crate) fn add(&mut self, range: IovaRange) {
         self.count += 1;
         self.bytes += range.len_of_mapping();
-    }
-}
-
-impl Confirming<'_> {
-    /// Takes note of a MAP, or of an UNMAP of whole mappings that hold no memory. False, and nothing done, where it is
-    /// another request, or there is more to it.
-    #[inline(always)]
-    pub(crate) fn take(&mut self, op: &Op) -> bool {
-        match *op {
-            Op::Map { domain, range, record } if domain == self.key => {
-                let done = self.domain.space.confirm_part(record, range);
-                if done {
-                    self.maps.add(range);
-                }
-                done
-            }
-            Op::Unmap { domain, range, record } if domain == self.key => {
-                let space = &mut self.domain.space;
-                let done = space.end_unmapped_plain(record, range) || space.end_unmapped_run(record, range);
-                if done {
-                    self.unmaps.add(range);
-                }
-                done
-            }
-            _ => false,
-        }
-    }
-
-    /// Counts what was taken.
-    #[inline(always)]
-    pub(crate) fn end(self) {
-        let Self { domain, maps, unmaps, .. } = self;
-        domain.counts.mapped(maps.count, maps.bytes);
-        domain.counts.unmapped(unmaps.count, unmaps.bytes);
     }
 }
 
@@ -172,14 +130,31 @@ impl Engine {
         Some(held)
     }
 
-    /// Begins to take note of successes of one domain's requests. `None` where there is more to it than to its records.
-    #[inline]
-    pub(crate) fn confirming(&mut self, key: DomainKey) -> Option<Confirming<'_>> {
+    /// The addresses of a domain where a confirmed MAP or UNMAP changes no more than its records.
+    #[inline(always)]
+    pub(crate) fn space_of_living(&mut self, key: DomainKey) -> Option<&mut Space> {
         let domain = self.domain_mut(key).filter(|domain| domain.possible > 0)?;
-        Some(Confirming { key, domain, maps: Sum::default(), unmaps: Sum::default() })
+        Some(&mut domain.space)
     }
 
-    /// The same for whole mappings that were made together and hold no memory.
+    /// Counts MAPs that the device confirmed.
+    #[inline]
+    pub(crate) fn count_mapped(&mut self, key: DomainKey, Sum { count, bytes }: Sum) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.counts.mapped(count, bytes);
+        }
+    }
+
+    /// Counts UNMAPs that the device confirmed.
+    #[inline]
+    pub(crate) fn count_unmapped(&mut self, key: DomainKey, Sum { count, bytes }: Sum) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.counts.unmapped(count, bytes);
+        }
+    }
+
+    /// The device confirmed an UNMAP of whole mappings that were made together and hold no memory. False where there is more
+    /// to it.
     #[inline(never)]
     pub(crate) fn unmapped_run(&mut self, key: DomainKey, range: IovaRange, record: MappingHandle) -> bool {
         let Some(domain) = self.domain_mut(key) else { return false };

@@ -73,7 +73,8 @@ pub(crate) async fn map_each<P: Platform>(
                 break;
             }
         };
-        let Some(in_flight) = shared.begin(batch) else { continue };
+        let in_flight = shared.begin_with(batch, |state, batch| state.take_maps(key, batch));
+        let Some(in_flight) = in_flight else { continue };
         let mut failed = None;
         let answer = |_: &mut State, answer| {
             if let Err((Op::Map { range, .. }, error)) = answer {
@@ -96,7 +97,8 @@ pub(crate) async fn map_each<P: Platform>(
 
 impl<P: Platform> Each<'_, P> {
     /// Begins and submits from the one with this number on, as long as there is nothing special about them. How many.
-    #[inline(always)]
+    // By itself: in the future there are too few registers for the loop.
+    #[inline(never)]
     fn submit_usual(
         &mut self,
         first: usize,
@@ -111,20 +113,26 @@ impl<P: Platform> Each<'_, P> {
         if granule < 2 {
             return 0;
         }
-        let before = batch.len();
+        // Read once: for all that the compiler knows, requests could change them.
+        let (id, reach) = (domain.id, *self.reach);
+        let mut filling = requests.filling();
         for (place, segment) in self.made[first..].iter_mut().zip(&self.segments[first..]) {
-            let (Some(slot), Ok(run)) = (requests.free_slot(), rounded(*segment, granule)) else { break };
+            if !filling.has_room() {
+                break;
+            }
+            let Ok(run) = rounded(*segment, granule) else { break };
             debug_assert!(run.is_whole(granule));
-            let spot = Spot::Within(self.reach.placement(run.len));
+            let spot = Spot::Within(reach.placement(run.len));
             let made = domain.space.make(run, spot, (purpose, name), &mut None);
             let Some(mapped @ Mapped { range, record }) = made else { break };
-            let request = Request::Map { domain: domain.id, range, phys: run.phys, prot: purpose.prot };
-            slot.queue(&request, Op::Map { domain: key, range, record }, batch);
+            let request = Request::Map { domain: id, range, phys: run.phys, prot: purpose.prot };
+            filling.put(&request, Op::Map { domain: key, range, record });
             *place = Some(DmaMapping::around(*segment, granule, (key, mapped)));
         }
-        let count = batch.len() - before;
-        domain.counts.requests += u64::from(count);
-        count.into()
+        let count = filling.len();
+        domain.counts.requests += count as u64;
+        filling.end(batch);
+        count
     }
 
     /// Begins and submits the one with this number. False where there is no slot.
@@ -136,14 +144,17 @@ impl<P: Platform> Each<'_, P> {
         batch: &mut Batch,
     ) -> Result<bool, MapError> {
         let State { engine, requests, .. } = state;
-        let Some(slot) = requests.free_slot() else { return Ok(false) };
+        if !requests.has_free_slot() {
+            return Ok(false);
+        }
         let (key, granule, segment) = (self.key, engine.geometry.granule, self.segments[next]);
         let run = rounded(segment, granule)?;
         let (mapped, domain) =
             engine.begin_anywhere(key, (run, self.reach.placement(run.len)), (purpose, name))?;
         let Mapped { range, record } = mapped;
         let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
-        slot.queue(&request, Op::Map { domain: key, range, record }, batch);
+        let queued = requests.queue(&request, Op::Map { domain: key, range, record }, batch);
+        debug_assert!(queued, "a slot is free");
         self.made[next] = Some(DmaMapping::around(segment, granule, (key, mapped)));
         Ok(true)
     }
@@ -192,7 +203,8 @@ pub(crate) async fn unmap_each<P: Platform>(
                 return result;
             }
         };
-        if let Some(in_flight) = shared.begin(batch) {
+        let in_flight = shared.begin_with(batch, |state, batch| state.take_unmaps(key, batch));
+        if let Some(in_flight) = in_flight {
             let answer = |state: &mut State, answer| {
                 let Err((op, error)) = answer else { return };
                 state.engine.disown_op(op, error);
@@ -230,23 +242,28 @@ impl<P: Platform> Drop for Rest<'_, P> {
 
 impl<P: Platform> Rest<'_, P> {
     /// Begins and submits as long as they are live mappings.
-    #[inline(always)]
+    // By itself, as above.
+    #[inline(never)]
     fn submit_usual(&mut self, state: &mut State, batch: &mut Batch) {
         let State { engine, requests, .. } = state;
         let Some(domain) = engine.domain_mut(self.key) else { return };
-        let before = batch.len();
-        for place in &self.mappings[self.next..] {
-            let Some(slot) = requests.free_slot() else { break };
+        // Read once: for all that the compiler knows, requests could change them.
+        let (id, key, mut next) = (domain.id, self.key, self.next);
+        let mut filling = requests.filling();
+        for place in &self.mappings[next..] {
+            if !filling.has_room() {
+                break;
+            }
             if let Some(mapping) = place {
                 let range = mapping.range();
                 let Some(record) = domain.space.begin_unmap(range, mapping.record()) else { break };
-                let request = Request::Unmap { domain: domain.id, range };
-                slot.queue(&request, Op::Unmap { domain: self.key, range, record }, batch);
+                filling.put(&Request::Unmap { domain: id, range }, Op::Unmap { domain: key, range, record });
             }
-            self.next += 1;
+            next += 1;
         }
-        let count = u64::from(batch.len() - before);
-        domain.counts.requests += count;
+        self.next = next;
+        domain.counts.requests += filling.len() as u64;
+        filling.end(batch);
     }
 
     /// Begins and submits while there are slots. Called under the lock.
@@ -255,14 +272,17 @@ impl<P: Platform> Rest<'_, P> {
         while self.next < self.mappings.len() && state.requests.has_free_slot() {
             self.submit_usual(state, &mut batch);
             let State { engine, requests, .. } = &mut *state;
-            let Some(slot) = requests.free_slot() else { break };
+            if !requests.has_free_slot() {
+                break;
+            }
             let Some(place) = self.mappings.get(self.next) else { break };
             self.next += 1;
             let Some(range) = place.as_ref().map(DmaMapping::range) else { continue };
             match engine.begin_unmap(self.key, range) {
                 Ok(UnmapPlan::Send(request, op)) => {
                     engine.count_request(Some(self.key));
-                    slot.queue(&request, op, &mut batch);
+                    let queued = requests.queue(&request, op, &mut batch);
+                    debug_assert!(queued, "a slot is free");
                 }
                 Ok(UnmapPlan::Nothing) => {}
                 Err(error) => *result = result.and(Err(error)),

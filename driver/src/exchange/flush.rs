@@ -162,14 +162,11 @@ impl<'a, P: Platform> Flush<'a, P> {
         if let Some(mut state) = shared.state.usual() {
             let State { engine, requests, .. } = &mut *state;
             // Answered in the order in which they were sent. Bounded by the batch.
-            while let Some(&op) = requests.take_next(&mut batch) {
-                let flushed = match op {
-                    Op::Unmap { range, .. } => engine.flushed(self.key, range, run_of(&mut rest, range)),
-                    _ => false,
-                };
-                if !flushed {
-                    engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
-                }
+            while let Some(op) = requests.take_successes(&mut batch, |op| match *op {
+                Op::Unmap { range, .. } => engine.flushed(self.key, range, run_of(&mut rest, range)),
+                _ => false,
+            }) {
+                engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
             }
             if requests.has_left_any() {
                 Access::go_on(state).drain();

@@ -132,7 +132,8 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
     }
 
     /// Begins and submits runs as long as there is nothing special about them.
-    #[inline]
+    // By itself: in the future there are too few registers for the loop.
+    #[inline(never)]
     fn submit_parts(&mut self, state: &mut State, (purpose, name): (Purpose, ListId), batch: &mut Batch) {
         let State { engine, requests, .. } = state;
         let (key, granule) = (self.key, engine.geometry.granule);
@@ -141,20 +142,20 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let Some((domain, counts, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else {
             return;
         };
-        let before = batch.len();
+        let mut filling = requests.filling();
         let (mut next, mut runs) = (self.run, self.runs.clone());
         while let Some(run) = next
-            && let Some(slot) = requests.free_slot()
+            && filling.has_room()
             && run.is_whole(granule)
             && let Some(Mapped { range, record }) = parts.push(run)
         {
             let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
-            slot.queue(&request, Op::Map { domain: key, range, record }, batch);
+            filling.put(&request, Op::Map { domain: key, range, record });
             next = runs.next();
         }
         (self.run, self.runs) = (next, runs);
-        let count = u64::from(batch.len() - before);
-        counts.requests += count;
+        counts.requests += filling.len() as u64;
+        filling.end(batch);
         let rest = parts.end();
         self.free = rest.map(|rest| rest.range);
         self.free_record = rest.map_or(MappingHandle::UNKNOWN, |rest| rest.record);
@@ -169,13 +170,14 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         batch: &mut Batch,
     ) -> Result<(), MapError> {
         let State { engine, requests, .. } = state;
-        let (Some(free), Some(slot)) = (self.free, requests.free_slot()) else { return Ok(()) };
+        let Some(free) = self.free.filter(|_| requests.has_free_slot()) else { return Ok(()) };
         let Some(Run { phys, len }) = self.run else { return Err(MapError::Empty) };
         let range = IovaRange::from_len(free.start(), len).filter(|part| free.contains(*part));
         let range = range.ok_or(MapError::Empty)?;
         let (record, domain) = engine.begin_map(self.key, (name, range), phys, purpose, held)?;
         let request = Request::Map { domain, range, phys, prot: purpose.prot };
-        slot.queue(&request, Op::Map { domain: self.key, range, record }, batch);
+        let queued = requests.queue(&request, Op::Map { domain: self.key, range, record }, batch);
+        debug_assert!(queued, "a slot is free");
         (self.run, self.free, self.free_record) =
             (self.runs.next(), free.after(range), MappingHandle::UNKNOWN);
         Ok(())
@@ -250,7 +252,10 @@ async fn go_on<'a, P: Platform>(
             None => {
                 let submit = |state: &mut State| list.submit(state, place, purpose, held);
                 match shared.with_slot(Need::Slot, submit).await {
-                    Ok((batch, begun)) => (shared.begin(batch), begun),
+                    Ok((batch, begun)) => {
+                        let key = list.key;
+                        (shared.begin_with(batch, |state, batch| state.take_maps(key, batch)), begun)
+                    }
                     Err(error) => {
                         let request = |range| MapError::Request { range, error };
                         result = Err(list.whole.map_or(MapError::NotSent(error), request));

@@ -1,7 +1,8 @@
 //! What the lock protects, and the two ways to it.
 
 use super::Sleepers;
-use crate::engine::{DomainKey, Engine, Op};
+use crate::addr::IovaRange;
+use crate::engine::{DomainKey, Engine, Op, Space, Sum};
 use crate::error::RequestError;
 use crate::fault::FaultBacklog;
 use crate::lock::{Guard, Mutex, RawLock};
@@ -69,25 +70,58 @@ impl State {
 
     /// Takes the first requests of a batch, where all is [usual](Self::is_usual), as far as their successes are the next in
     /// the ring. Bounded by the batch.
-    #[inline]
     pub(crate) fn take_successes(&mut self, batch: &mut Batch) {
-        let Self { engine, requests, .. } = self;
-        while let Some(op) = requests.next_op(batch) {
-            let mut confirming = op.domain().and_then(|key| engine.confirming(key));
-            // Why it ends: what more there is to do.
-            let rest = loop {
-                let Some(op) = requests.take_next(batch) else { break None };
-                let done = confirming.as_mut().is_some_and(|confirming| confirming.take(op));
-                if !done {
-                    break Some(*op);
-                }
+        while let Some(op) = self.requests.take_successes(batch, |_| false) {
+            self.succeeded(op);
+        }
+    }
+
+    /// The same for MAPs of one domain.
+    // By itself: in a future there are too few registers for the loop.
+    #[inline(never)]
+    pub(crate) fn take_maps(&mut self, key: DomainKey, batch: &mut Batch) {
+        let sum = self.take_all(key, batch, |space, op| match *op {
+            Op::Map { range, record, .. } if space.confirm_part(record, range) => Some(range),
+            _ => None,
+        });
+        self.engine.count_mapped(key, sum);
+    }
+
+    /// The same for UNMAPs of one domain.
+    #[inline(never)]
+    pub(crate) fn take_unmaps(&mut self, key: DomainKey, batch: &mut Batch) {
+        let sum = self.take_all(key, batch, |space, op| match *op {
+            Op::Unmap { range, record, .. } if space.end_unmapped_plain(record, range) => Some(range),
+            _ => None,
+        });
+        self.engine.count_unmapped(key, sum);
+    }
+
+    /// Takes requests as far as `take` says what they mapped, or unmapped, and those of which there is more to settle by
+    /// their way. What was taken in all, but for those.
+    #[inline(always)]
+    fn take_all(
+        &mut self,
+        key: DomainKey,
+        batch: &mut Batch,
+        take: impl Fn(&mut Space, &Op) -> Option<IovaRange>,
+    ) -> Sum {
+        let mut sum = Sum::default();
+        loop {
+            let Self { engine, requests, .. } = self;
+            let rest = match engine.space_of_living(key) {
+                Some(space) => requests.take_successes(batch, |op| match take(space, op) {
+                    Some(range) => {
+                        sum.add(range);
+                        true
+                    }
+                    None => false,
+                }),
+                None => requests.take_successes(batch, |_| false),
             };
-            if let Some(confirming) = confirming {
-                confirming.end();
-            }
             match rest {
-                Some(op) => engine.settle(&Completion { op, outcome: Ok(()), abandoned: false }),
-                None => return,
+                Some(op) => self.succeeded(op),
+                None => return sum,
             }
         }
     }

@@ -340,10 +340,20 @@ impl<P: Platform> Shared<P> {
 
     /// Rings for the batch, and looks once. Returns it where not all of it succeeded yet.
     #[inline]
-    pub(crate) fn begin(&self, mut batch: Batch) -> Option<InFlight<'_, P>> {
+    pub(crate) fn begin(&self, batch: Batch) -> Option<InFlight<'_, P>> {
+        self.begin_with(batch, State::take_successes)
+    }
+
+    /// The same, where `take` is the way to [`take_successes`](State::take_successes) of such a batch.
+    #[inline(always)]
+    pub(super) fn begin_with(
+        &self,
+        mut batch: Batch,
+        take: impl FnOnce(&mut State, &mut Batch),
+    ) -> Option<InFlight<'_, P>> {
         self.ring();
         if let Some(mut state) = self.state.usual() {
-            state.take_successes(&mut batch);
+            take(&mut state, &mut batch);
             if state.requests.has_left_any() {
                 Access::go_on(state).drain();
             }

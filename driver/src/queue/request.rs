@@ -1,39 +1,14 @@
 //! The request queue: slots in shared memory, batches, completion in any order.
 
-use super::slot::{NO_SLOT, Outcome, STRIDE, Slot, SlotState, TAIL_AT, judge};
+use super::batch::{Batch, Filling};
+use super::slot::{NO_SLOT, Outcome, STRIDE, Slot, SlotState, TAIL_AT, head_of, judge};
 use crate::engine::Op;
 use crate::error::RequestError;
-use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, Used, UsedIndexJumped};
+use crate::ring::{DESC_NEXT, DESC_WRITE, Interrupts, Layout, Ring, Suppression, UsedIndexJumped};
 use crate::shared_memory::SharedMemory;
-use crate::wire::request::{
-    Encoded, MAX_READABLE, PROBE_READABLE, Request, Status, TAIL_LEN, TAIL_SENTINEL, WORDS,
-};
+use crate::wire::request::{Encoded, MAX_READABLE, PROBE_READABLE, Request, TAIL_LEN, TAIL_SENTINEL};
 use alloc::vec::Vec;
 use core::task::Waker;
-
-/// Requests that are submitted together and waited for together: a list through their slots, so that it takes
-/// no memory of its own.
-#[derive(Debug, Default)]
-pub(crate) struct Batch {
-    /// The first slot, unless it is empty.
-    head: u16,
-    len: u16,
-}
-
-impl Batch {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    fn head(&self) -> Option<u16> {
-        (self.len > 0).then_some(self.head)
-    }
-
-    /// How many requests are in it that nobody took yet.
-    pub(crate) fn len(&self) -> u16 {
-        self.len
-    }
-}
 
 /// What came of a request, for whoever waits for it. What did not succeed comes with what it would have done.
 pub(crate) type Answer = Result<(), (Op, RequestError)>;
@@ -85,41 +60,11 @@ impl<'a> FreeSlot<'a> {
     /// whether the device wants the doorbell.
     #[inline(always)]
     pub(crate) fn send(self, request: &Request, op: Op) -> bool {
-        let index = self.index;
-        self.fill(request, op).publish_one(head_of(index))
-    }
-
-    /// [`RequestQueue::submit`] for a request that has what it needs. The lock is held from the first of a batch to the last:
-    /// slots come off the free list one after the other, so that they are linked already.
-    #[inline(always)]
-    pub(crate) fn queue(self, request: &Request, op: Op, batch: &mut Batch) {
-        let index = self.index;
-        self.fill(request, op).push(head_of(index));
-        if batch.len == 0 {
-            batch.head = index as u16;
-        }
-        batch.len += 1;
-    }
-
-    #[inline(always)]
-    fn fill(self, request: &Request, op: Op) -> &'a mut Ring {
-        let Self { slot, ring, free, .. } = self;
+        let Self { index, slot, ring, free } = self;
         *free = usize::from(slot.next);
-        (slot.state, slot.op) = (SlotState::InFlight, op);
-        // A PROBE has an area of its own.
-        if !matches!(request, Request::Probe { .. }) {
-            let memory = ring.memory_mut();
-            let Encoded { words, len } = request.encode();
-            memory.fill_cell::<WORDS, TAIL_AT>(&mut slot.cell, (&words, len as u32), TAIL_SENTINEL);
-        }
-        ring
+        slot.fill(request, op, ring.memory_mut());
+        ring.publish_one(head_of(index))
     }
-}
-
-/// The first descriptor of a slot: there are at most 2^14 slots.
-#[inline(always)]
-fn head_of(index: usize) -> u16 {
-    2 * index as u16
 }
 
 /// The request queue.
@@ -220,11 +165,25 @@ impl RequestQueue {
         if probe {
             self.write_probe(index, request);
         }
-        match self.free_slot() {
-            Some(slot) => slot.queue(request, op, batch),
-            None => return false,
-        }
-        true
+        self.queue(request, op, batch)
+    }
+
+    /// The same for a request that is no PROBE, or that was written, in a queue that is not broken. False where no slot is
+    /// free.
+    #[must_use]
+    #[inline]
+    pub(crate) fn queue(&mut self, request: &Request, op: Op, batch: &mut Batch) -> bool {
+        let mut filling = self.filling();
+        let put = filling.put(request, op);
+        filling.end(batch);
+        put
+    }
+
+    /// Begins to put requests into free slots, of a queue that is not broken.
+    #[inline(always)]
+    pub(crate) fn filling(&mut self) -> Filling<'_> {
+        let Self { ring, slots, free, .. } = self;
+        Filling::new(ring, slots, free)
     }
 
     #[cold]
@@ -316,68 +275,37 @@ impl RequestQueue {
     #[inline(always)]
     pub(crate) fn take_one(&mut self, index: usize) -> bool {
         debug_assert!(self.is_usual());
-        match self.ring.sole() {
-            Some(used) => self.take_used(index, used, Ring::pass_sole).is_some(),
-            None => false,
+        let Some(used) = self.ring.sole() else { return false };
+        let Some(slot) = self.slots.get_mut(index) else { return false };
+        if !slot.succeeded(used, index, self.ring.memory()) {
+            return false;
         }
+        (slot.state, slot.next) = (SlotState::Free, self.free as u16);
+        self.free = index;
+        self.ring.pass_sole();
+        true
     }
 
     /// Whether there are answers that were seen and not taken: they have to be taken in before the lock is given back after
-    /// [`take_next`](Self::take_next), for the same reason.
+    /// [`take_successes`](Self::take_successes), for the same reason.
     #[inline(always)]
     pub(crate) fn has_left_any(&self) -> bool {
         self.ring.has_left_any()
     }
 
-    /// Takes the batch's first request, where all is [usual](Self::is_usual), if it succeeded and its answer is the next in
-    /// the ring: what most find when they look, without the way over [`complete`](Self::complete) and
-    /// [`take`](Self::take). Returns what it did, which the caller settles.
+    /// Takes the first requests of a batch, where all is [usual](Self::is_usual), as far as they succeeded and their answers
+    /// are the next in the ring: what most find when they look, without the way over [`complete`](Self::complete) and
+    /// [`take`](Self::take). What each did goes to `take`, which says whether that is all; the first of which it is not is
+    /// returned, to be settled, and there may be more behind it.
     #[inline(always)]
-    pub(crate) fn take_next(&mut self, batch: &mut Batch) -> Option<&Op> {
-        if batch.len == 0 {
-            return None;
-        }
-        let (op, next) = self.take_at(usize::from(batch.head))?;
-        batch.head = next;
-        batch.len -= 1;
-        Some(op)
-    }
-
-    /// What the batch's first request does.
-    pub(crate) fn next_op(&self, batch: &Batch) -> Option<&Op> {
-        batch.head().map(|head| &self.slots[usize::from(head)].op)
-    }
-
-    /// What the request in this slot did, and the slot after it, if its success is the next in the ring.
-    #[inline(always)]
-    fn take_at(&mut self, index: usize) -> Option<(&Op, u16)> {
+    pub(crate) fn take_successes(&mut self, batch: &mut Batch, take: impl FnMut(&Op) -> bool) -> Option<Op> {
         debug_assert!(self.is_usual());
-        let used = self.ring.peek()?;
-        self.take_used(index, used, Ring::pass)
-    }
-
-    /// The same for the entry that is the next in the ring, which `pass` passes over.
-    #[inline(always)]
-    fn take_used(&mut self, index: usize, used: Used, pass: fn(&mut Ring)) -> Option<(&Op, u16)> {
-        let slot = self.slots.get_mut(index)?;
-        let mine = used.id == u32::from(head_of(index)) && slot.state == SlotState::InFlight;
-        // Before the answer is known to be there the device may be writing it.
-        if !(mine && used.len >= TAIL_LEN as u32)
-            || self.ring.memory().read_cell::<TAIL_AT>(&slot.cell)[0] != Status::OK
-        {
-            return None;
-        }
-        let next = core::mem::replace(&mut slot.next, self.free as u16);
-        slot.state = SlotState::Free;
-        self.free = index;
-        pass(&mut self.ring);
-        Some((&slot.op, next))
+        batch.take_successes((&mut self.ring, &mut self.slots, &mut self.free), take)
     }
 
     /// A request that was [sent](FreeSlot::send), to be waited for.
     pub(crate) fn batch_of(&self, index: usize) -> Batch {
-        let index = index as u16;
-        Batch { head: index, len: 1 }
+        Batch::of_one(index as u16)
     }
 
     /// The slot that a used entry's id names, if a request is in flight there.
@@ -540,10 +468,7 @@ impl RequestQueue {
 
     #[inline]
     fn advance(&mut self, batch: &mut Batch) {
-        if batch.len > 0 {
-            batch.head = self.slots[usize::from(batch.head)].next;
-            batch.len -= 1;
-        }
+        batch.advance(&self.slots);
     }
 
     #[inline]

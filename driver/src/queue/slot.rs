@@ -11,9 +11,9 @@
 
 use crate::engine::Op;
 use crate::error::RequestError;
-use crate::ring::CELL_LEN;
-use crate::shared_memory::Cell;
-use crate::wire::request::{Status, TAIL_SENTINEL, Tail, WORDS};
+use crate::ring::{CELL_LEN, Used};
+use crate::shared_memory::{Cell, SharedMemory};
+use crate::wire::request::{Encoded, Request, Status, TAIL_LEN, TAIL_SENTINEL, Tail, WORDS};
 use core::mem::size_of;
 
 /// What came of a request.
@@ -52,6 +52,33 @@ pub(super) const STRIDE: usize = CELL_LEN;
 pub(super) const TAIL_AT: usize = if cfg!(feature = "contexts") { 96 } else { 40 };
 
 const _: () = assert!(8 * WORDS <= TAIL_AT && TAIL_AT + size_of::<Tail>() <= STRIDE);
+
+/// The first descriptor of a slot: there are at most 2^14 slots.
+#[inline(always)]
+pub(super) fn head_of(index: usize) -> u16 {
+    2 * index as u16
+}
+
+impl Slot {
+    /// Writes a request, unless it is a PROBE, which has an area of its own.
+    #[inline(always)]
+    pub(super) fn fill(&mut self, request: &Request, op: Op, memory: &mut SharedMemory) {
+        (self.state, self.op) = (SlotState::InFlight, op);
+        if !matches!(request, Request::Probe { .. }) {
+            let Encoded { words, len } = request.encode();
+            memory.fill_cell::<WORDS, TAIL_AT>(&mut self.cell, (&words, len as u32), TAIL_SENTINEL);
+        }
+    }
+
+    /// Whether a used entry is the answer to this request, which is in the slot of this number, and success.
+    #[inline(always)]
+    pub(super) fn succeeded(&self, used: Used, index: usize, memory: &SharedMemory) -> bool {
+        // There are at most 2^14 of them.
+        let mine = used.id == 2 * index as u32 && self.state == SlotState::InFlight;
+        // Before the answer is known to be there the device may be writing it.
+        mine && used.len >= TAIL_LEN as u32 && memory.read_cell::<TAIL_AT>(&self.cell)[0] == Status::OK
+    }
+}
 
 /// Judges an answer: success is all bytes written *and* status OK (D-09).
 ///

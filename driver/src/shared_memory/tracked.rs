@@ -87,8 +87,8 @@ impl SharedMemory {
         Cell { offset, descriptor_len: 16 * usize::from(descriptor) + 8 }
     }
 
-    pub(crate) fn set_avail_entry(&mut self, index: u16, head: u16) {
-        let entry = usize::from(index & self.places.mask);
+    pub(crate) fn set_avail_entry(&mut self, index: usize, head: u16) {
+        let entry = index & usize::from(self.places.mask);
         self.cells.store(self.places.avail + 4 + 2 * entry, head, Ordering::Relaxed);
     }
 
@@ -113,13 +113,13 @@ impl SharedMemory {
         self.cells.load(self.places.used + 2, Ordering::Acquire)
     }
 
-    pub(crate) fn used_entry(&self, index: u16) -> (u32, u32) {
-        let at = self.places.used + 4 + 8 * usize::from(index & self.places.mask);
+    pub(crate) fn used_entry(&self, index: usize) -> (u32, u32) {
+        let at = self.places.used + 4 + 8 * (index & usize::from(self.places.mask));
         (self.read_u32(at), self.read_u32(at + 4))
     }
 
     pub(crate) fn used_entry_if_last(&self, index: u16) -> Option<(u32, u32)> {
-        (self.used_index() == index.wrapping_add(1)).then(|| self.used_entry(index))
+        (self.used_index() == index.wrapping_add(1)).then(|| self.used_entry(index.into()))
     }
 
     pub(crate) fn fill_cell<const N: usize, const AT: usize>(

@@ -85,7 +85,6 @@ fn submit_map(
 ) -> Result<(), MapError> {
     let State { engine, requests, .. } = state;
     let Piece { range, phys, prot } = piece;
-    let slot = requests.free_slot().ok_or(MapError::Empty)?;
     let len = range.len_bytes().ok_or(MapError::Empty)?;
     engine.check_map(key, range.start(), len, phys, prot)?;
     engine.take(key, range)?;
@@ -95,7 +94,8 @@ fn submit_map(
     }
     let (record, domain) = begun?;
     let request = Request::Map { domain, range, phys, prot };
-    slot.queue(&request, Op::Map { domain: key, range, record }, batch);
+    let queued = requests.queue(&request, Op::Map { domain: key, range, record }, batch);
+    debug_assert!(queued, "the caller makes sure of a slot");
     Ok(())
 }
 

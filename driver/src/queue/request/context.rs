@@ -13,18 +13,11 @@ impl RequestQueue {
         if !self.can_submit(false) {
             return false;
         }
-        let index = self.free as u16;
-        let slot = &mut self.slots[usize::from(index)];
-        self.free = usize::from(slot.next);
+        let mut filling = self.filling();
+        let Some((slot, memory)) = filling.next() else { return false };
         (slot.state, slot.op) = (SlotState::InFlight, op);
-        let memory = self.ring.memory_mut();
         memory.fill_cell::<_, TAIL_AT>(&mut slot.cell, (&request.words, request.len as u32), TAIL_SENTINEL);
-        self.ring.push(2 * index);
-        // Slots come off the free list one after the other: they are linked already.
-        if batch.len == 0 {
-            batch.head = index;
-        }
-        batch.len += 1;
+        filling.end(batch);
         true
     }
 }

@@ -416,10 +416,18 @@ fn a_batch_says_what_it_left_behind() {
     let _other = bench.submit(&[unmap(1)]);
     let mut batch = bench.submit(&[unmap(2)]);
     bench.answer(1, 0);
-    assert!(bench.queue.take_next(&mut batch).is_some() && !bench.queue.has_left_any());
+    let take = |bench: &mut Bench, batch: &mut Batch| {
+        let mut count = 0;
+        let rest = bench.queue.take_successes(batch, |_| {
+            count += 1;
+            true
+        });
+        (count, rest, bench.queue.has_left_any())
+    };
+    assert_eq!(take(&mut bench, &mut batch), (1, None, false));
     let mut batch = bench.submit(&[unmap(3)]);
     bench.answer(1, 0);
     bench.answer(1, 0);
-    assert!(bench.queue.take_next(&mut batch).is_some() && bench.queue.has_left_any());
+    assert_eq!(take(&mut bench, &mut batch), (1, None, true));
     assert_eq!((bench.drain(), bench.queue.stray(), bench.queue.has_left_any()), (0, 1, false));
 }

@@ -1,0 +1,149 @@
+//! Batches: requests that are submitted together, and waited for together.
+
+use super::slot::{Slot, SlotState, head_of};
+use crate::engine::Op;
+use crate::ring::Ring;
+use crate::shared_memory::SharedMemory;
+use crate::wire::request::Request;
+
+/// Requests that are submitted together and waited for together: a list through their slots, so that it takes
+/// no memory of its own.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    /// The first slot, unless it is empty.
+    head: u16,
+    len: u16,
+}
+
+impl Batch {
+    pub(super) fn of_one(head: u16) -> Self {
+        Self { head, len: 1 }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    pub(super) fn head(&self) -> Option<u16> {
+        (self.len > 0).then_some(self.head)
+    }
+
+    /// How many requests are in it that nobody took yet.
+    pub(crate) fn len(&self) -> u16 {
+        self.len
+    }
+
+    /// Leaves its first request out.
+    #[inline]
+    pub(super) fn advance(&mut self, slots: &[Slot]) {
+        if self.len > 0 {
+            self.head = slots[usize::from(self.head)].next;
+            self.len -= 1;
+        }
+    }
+
+    /// Takes the first requests, as far as they succeeded, their answers are the next in the ring, and `take` has no more to
+    /// say about what they did. That of which it has, which is taken too: then there may be more. Frees their slots, before
+    /// the `free` one. Bounded by the batch.
+    #[inline(always)]
+    pub(super) fn take_successes(
+        &mut self,
+        (ring, slots, free): (&mut Ring, &mut [Slot], &mut usize),
+        mut take: impl FnMut(&Op) -> bool,
+    ) -> Option<Op> {
+        let first = usize::from(self.head);
+        let most = ring.ready().min(self.len).into();
+        let (mut count, mut index, mut last, mut rest) = (0, first, first, None);
+        while count < most {
+            let used = ring.used_behind(count);
+            let Some(slot) = slots.get_mut(index) else { break };
+            if !slot.succeeded(used, index, ring.memory()) {
+                break;
+            }
+            slot.state = SlotState::Free;
+            (last, index) = (index, usize::from(slot.next));
+            count += 1;
+            if !take(&slot.op) {
+                rest = Some(slot.op);
+                break;
+            }
+        }
+        if count > 0 {
+            // They are linked already.
+            slots[last].next = *free as u16;
+            *free = first;
+            ring.pass(count as u16);
+            (self.head, self.len) = (index as u16, self.len - count as u16);
+        }
+        rest
+    }
+}
+
+/// Requests on their way into free slots. The queue is not in order before the [end](Self::end).
+///
+/// The lock is held from the first of a batch to the last: slots come off the free list one after the other, so that they
+/// are linked already.
+#[must_use = "the queue is not in order before the end"]
+pub(crate) struct Filling<'a> {
+    ring: &'a mut Ring,
+    slots: &'a mut [Slot],
+    /// The queue's first free slot, before this and after it.
+    free: &'a mut usize,
+    /// The one that is free now.
+    unused: usize,
+    count: usize,
+}
+
+impl<'a> Filling<'a> {
+    #[inline(always)]
+    pub(super) fn new(ring: &'a mut Ring, slots: &'a mut [Slot], free: &'a mut usize) -> Self {
+        let unused = *free;
+        Self { ring, slots, free, unused, count: 0 }
+    }
+
+    /// Whether there is a slot for one more.
+    #[inline(always)]
+    pub(crate) fn has_room(&self) -> bool {
+        // The end of the list is beyond the slots.
+        self.unused < self.slots.len()
+    }
+
+    /// How many there are.
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Puts a request that is no PROBE, or that was written, into a slot. False, and nothing done, where there is none.
+    #[inline(always)]
+    pub(crate) fn put(&mut self, request: &Request, op: Op) -> bool {
+        let Some((slot, memory)) = self.next() else { return false };
+        slot.fill(request, op, memory);
+        true
+    }
+
+    /// A slot whose request is to be written, and the memory that its cell is a part of.
+    #[inline(always)]
+    pub(super) fn next(&mut self) -> Option<(&mut Slot, &mut SharedMemory)> {
+        let slot = self.slots.get_mut(self.unused)?;
+        self.ring.push_behind(self.count, head_of(self.unused));
+        self.unused = usize::from(slot.next);
+        self.count += 1;
+        Some((slot, self.ring.memory_mut()))
+    }
+
+    /// Puts the queue in order, and the requests behind those of a batch. The device sees them after
+    /// [`publish`](super::RequestQueue::publish).
+    #[inline(always)]
+    pub(crate) fn end(self, batch: &mut Batch) {
+        let Self { ring, free, unused, count, .. } = self;
+        // There are fewer slots than that.
+        let count = count as u16;
+        ring.pushed(count);
+        if batch.len == 0 {
+            batch.head = *free as u16;
+        }
+        batch.len += count;
+        *free = unused;
+    }
+}
