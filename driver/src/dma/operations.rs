@@ -1,7 +1,9 @@
 //! The operations of an endpoint's view as futures.
 
 use super::endpoint::View;
-use super::scatter::{Extent, Runs, as_one, is_rounded, place, place_one, rounded, survey};
+use super::scatter::{
+    Extent, Pages, Runs, as_one, as_one_of_pages, is_rounded, place, place_one, place_pages, rounded, survey,
+};
 use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose, Spot, Wish};
@@ -131,7 +133,7 @@ impl<P: Platform> Endpoint<P> {
             let run = Run { phys: place.phys, len: place.len as u64 };
             let (runs, prot) = (iter::once(run), direction.prot());
             let extent = Extent { len: run.len, runs: 1 };
-            match self.map_runs(extent, runs, prot, within, &mut lent.memory).await {
+            match self.map_runs(extent, runs, prot, within, &mut lent.memory, None).await {
                 Ok(mapped) => {
                     self.view.domain.flush_if_overdue_for(mapped.range).await;
                     Ok(self.mapping(mapped, mapped.range.start(), place.len))
@@ -251,14 +253,16 @@ impl<P: Platform> Endpoint<P> {
             place_one(mapping.range, segments, granule, iovas);
             return Ok(mapping);
         }
-        let extent = survey(segments, granule, iovas)?;
-        match self.revive_list(segments, extent, prot, iovas) {
-            Some(mapping) => Ok(mapping),
-            None => self.map_list(segments, extent, prot, iovas).await,
-        }
+        let mapping = match self.map_pages(segments, prot, iovas) {
+            Ok(mapping) => mapping,
+            Err(sent) => self.map_list(segments, prot, iovas, sent).await?,
+        };
+        self.view.domain.flush_if_overdue_for(mapping.range).await;
+        Ok(mapping)
     }
 
     /// The same for whoever blocks. The caller promises the memory.
+    #[inline(always)]
     pub(super) fn map_scatter_now(
         &self,
         segments: &[PhysSegment],
@@ -266,17 +270,62 @@ impl<P: Platform> Endpoint<P> {
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
         self.check_list(segments, iovas)?;
-        let (prot, granule) = (direction.prot(), self.view.granule);
-        if let Some(PhysSegment { phys, len }) = as_one(segments, granule) {
+        if let Some(PhysSegment { phys, len }) = as_one_of_pages(segments, self.view.granule) {
             let mapping = self.map_in_place(phys, len, direction)?;
-            place_one(mapping.range, segments, granule, iovas);
+            place_pages(mapping.iova, segments, iovas);
             return Ok(mapping);
         }
-        let extent = survey(segments, granule, iovas)?;
-        match self.revive_list(segments, extent, prot, iovas) {
-            Some(mapping) => Ok(mapping),
-            None => self.block_on(self.map_list(segments, extent, prot, iovas)),
-        }
+        self.map_several_now(segments, direction, iovas)
+    }
+
+    /// The same for a list that is no run of pages.
+    #[inline(never)]
+    fn map_several_now(
+        &self,
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        let (prot, granule) = (direction.prot(), self.view.granule);
+        let mapping = match self.map_pages(segments, prot, iovas) {
+            Ok(mapping) => mapping,
+            Err(sent) => {
+                if sent.is_none()
+                    && let Some(PhysSegment { phys, len }) = as_one(segments, granule)
+                {
+                    let mapping = self.map_in_place(phys, len, direction)?;
+                    place_one(mapping.range, segments, granule, iovas);
+                    return Ok(mapping);
+                }
+                self.block_on(self.map_list(segments, prot, iovas, sent))?
+            }
+        };
+        self.view.domain.flush_if_overdue();
+        Ok(mapping)
+    }
+
+    /// Maps a list of pages, as far as the first step gets. The caller promises the memory.
+    #[inline(always)]
+    fn map_pages(
+        &self,
+        segments: &[PhysSegment],
+        prot: Prot,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, Option<SentMap>> {
+        let view = &*self.view;
+        let pages = Pages::of(segments, view.granule).ok_or(None)?;
+        let extent = pages.extent().ok_or(None)?;
+        let mapped = match self.revive_list(pages.clone(), extent.len, prot) {
+            Some(mapped) => mapped,
+            None => {
+                let purpose = Purpose { prot, tag: self.tag };
+                let (shared, key) = (view.domain.shared(), view.domain.key());
+                let wanted = (extent.len, view.reach.placement(extent.len), extent.runs);
+                exchange::map_list_first(shared, key, wanted, pages, purpose)?
+            }
+        };
+        place_pages(mapped.range.start(), segments, iovas);
+        Ok(self.mapping(mapped, mapped.range.start(), extent.len as usize))
     }
 
     #[inline]
@@ -287,38 +336,43 @@ impl<P: Platform> Endpoint<P> {
         self.check_open()
     }
 
-    /// Maps a list again that was looked at, and waits for a flush as it is.
-    fn revive_list(
-        &self,
-        segments: &[PhysSegment],
-        extent: Extent,
-        prot: Prot,
-        iovas: &mut [Iova],
-    ) -> Option<DmaMapping> {
+    /// Maps a list again that waits for a flush as it is.
+    #[inline(always)]
+    fn revive_list(&self, runs: impl Iterator<Item = Run> + Clone, len: u64, prot: Prot) -> Option<Mapped> {
         let view = &*self.view;
         if !view.again.load(Ordering::Acquire) {
             return None;
         }
-        let runs = Runs { segments: segments.iter(), granule: view.granule };
         let purpose = Purpose { prot, tag: self.tag };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let mapped = exchange::revive_list(shared, key, (&view.reach, extent.len), runs, purpose)?;
-        place(mapped.range, iovas);
-        Some(self.mapping(mapped, mapped.range.start(), extent.len as usize))
+        exchange::revive_list(shared, key, (&view.reach, len), runs, purpose)
     }
 
-    /// Maps a list that was looked at. The caller promises the memory.
+    /// Maps a list, of which `first` was sent already. The caller promises the memory.
     async fn map_list(
         &self,
         segments: &[PhysSegment],
-        extent: Extent,
         prot: Prot,
         iovas: &mut [Iova],
+        first: Option<SentMap>,
     ) -> Result<DmaMapping, DmaError> {
-        let runs = Runs { segments: segments.iter(), granule: self.view.granule };
-        let within = Placement::up_to(self.view.reach.limit);
-        let mapped = self.map_runs(extent, runs, prot, within, &mut None).await?;
-        self.view.domain.flush_if_overdue_for(mapped.range).await;
+        let granule = self.view.granule;
+        let runs = Runs { segments: segments.iter(), granule };
+        let extent = match survey(segments, granule, iovas) {
+            Ok(extent) => extent,
+            Err(error) => {
+                debug_assert!(first.is_none(), "it was looked at");
+                return Err(error.into());
+            }
+        };
+        let again = if first.is_none() { self.revive_list(runs.clone(), extent.len, prot) } else { None };
+        let mapped = match again {
+            Some(mapped) => mapped,
+            None => {
+                let within = Placement::up_to(self.view.reach.limit);
+                self.map_runs(extent, runs, prot, within, &mut None, first).await?
+            }
+        };
         place(mapped.range, iovas);
         Ok(self.mapping(mapped, mapped.range.start(), extent.len as usize))
     }
@@ -468,7 +522,7 @@ impl<P: Platform> Endpoint<P> {
         Ok(self.mapping_within(mapped, phys, len))
     }
 
-    /// Maps runs, where both the endpoint's constraints and `within` allow.
+    /// Maps runs, of which `first` was sent already, where both the endpoint's constraints and `within` allow.
     async fn map_runs(
         &self,
         Extent { len, runs: parts }: Extent,
@@ -476,15 +530,16 @@ impl<P: Platform> Endpoint<P> {
         prot: Prot,
         within: Placement,
         held: &mut Option<HeldMemory>,
+        first: Option<SentMap>,
     ) -> Result<Mapped, MapError> {
         let (view, purpose) = (&*self.view, Purpose { prot, tag: self.tag });
         let Placement { limit, align } = view.reach.placement(len);
         let placement = Placement { limit: limit.min(within.limit), align: align.max(within.align) };
         let (shared, key) = (view.domain.shared(), view.domain.key());
-        let one = if parts == 1 { runs.clone().next() } else { None };
+        let one = if parts == 1 && first.is_none() { runs.clone().next() } else { None };
         let first = match one.filter(|run| run.is_whole(view.granule)) {
             Some(run) => exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, held),
-            None => Err(None),
+            None => Err(first),
         };
         match first {
             Ok(mapped) => Ok(mapped),

@@ -80,7 +80,96 @@ pub(super) struct Extent {
 }
 
 /// Segments in a round of a loop over a list that is one run: what there is to do for one takes no longer than going round.
-const ROUND: usize = 8;
+const ROUND: usize = 16;
+
+/// A list of segments that are all as long: whole granules, none of which ends beyond the last address. Most lists of pages
+/// are, and there is no more to be looked at.
+#[derive(Clone)]
+pub(super) struct Pages<'a> {
+    segments: core::slice::Iter<'a, PhysSegment>,
+    page: u64,
+}
+
+impl<'a> Pages<'a> {
+    /// `None` where it is another list, or anything is wrong with it, which [`survey`] has the words for.
+    #[inline(always)]
+    pub(super) fn of(segments: &'a [PhysSegment], granule: u64) -> Option<Self> {
+        let page = segments.first()?.len as u64;
+        let mut bits = page;
+        let mut fits = |segment: &PhysSegment| {
+            bits |= segment.phys.get();
+            segment.len as u64 == page
+        };
+        let (rounds, rest) = segments.as_chunks::<ROUND>();
+        let alike = rounds.iter().all(|round| round.iter().all(&mut fits)) && rest.iter().all(fits);
+        // No address is above all of their bits.
+        let whole = bits & (granule - 1) == 0 && page >= 2 && bits.checked_add(page).is_some();
+        (alike && whole).then(|| Self { segments: segments.iter(), page })
+    }
+
+    /// The bytes of IOVA that it takes, and how many runs it has at most.
+    #[inline(always)]
+    pub(super) fn extent(&self) -> Option<Extent> {
+        let runs = self.segments.len();
+        Some(Extent { len: self.page.checked_mul(runs as u64)?, runs })
+    }
+}
+
+/// The runs of the list: pages that touch share one.
+impl Iterator for Pages<'_> {
+    type Item = Run;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<Run> {
+        let phys = self.segments.next()?.phys;
+        let mut len = self.page;
+        while let Some(next) = self.segments.as_slice().first()
+            && next.phys.get() == phys.get().wrapping_add(len)
+        {
+            len += self.page;
+            self.segments.next();
+        }
+        Some(Run { phys, len })
+    }
+}
+
+/// All of a list of [`Pages`] as one, if each of them begins where the one before it ends. `None` where it is another list, or
+/// anything is wrong with it.
+#[inline(always)]
+pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
+    let start = segments.first()?.phys.get();
+    let (mut next, mut page) = (start, 0);
+    let mut follows = |segment: &PhysSegment| {
+        let begins = segment.phys.get() == next;
+        page |= segment.len;
+        next = next.wrapping_add(segment.len as u64);
+        begins
+    };
+    let (rounds, rest) = segments.as_chunks::<ROUND>();
+    if !(rounds.iter().all(|round| round.iter().all(&mut follows)) && rest.iter().all(follows)) {
+        return None;
+    }
+    // None is longer than all of their bits: if together they are as long as if each were, each is.
+    let len = page.checked_mul(segments.len())?;
+    let alike = next.checked_sub(start) == Some(len as u64);
+    let whole = (start | page as u64) & (granule - 1) == 0 && page >= 2;
+    (alike && whole).then(|| PhysSegment { phys: PhysAddr::new(start), len })
+}
+
+/// Where each of [`Pages`] is, of which the first is at `start`.
+#[inline(always)]
+pub(super) fn place_pages(start: Iova, segments: &[PhysSegment], iovas: &mut [Iova]) {
+    let page = segments.first().map_or(0, |first| first.len as u64);
+    let mut next = start.get();
+    let mut put = |iova: &mut Iova| {
+        *iova = Iova::new(next);
+        // Behind the last one it may be the end of all addresses.
+        next = next.wrapping_add(page);
+    };
+    let (rounds, rest) = iovas.as_chunks_mut::<ROUND>();
+    rounds.iter_mut().for_each(|round| round.iter_mut().for_each(&mut put));
+    rest.iter_mut().for_each(put);
+}
 
 /// All of a list as one run of whole granules, if each segment begins where the one before it ends, with a granule of its
 /// own: most lists of pages.

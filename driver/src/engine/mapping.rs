@@ -222,31 +222,21 @@ impl Record {
         self.kept = Some(held.into_kept());
     }
 
-    /// One more mapping of a list, behind the record `prev`.
+    /// Makes one more mapping of a list of a record that is not in use, behind the record `prev`. It names the record that
+    /// follows already, or that is set afterwards.
     #[inline(always)]
-    pub(super) fn part(
+    pub(super) fn begin_part(
+        &mut self,
         (range, phys): (IovaRange, PhysAddr),
         purpose: Purpose,
         list: ListId,
         (prev, rank): (u32, i8),
-    ) -> Self {
-        Self {
-            range,
-            phys,
-            kept: None,
-            making: Making::new(purpose, list),
-            left: u32::MAX,
-            right: u32::MAX,
-            prev,
-            next: u32::MAX,
-            gap: 0,
-            rank,
-            holder: Holder::Part,
-            state: MappingState::Mapping,
-            on_device: true,
-            counted: false,
-            owned: false,
-        }
+    ) {
+        debug_assert!(self.kept.is_none(), "it was a mapping");
+        (self.range, self.phys, self.making) = (range, phys, Making::new(purpose, list));
+        (self.prev, self.rank) = (prev, rank);
+        (self.owned, self.state, self.holder) = (false, MappingState::Mapping, Holder::Part);
+        (self.on_device, self.counted) = (true, false);
     }
 
     #[inline(always)]

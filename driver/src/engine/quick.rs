@@ -7,8 +7,8 @@ use super::deferred::Deferral;
 use super::domain::{Counts, DomainRecord};
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::{Parts, Space};
-use super::{DomainKey, Engine, Spot};
-use crate::addr::IovaRange;
+use super::{DomainKey, Engine, Placement, Spot};
+use crate::addr::{Iova, IovaRange};
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::id::DomainId;
@@ -75,6 +75,37 @@ impl Engine {
         Some((domain.id, &mut domain.counts, parts))
     }
 
+    /// Takes addresses for that: so many bytes, where this allows, for so many parts at most, which are
+    /// [spoken for](Self::take_no_more_parts) then.
+    #[inline(always)]
+    pub(crate) fn allocate_list(
+        &mut self,
+        key: DomainKey,
+        (len, Placement { limit, align }, most): (u64, Placement, usize),
+        prot: Prot,
+    ) -> Option<Mapped> {
+        let granule = self.geometry.granule;
+        let space = &mut self.usual_domain(key, prot)?.space;
+        space.allocate_at(len, align.max(granule), (Iova::new(granule), limit), most).ok()?
+    }
+
+    /// So many parts of a list that were spoken for do not come.
+    #[inline(always)]
+    pub(crate) fn take_no_more_parts(&mut self, key: DomainKey, count: usize) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.space.take_no_more_parts(count);
+        }
+    }
+
+    /// The device confirmed all MAPs of a list, for which somebody waits. False, and nothing done, where there is more to it.
+    #[inline(always)]
+    pub(crate) fn mapped_list(&mut self, key: DomainKey, Mapped { range, record }: Mapped) -> bool {
+        let Some(domain) = self.domain_mut(key).filter(|domain| domain.possible > 0) else { return false };
+        let Some(count) = domain.space.confirm_list(record, range) else { return false };
+        domain.counts.mapped(count as u64, range.len_of_mapping());
+        true
+    }
+
     /// Begins the unmapping of live mappings that touch each other, the first of which the handle may name. The request for
     /// it is then sent in any case.
     #[inline(always)]
@@ -135,6 +166,11 @@ impl Engine {
     pub(crate) fn space_of_living(&mut self, key: DomainKey) -> Option<&mut Space> {
         let domain = self.domain_mut(key).filter(|domain| domain.possible > 0)?;
         Some(&mut domain.space)
+    }
+
+    /// The addresses of a domain.
+    pub(crate) fn space_of(&self, key: DomainKey) -> Option<&Space> {
+        self.domain(key).map(|domain| &domain.space)
     }
 
     /// Counts MAPs that the device confirmed.

@@ -8,8 +8,10 @@ use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::{DomainKey, Engine, ListId, MappingHandle, Op, Placement, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
+use crate::id::DomainId;
 use crate::platform::Platform;
-use crate::queue::Batch;
+use crate::prot::Prot;
+use crate::queue::{Batch, Filling};
 use crate::wire::request::{Request, Status};
 use core::future::Future;
 
@@ -139,18 +141,16 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let (key, granule) = (self.key, engine.geometry.granule);
         let Some(range) = self.free else { return };
         let rest = Mapped { range, record: self.free_record };
-        let Some((domain, counts, mut parts)) = engine.begin_parts(key, rest, (purpose, name)) else {
-            return;
-        };
+        let begun = engine.begin_parts(key, rest, (purpose, name));
+        let Some((domain, counts, mut parts)) = begun else { return };
         let mut filling = requests.filling();
         let (mut next, mut runs) = (self.run, self.runs.clone());
         while let Some(run) = next
             && filling.has_room()
             && run.is_whole(granule)
-            && let Some(Mapped { range, record }) = parts.push(run)
+            && let Some(mapped) = parts.push(run)
         {
-            let request = Request::Map { domain, range, phys: run.phys, prot: purpose.prot };
-            filling.put(&request, Op::Map { domain: key, range, record });
+            put_part(&mut filling, (key, domain), (run, mapped), purpose.prot);
             next = runs.next();
         }
         (self.run, self.runs) = (next, runs);
@@ -184,8 +184,21 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
     }
 }
 
+/// Puts the request for a part into a slot, of which the caller made sure.
+#[inline(always)]
+pub(super) fn put_part(
+    filling: &mut Filling<'_>,
+    (key, domain): (DomainKey, DomainId),
+    (run, Mapped { range, record }): (Run, Mapped),
+    prot: Prot,
+) {
+    let request = Request::Map { domain, range, phys: run.phys, prot };
+    let put = filling.put(&request, Op::Map { domain: key, range, record });
+    debug_assert!(put, "there is a slot");
+}
+
 /// Maps runs, which fill the place that they go to. All or nothing: on an error no mapping is left, their addresses are
-/// free and `held` is back, except for what is in quarantine. `first` is what was sent for a list of one already.
+/// free and `held` is back, except for what is in quarantine. `first` is what was sent already.
 ///
 /// When the device refuses the first mapping that the domain ever has, its number may still have mappings
 /// of an earlier life: it gets another (I12).
@@ -205,8 +218,12 @@ pub(crate) fn map<'a, P: Platform>(
         let (range, in_flight) = (first.mapped.range, first.in_flight(shared));
         lent = first.lent;
         (list.name, list.whole, list.owned) = (Some(first.name), Some(range), Some(range));
-        list.run = list.runs.next();
-        sent = Some((Some(in_flight), Ok(())));
+        // The first of those that were not begun: one was taken out of them already.
+        list.run = list.runs.nth(first.begun - 1);
+        if let Some(Mapped { range, record }) = first.rest {
+            (list.free, list.free_record) = (Some(range), record);
+        }
+        sent = Some((in_flight, Ok(())));
     }
     async move {
         // Named in this order, in which they end where this is never polled: what is in flight, then the list.

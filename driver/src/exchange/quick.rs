@@ -5,15 +5,17 @@
 //! over, which knows the rare states and the words for what is wrong. What these functions return has no destructor, so
 //! that it costs nothing on the way of success.
 
-use super::{InFlight, Shared, State};
+use super::map::put_part;
+use super::{Access, InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Purpose, Spot, stamp};
+use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose, Spot, stamp};
 #[cfg(feature = "bench")]
 use crate::error::RequestError;
 use crate::exchange::Run;
 use crate::lock::Guard;
 use crate::platform::Platform;
+use crate::queue::Batch;
 use crate::wire::request::Request;
 
 /// A mapping, and where its record is.
@@ -30,20 +32,26 @@ impl Mapped {
     }
 }
 
-/// A MAP that was sent alone, and is not answered yet, or not with success.
+/// MAPs of a list that were sent, not all of which are answered yet with success.
 #[derive(Clone, Copy)]
 pub(crate) struct SentMap {
+    /// The slot of the first one that is not, and how many there are.
     slot: usize,
+    waiting: u16,
+    /// All of the list.
     pub mapped: Mapped,
     pub name: ListId,
     /// Whether its record holds memory.
     pub lent: bool,
+    /// How many of its runs were begun, at least one, and the addresses of the others.
+    pub begun: usize,
+    pub rest: Option<Mapped>,
 }
 
 impl SentMap {
-    /// Its answer, to be waited for.
-    pub(super) fn in_flight<P: Platform>(self, shared: &Shared<P>) -> InFlight<'_, P> {
-        shared.wait_for(self.slot)
+    /// The answers, to be waited for.
+    pub(super) fn in_flight<P: Platform>(self, shared: &Shared<P>) -> Option<InFlight<'_, P>> {
+        shared.in_flight(Batch::of(self.slot, self.waiting))
     }
 }
 
@@ -60,8 +68,7 @@ impl<P: Platform> Shared<P> {
     /// The answer of a request that was sent alone as `slot`, to be waited for.
     #[cold]
     pub(crate) fn wait_for(&self, slot: usize) -> InFlight<'_, P> {
-        let batch = { self.state.lock().requests.batch_of(slot) };
-        InFlight::new(self, batch)
+        InFlight::new(self, Batch::of(slot, 1))
     }
 
     /// Sends a request that no record knows, and waits for its answer: what everything else takes below the records.
@@ -108,7 +115,7 @@ pub(crate) fn map_first<P: Platform>(
         let index = slot.index();
         let wanted = slot.send(&request, Op::Map { domain: key, range, record });
         shared.note_sent(domain, wanted);
-        SentMap { slot: index, mapped, name, lent }
+        SentMap { slot: index, waiting: 1, mapped, name, lent, begun: 1, rest: None }
     };
     let Some(mut state) = shared.answer(sent.slot) else { return Err(Some(sent)) };
     let Mapped { range, record } = sent.mapped;
@@ -116,6 +123,73 @@ pub(crate) fn map_first<P: Platform>(
         state.succeeded(Op::Map { domain: key, range, record });
     }
     Ok(sent.mapped)
+}
+
+/// Maps a list of whole runs for reading, writing or both: so many bytes, where this allows, of so many runs at most.
+/// [`map`](super::map) takes over where it did not succeed, with what was sent.
+// By itself: inside of its callers there are too few registers for the loops.
+#[inline(never)]
+pub(crate) fn map_list_first<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    (len, placement, most): (u64, Placement, usize),
+    mut runs: impl Iterator<Item = Run> + Clone,
+    purpose: Purpose,
+) -> Result<Mapped, Option<SentMap>> {
+    let Some(mut state) = shared.state.usual() else { return Err(None) };
+    let State { engine, requests, .. } = &mut *state;
+    if !requests.has_free_slot() {
+        return Err(None);
+    }
+    let Some(mapped) = engine.allocate_list(key, (len, placement, most), purpose.prot) else {
+        return Err(None);
+    };
+    let name = engine.begin_list();
+    let mut filling = requests.filling();
+    let slot = filling.unused();
+    let (mut next, mut rest) = (runs.next(), Some(mapped));
+    // Bounded by the runs: each round begins one, or is the last.
+    while let Some(free) = rest
+        && let Some((domain, counts, mut parts)) = engine.begin_parts(key, free, (purpose, name))
+    {
+        let before = filling.len();
+        while let Some(run) = next
+            && filling.has_room()
+            && let Some(part) = parts.push(run)
+        {
+            put_part(&mut filling, (key, domain), (run, part), purpose.prot);
+            next = runs.next();
+        }
+        let begun = filling.len() - before;
+        counts.requests += begun as u64;
+        rest = parts.end();
+        if begun == 0 {
+            break;
+        }
+    }
+    let (begun, mut batch) = (filling.len(), Batch::default());
+    filling.end(&mut batch);
+    if begun == 0 {
+        engine.give_back(key, mapped.range, most);
+        return Err(None);
+    }
+    let left = if next.is_some() { 1 + runs.count() } else { 0 };
+    engine.take_no_more_parts(key, most - begun - left);
+    state.publish(Some(key), &shared.doorbell);
+    drop(state);
+    let sent = SentMap { slot, waiting: batch.len(), mapped, name, lent: false, begun, rest };
+    shared.ring();
+    let Some(mut state) = shared.state.usual() else { return Err(Some(sent)) };
+    let _none = state.requests.take_successes(&mut batch, |_| true);
+    let whole = batch.is_empty() && rest.is_none();
+    if !(whole && state.engine.mapped_list(key, mapped)) {
+        state.take_parts(key, (mapped, name), begun - usize::from(batch.len()));
+    }
+    let sent = SentMap { slot: batch.slot(), waiting: batch.len(), ..sent };
+    if state.requests.has_left_any() {
+        Access::go_on(state).drain();
+    }
+    if whole { Ok(mapped) } else { Err(Some(sent)) }
 }
 
 /// Unmaps live mappings that touch each other, the first of which `record` may be the record of. Where it did not succeed

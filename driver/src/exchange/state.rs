@@ -1,8 +1,8 @@
 //! What the lock protects, and the two ways to it.
 
-use super::Sleepers;
+use super::{Mapped, Sleepers};
 use crate::addr::IovaRange;
-use crate::engine::{DomainKey, Engine, Op, Space, Sum};
+use crate::engine::{DomainKey, Engine, ListId, Op, Space, Sum};
 use crate::error::RequestError;
 use crate::fault::FaultBacklog;
 use crate::lock::{Guard, Mutex, RawLock};
@@ -124,6 +124,24 @@ impl State {
                 None => return sum,
             }
         }
+    }
+
+    /// Takes note of the first so many parts of a list, whose MAPs succeeded in time, one by one.
+    #[cold]
+    pub(super) fn take_parts(&mut self, key: DomainKey, (whole, list): (Mapped, ListId), count: usize) {
+        let (mut next, mut sum) = (whole.record, Sum::default());
+        for _ in 0..count {
+            let Some(space) = self.engine.space_of(key) else { break };
+            let Some((Mapped { range, record }, behind)) = space.part(next, list) else { break };
+            next = behind;
+            let living = self.engine.space_of_living(key);
+            if living.is_some_and(|space| space.confirm_part(record, range)) {
+                sum.add(range);
+            } else {
+                self.succeeded(Op::Map { domain: key, range, record });
+            }
+        }
+        self.engine.count_mapped(key, sum);
     }
 
     /// Puts a request into the ring. The caller made sure of a slot.

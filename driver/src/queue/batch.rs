@@ -16,8 +16,14 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn of_one(head: u16) -> Self {
-        Self { head, len: 1 }
+    /// So many requests, the first of which is in this slot.
+    pub(crate) fn of(slot: usize, len: u16) -> Self {
+        Self { head: slot as u16, len }
+    }
+
+    /// The slot of the first request that nobody took yet, if there is one.
+    pub(crate) fn slot(&self) -> usize {
+        self.head.into()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -106,6 +112,12 @@ impl<'a> Filling<'a> {
     pub(crate) fn has_room(&self) -> bool {
         // The end of the list is beyond the slots.
         self.unused < self.slots.len()
+    }
+
+    /// The slot for the next one, if there is room.
+    #[inline(always)]
+    pub(crate) fn unused(&self) -> usize {
+        self.unused
     }
 
     /// How many there are.

@@ -303,11 +303,6 @@ impl RequestQueue {
         batch.take_successes((&mut self.ring, &mut self.slots, &mut self.free), take)
     }
 
-    /// A request that was [sent](FreeSlot::send), to be waited for.
-    pub(crate) fn batch_of(&self, index: usize) -> Batch {
-        Batch::of_one(index as u16)
-    }
-
     /// The slot that a used entry's id names, if a request is in flight there.
     #[inline]
     fn slot_of(&self, id: u32) -> Option<u16> {

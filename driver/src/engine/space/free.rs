@@ -4,7 +4,8 @@ use super::order::Wanted;
 use super::slab::{Index, NIL};
 use super::{ListFull, ReserveError, Space};
 use crate::addr::{Iova, IovaRange};
-use crate::engine::mapping::Holder;
+use crate::engine::mapping::{Holder, MappingHandle};
+use crate::exchange::Mapped;
 
 impl Space {
     /// Takes `len` bytes (a multiple of the granule) as high as possible, starting at a multiple of `align` (a power of
@@ -19,6 +20,18 @@ impl Space {
         (lowest, limit): (Iova, Iova),
         parts: usize,
     ) -> Result<Option<IovaRange>, ListFull> {
+        Ok(self.allocate_at(len, align, (lowest, limit), parts)?.map(|mapped| mapped.range))
+    }
+
+    /// The same, with where the record is.
+    #[inline(always)]
+    pub(crate) fn allocate_at(
+        &mut self,
+        len: u64,
+        align: u64,
+        (lowest, limit): (Iova, Iova),
+        parts: usize,
+    ) -> Result<Option<Mapped>, ListFull> {
         if parts > self.room_left() {
             return Err(ListFull);
         }
@@ -41,7 +54,7 @@ impl Space {
         let Some((index, range)) = found else { return Ok(None) };
         self.set_others(self.others + parts);
         self.remember(index, range.start());
-        Ok(Some(range))
+        Ok(Some(Mapped { range, record: MappingHandle(index) }))
     }
 
     pub(super) fn search(&mut self, wanted: Wanted) -> Option<(Index, IovaRange)> {

@@ -14,7 +14,7 @@ use super::Space;
 use super::order::MAX_BEHIND;
 use super::slab::{Index, NIL};
 use crate::addr::{Iova, IovaRange};
-use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose, Record};
+use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose};
 use crate::exchange::{Mapped, Run};
 
 /// A list that is being made. Until its [end](Self::end) the space is not in order.
@@ -27,13 +27,13 @@ pub(crate) struct Parts<'a> {
     first: Index,
     /// The record that follows the list.
     following: Index,
-    /// The last part so far.
+    /// The last part so far, or [`NIL`].
     last: Index,
-    /// How many there are, and how many more there can be.
-    count: usize,
+    /// How many there could be, and how many more there can be.
+    begun_with: usize,
     room: usize,
-    /// The addresses that are left: the next one, and the last one as long as there are any.
-    next: u64,
+    /// How many bytes of the addresses are left, and where those end.
+    left: u64,
     end: u64,
     rank: i8,
 }
@@ -55,7 +55,10 @@ impl Space {
         // The first one has a record, and what is left at the end needs one.
         let in_a_row = (MAX_BEHIND + rank) as usize + 1;
         let room = self.room.mappings.saturating_sub(self.mappings).min(self.order.room()).min(in_a_row);
-        let (next, end) = (range.start().get(), range.last().get());
+        // It was taken: neither all of the space, nor its end.
+        let (left, end) = (range.len_bytes()?, range.last().checked_add(1)?.get());
+        // Where no record was in use before it names none, until one is made.
+        self.order[first].next = self.order.next_part();
         Some(Parts {
             space: self,
             purpose,
@@ -63,12 +66,53 @@ impl Space {
             first,
             following,
             last: NIL,
-            count: 0,
+            begun_with: room,
             room,
-            next,
+            left,
             end,
             rank,
         })
+    }
+
+    /// So many parts of a list that were spoken for do not come.
+    pub(crate) fn take_no_more_parts(&mut self, count: usize) {
+        self.set_others(self.others - count);
+    }
+
+    /// A part of a list by its record, and the record that follows. `None` where it is another's.
+    pub(crate) fn part(
+        &self,
+        MappingHandle(index): MappingHandle,
+        list: ListId,
+    ) -> Option<(Mapped, MappingHandle)> {
+        let record =
+            self.order.get(index).filter(|record| record.holder.is_mapping() && record.is_of(list))?;
+        Some((Mapped { range: record.range, record: MappingHandle(index) }, MappingHandle(record.next)))
+    }
+
+    /// The device confirmed all MAPs of a list of exactly this range, all of which wait for that. How many they are. `None`,
+    /// and nothing changed, where it is not so, or they have to be looked at one by one.
+    #[inline(always)]
+    pub(crate) fn confirm_list(
+        &mut self,
+        MappingHandle(first): MappingHandle,
+        range: IovaRange,
+    ) -> Option<usize> {
+        let (last, count) = self.whole_list(first, range)?;
+        if self.order[first].state != MappingState::Mapping {
+            return None;
+        }
+        let mut index = first;
+        loop {
+            let record = &mut self.order[index];
+            // Nothing happened to a part of it by itself, nor to all of it: it is as it was made.
+            debug_assert!(record.state == MappingState::Mapping && record.on_device);
+            record.make_live(record.holder);
+            if index == last {
+                return Some(count);
+            }
+            index = record.next;
+        }
     }
 
     /// The last part of a list of exactly this range, and how many there are, if nothing happened to it but what happened
@@ -232,40 +276,39 @@ impl Parts<'_> {
     /// few are left, or there is no record for it.
     #[inline(always)]
     pub(crate) fn push(&mut self, run: Run) -> Option<Mapped> {
-        let fits = self.count < self.room && self.next <= self.end && run.len - 1 <= self.end - self.next;
-        if !fits {
+        if self.room == 0 || run.len > self.left {
             return None;
         }
-        // It ends below `end`.
-        let range = IovaRange::new(Iova::new(self.next), Iova::new(self.next + (run.len - 1)))?;
+        let start = self.end - self.left;
+        let range = IovaRange::new(Iova::new(start), Iova::new(start + (run.len - 1)))?;
         let order = &mut self.space.order;
-        let index = if self.count == 0 {
+        let index = if self.last == NIL {
             let record = &mut order[self.first];
             record.range = range;
             record.begin(Holder::Head, run.phys, self.purpose, self.list);
             self.first
         } else {
             self.rank -= 1;
-            let place = (self.last, self.rank);
-            let index =
-                order.append_part(|| Record::part((range, run.phys), self.purpose, self.list, place))?;
-            order[self.last].next = index;
+            let (index, record) = order.append_part(self.last)?;
+            record.begin_part((range, run.phys), self.purpose, self.list, (self.last, self.rank));
             index
         };
         self.last = index;
-        self.count += 1;
-        // No range ends with the last address of all.
-        self.next = range.last().get() + 1;
+        self.room -= 1;
+        self.left -= run.len;
         Some(Mapped { range, record: MappingHandle(index) })
     }
 
     /// Puts the space in order. What is left is still taken: with its record.
     pub(crate) fn end(self) -> Option<Mapped> {
-        let Self { space, first, following, last, count, next, end, rank, .. } = self;
-        let rest = IovaRange::new(Iova::new(next), Iova::new(end));
+        let Self { space, first, following, last, begun_with, room, left, end, rank, .. } = self;
+        let count = begun_with - room;
+        // No range ends with the last address of all.
+        let rest = IovaRange::from_len(Iova::new(end - left), left);
         space.mappings += count;
         space.set_others(space.others - count);
         if count == 0 {
+            space.order[first].next = following;
             return rest.map(|range| Mapped { range, record: MappingHandle(first) });
         }
         let Some(range) = rest else {

@@ -244,20 +244,28 @@ impl Order {
         Some(rest)
     }
 
-    /// Adds a part of a list that is being made, as `part` says, which names the part before it. That has to name this one.
+    /// The record that [`append_part`](Self::append_part) takes next, unless it is made then.
+    pub(super) fn next_part(&self) -> Index {
+        self.slab.vacant()
+    }
+
+    /// A record for a part of a list that is being made, behind the record `last`, to be written anew but for the one that
+    /// follows it. `last` names it, as it does [already](Self::next_part) where both were in use before.
     #[inline(always)]
-    pub(super) fn append_part(&mut self, part: impl FnOnce() -> Record) -> Option<Index> {
-        if let Some((index, place)) = self.slab.take_vacant() {
-            *place = part();
-            return Some(index);
+    pub(super) fn append_part(&mut self, last: Index) -> Option<(Index, &mut Record)> {
+        // Not the one in the other, since what is returned is borrowed.
+        if self.slab.has_vacant() {
+            return self.slab.take_vacant();
         }
-        self.append_new(part())
+        self.append_new(last)
     }
 
     /// Once for each record.
     #[cold]
-    fn append_new(&mut self, part: Record) -> Option<Index> {
-        self.slab.put(part)
+    fn append_new(&mut self, last: Index) -> Option<(Index, &mut Record)> {
+        let index = self.slab.put(Record::new(self[last].range, Holder::Part))?;
+        self[last].next = index;
+        Some((index, self.slab.get_mut(index)?))
     }
 
     /// Adds what is left of a list's addresses, behind the last part so far.

@@ -90,7 +90,18 @@ impl Slab {
         }
     }
 
-    /// A record that was in use before, to be written anew. `None` where there is none.
+    /// The record that was in use before and [comes next](Self::take_vacant).
+    pub(super) fn vacant(&self) -> Index {
+        self.vacant
+    }
+
+    #[inline(always)]
+    pub(super) fn has_vacant(&self) -> bool {
+        self.vacant != NIL
+    }
+
+    /// A record that was in use before, to be written anew, which names the one that comes after it. `None` where there is
+    /// none.
     #[inline(always)]
     pub(super) fn take_vacant(&mut self) -> Option<(Index, &mut Record)> {
         let index = self.vacant;

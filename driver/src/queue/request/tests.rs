@@ -400,7 +400,7 @@ fn an_answer_that_comes_twice_is_nobodys_the_second_time() {
     bench.answer(index as u16, 0);
     assert!(!bench.queue.take_one(index), "there are two");
     assert_eq!(bench.drain(), 1);
-    let mut batch = bench.queue.batch_of(index);
+    let mut batch = Batch::of(index, 1);
     assert_eq!((bench.take(&mut batch), bench.queue.stray()), (Some(Ok(())), 1));
     // Its next request has no answer yet.
     let slot = bench.queue.free_slot().unwrap();
