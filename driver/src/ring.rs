@@ -197,6 +197,12 @@ impl Ring {
         self.avail_idx = self.avail_idx.wrapping_add(1);
     }
 
+    /// How many chains were added whose entries were not passed over yet.
+    #[inline(always)]
+    pub(crate) fn in_flight(&self) -> u16 {
+        self.avail_idx.wrapping_sub(self.used_idx)
+    }
+
     /// Adds a chain that is that many behind the last one. It counts once it is [`pushed`](Self::pushed).
     #[inline(always)]
     pub(crate) fn push_behind(&mut self, count: usize, head: u16) {

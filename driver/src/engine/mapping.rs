@@ -85,13 +85,13 @@ impl ListId {
 /// Whose a mapping is, and what it allows: the list that it was made with, its tag, and its flags, from the highest bits to
 /// the lowest. One word, since all of it is written at once.
 #[derive(Clone, Copy)]
-struct Making(u64);
+pub(super) struct Making(u64);
 
 impl Making {
     const NONE: Self = Self(0);
 
     #[inline(always)]
-    fn new(Purpose { prot, tag }: Purpose, ListId(list): ListId) -> Self {
+    pub(super) fn new(Purpose { prot, tag }: Purpose, ListId(list): ListId) -> Self {
         // The standard's flags take three bits.
         Self(list | u64::from(tag.0) | u64::from(prot.bits() as u8))
     }
@@ -222,20 +222,12 @@ impl Record {
         self.kept = Some(held.into_kept());
     }
 
-    /// Makes one more mapping of a list of a record that is not in use, behind the record `prev`. It names the record that
-    /// follows already, or that is set afterwards.
+    /// The same for one of a list, of a record that was in use before or has its addresses.
     #[inline(always)]
-    pub(super) fn begin_part(
-        &mut self,
-        (range, phys): (IovaRange, PhysAddr),
-        purpose: Purpose,
-        list: ListId,
-        (prev, rank): (u32, i8),
-    ) {
+    pub(super) fn begin_listed(&mut self, holder: Holder, phys: PhysAddr, making: Making) {
         debug_assert!(self.kept.is_none(), "it was a mapping");
-        (self.range, self.phys, self.making) = (range, phys, Making::new(purpose, list));
-        (self.prev, self.rank) = (prev, rank);
-        (self.owned, self.state, self.holder) = (false, MappingState::Mapping, Holder::Part);
+        (self.phys, self.making) = (phys, making);
+        (self.owned, self.state, self.holder) = (false, MappingState::Mapping, holder);
         (self.on_device, self.counted) = (true, false);
     }
 

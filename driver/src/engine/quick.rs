@@ -4,15 +4,16 @@
 //! the words for what is wrong, and know the rare states.
 
 use super::deferred::Deferral;
-use super::domain::{Counts, DomainRecord};
+use super::domain::DomainRecord;
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::{Parts, Space};
-use super::{DomainKey, Engine, Placement, Spot};
+use super::{DomainKey, Engine, Op, Placement, Spot};
 use crate::addr::{Iova, IovaRange};
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
-use crate::id::DomainId;
 use crate::prot::Prot;
+use crate::queue::{Batch, RequestQueue};
+use crate::wire::request::Request;
 
 /// Confirmed requests that are counted together, and the bytes that they mapped or unmapped.
 #[derive(Default)]
@@ -61,18 +62,39 @@ impl Engine {
         (domain.mappable == key).then_some(domain)
     }
 
-    /// Begins to map a list for reading, writing or both at addresses that were taken for it. With the number that its
-    /// requests carry, and where they are counted.
+    /// Begins to map a list for reading, writing or both at addresses that were taken for it, in so many parts at most.
     #[inline(always)]
     pub(crate) fn begin_parts(
         &mut self,
         key: DomainKey,
         rest: Mapped,
         (purpose, list): (Purpose, ListId),
-    ) -> Option<(DomainId, &mut Counts, Parts<'_>)> {
-        let domain = self.usual_domain(key, purpose.prot)?;
-        let parts = domain.space.begin_parts(rest, (purpose, list))?;
-        Some((domain.id, &mut domain.counts, parts))
+        most: usize,
+    ) -> Option<Parts<'_>> {
+        self.usual_domain(key, purpose.prot)?.space.begin_parts(rest, (purpose, list), most)
+    }
+
+    /// Puts the requests for so many parts of a list that begins with this record into slots, which there are, and counts them.
+    // By itself: inside of its callers there are too few registers for the loop.
+    #[inline(never)]
+    pub(crate) fn send_parts(
+        &mut self,
+        key: DomainKey,
+        (first, count): (MappingHandle, usize),
+        requests: &mut RequestQueue,
+        batch: &mut Batch,
+    ) {
+        let Some(domain) = self.domain_mut(key) else { return };
+        let mut filling = requests.filling();
+        domain.counts.requests += count as u64;
+        let id = domain.id;
+        for (part, phys, prot) in domain.space.parts_from(first).take(count) {
+            let Mapped { range, record } = part;
+            let request = Request::Map { domain: id, range, phys, prot };
+            let put = filling.put(&request, Op::Map { domain: key, range, record });
+            debug_assert!(put, "there is a slot");
+        }
+        filling.end(batch);
     }
 
     /// Takes addresses for that: so many bytes, where this allows, for so many parts at most, which are

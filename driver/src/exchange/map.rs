@@ -8,10 +8,8 @@ use crate::addr::{IovaRange, PhysAddr};
 use crate::dma::HeldMemory;
 use crate::engine::{DomainKey, Engine, ListId, MappingHandle, Op, Placement, Purpose, Unmade};
 use crate::error::{MapError, RequestError, UnmapError};
-use crate::id::DomainId;
 use crate::platform::Platform;
-use crate::prot::Prot;
-use crate::queue::{Batch, Filling};
+use crate::queue::Batch;
 use crate::wire::request::{Request, Status};
 use core::future::Future;
 
@@ -134,31 +132,22 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
     }
 
     /// Begins and submits runs as long as there is nothing special about them.
-    // By itself: in the future there are too few registers for the loop.
-    #[inline(never)]
+    #[inline]
     fn submit_parts(&mut self, state: &mut State, (purpose, name): (Purpose, ListId), batch: &mut Batch) {
         let State { engine, requests, .. } = state;
         let (key, granule) = (self.key, engine.geometry.granule);
-        let Some(range) = self.free else { return };
+        let (Some(range), Some(slots)) = (self.free, requests.free_slots()) else { return };
         let rest = Mapped { range, record: self.free_record };
-        let begun = engine.begin_parts(key, rest, (purpose, name));
-        let Some((domain, counts, mut parts)) = begun else { return };
-        let mut filling = requests.filling();
-        let (mut next, mut runs) = (self.run, self.runs.clone());
-        while let Some(run) = next
-            && filling.has_room()
-            && run.is_whole(granule)
-            && let Some(mapped) = parts.push(run)
-        {
-            put_part(&mut filling, (key, domain), (run, mapped), purpose.prot);
-            next = runs.next();
+        let Some(parts) = engine.begin_parts(key, rest, (purpose, name), slots) else { return };
+        let first = parts.first();
+        let runs = self.run.into_iter().chain(self.runs.clone());
+        let (count, rest) = parts.make(runs.take_while(|run| run.is_whole(granule)));
+        for _ in 0..count {
+            self.run = self.runs.next();
         }
-        (self.run, self.runs) = (next, runs);
-        counts.requests += filling.len() as u64;
-        filling.end(batch);
-        let rest = parts.end();
         self.free = rest.map(|rest| rest.range);
         self.free_record = rest.map_or(MappingHandle::UNKNOWN, |rest| rest.record);
+        engine.send_parts(key, (first, count), requests, batch);
     }
 
     /// Begins and submits the next run, if there is a slot for it.
@@ -182,19 +171,6 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
             (self.runs.next(), free.after(range), MappingHandle::UNKNOWN);
         Ok(())
     }
-}
-
-/// Puts the request for a part into a slot, of which the caller made sure.
-#[inline(always)]
-pub(super) fn put_part(
-    filling: &mut Filling<'_>,
-    (key, domain): (DomainKey, DomainId),
-    (run, Mapped { range, record }): (Run, Mapped),
-    prot: Prot,
-) {
-    let request = Request::Map { domain, range, phys: run.phys, prot };
-    let put = filling.put(&request, Op::Map { domain: key, range, record });
-    debug_assert!(put, "there is a slot");
 }
 
 /// Maps runs, which fill the place that they go to. All or nothing: on an error no mapping is left, their addresses are

@@ -5,7 +5,6 @@
 //! over, which knows the rare states and the words for what is wrong. What these functions return has no destructor, so
 //! that it costs nothing on the way of success.
 
-use super::map::put_part;
 use super::{Access, InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
@@ -138,43 +137,33 @@ pub(crate) fn map_list_first<P: Platform>(
 ) -> Result<Mapped, Option<SentMap>> {
     let Some(mut state) = shared.state.usual() else { return Err(None) };
     let State { engine, requests, .. } = &mut *state;
-    if !requests.has_free_slot() {
-        return Err(None);
-    }
+    let Some(slots) = requests.free_slots() else { return Err(None) };
     let Some(mapped) = engine.allocate_list(key, (len, placement, most), purpose.prot) else {
         return Err(None);
     };
     let name = engine.begin_list();
-    let mut filling = requests.filling();
-    let slot = filling.unused();
-    let (mut next, mut rest) = (runs.next(), Some(mapped));
-    // Bounded by the runs: each round begins one, or is the last.
+    let (mut rest, mut begun) = (Some(mapped), 0);
+    // The records first, then the requests: both at once take more registers than there are. Bounded by the runs: each round
+    // begins one, or is the last.
     while let Some(free) = rest
-        && let Some((domain, counts, mut parts)) = engine.begin_parts(key, free, (purpose, name))
+        && let Some(parts) = engine.begin_parts(key, free, (purpose, name), slots - begun)
     {
-        let before = filling.len();
-        while let Some(run) = next
-            && filling.has_room()
-            && let Some(part) = parts.push(run)
-        {
-            put_part(&mut filling, (key, domain), (run, part), purpose.prot);
-            next = runs.next();
-        }
-        let begun = filling.len() - before;
-        counts.requests += begun as u64;
-        rest = parts.end();
-        if begun == 0 {
+        let count;
+        (count, rest) = parts.make(runs.clone());
+        begun += count;
+        if rest.is_none() || count == 0 {
             break;
         }
+        runs.nth(count - 1);
     }
-    let (begun, mut batch) = (filling.len(), Batch::default());
-    filling.end(&mut batch);
+    let left = if rest.is_some() { runs.count() } else { 0 };
+    engine.take_no_more_parts(key, most - begun - left);
     if begun == 0 {
-        engine.give_back(key, mapped.range, most);
+        engine.give_back(key, mapped.range, left);
         return Err(None);
     }
-    let left = if next.is_some() { 1 + runs.count() } else { 0 };
-    engine.take_no_more_parts(key, most - begun - left);
+    let (slot, mut batch) = (requests.first_free(), Batch::default());
+    engine.send_parts(key, (mapped.record, begun), requests, &mut batch);
     state.publish(Some(key), &shared.doorbell);
     drop(state);
     let sent = SentMap { slot, waiting: batch.len(), mapped, name, lent: false, begun, rest };

@@ -114,12 +114,6 @@ impl<'a> Filling<'a> {
         self.unused < self.slots.len()
     }
 
-    /// The slot for the next one, if there is room.
-    #[inline(always)]
-    pub(crate) fn unused(&self) -> usize {
-        self.unused
-    }
-
     /// How many there are.
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {

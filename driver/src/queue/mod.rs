@@ -7,7 +7,7 @@ mod event;
 mod request;
 mod slot;
 
-pub(crate) use batch::{Batch, Filling};
+pub(crate) use batch::Batch;
 pub(crate) use event::{Event, EventQueue};
 pub(crate) use request::{Answer, Completion, RequestQueue};
 pub(crate) use slot::Outcome;

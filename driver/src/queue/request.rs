@@ -79,6 +79,8 @@ pub(crate) struct RequestQueue {
     /// The first slot that is free, or one that there is not, [`NO_SLOT`].
     free: usize,
     abandoned: u16,
+    /// Slots whose answers wait for whoever sent the requests.
+    done: u16,
     /// The slot that PROBE's area belongs to.
     probing: Option<u16>,
     probe_size: usize,
@@ -119,6 +121,7 @@ impl RequestQueue {
             slots,
             free: 0,
             abandoned: 0,
+            done: 0,
             probing: None,
             probe_size,
             broken: None,
@@ -265,8 +268,21 @@ impl RequestQueue {
         Some(FreeSlot { index, slot: slots.get_mut(index)?, ring, free })
     }
 
+    /// The slot that is used next, if there is one.
+    pub(crate) fn first_free(&self) -> usize {
+        self.free
+    }
+
     pub(crate) fn has_free_slot(&self) -> bool {
         self.free < self.slots.len()
+    }
+
+    /// How many slots are free, of a queue that is not broken, without a look at them: all that are not with the device, and
+    /// have no answer that waits. `None` where the device ever answered what it was not asked, since that counts too much.
+    #[inline(always)]
+    pub(crate) fn free_slots(&self) -> Option<usize> {
+        let taken = usize::from(self.ring.in_flight()) + usize::from(self.done);
+        if self.stray == 0 { self.slots.len().checked_sub(taken) } else { None }
     }
 
     /// Takes the success of a request that was [sent](FreeSlot::send), where all is [usual](Self::is_usual), if it is the
@@ -325,6 +341,7 @@ impl RequestQueue {
         let outcome = judge(used_len, expected as u32, status);
         let completion = Completion { op: slot.op, outcome, abandoned: slot.state == SlotState::Abandoned };
         slot.state = SlotState::Done(outcome);
+        self.done += 1;
         if self.sleepers > 0 {
             self.due += u16::from(self.wakers[usize::from(index)].is_some());
         }
@@ -368,6 +385,7 @@ impl RequestQueue {
         let slot = &mut self.slots[index];
         let (op, abandoned) = (slot.op, slot.state == SlotState::Abandoned);
         slot.state = SlotState::Done(Err(RequestError::Reset));
+        self.done += 1;
         self.due += u16::from(self.wakers[index].is_some());
         if abandoned {
             self.abandoned -= 1;
@@ -466,6 +484,7 @@ impl RequestQueue {
         batch.advance(&self.slots);
     }
 
+    /// Frees a slot that is done.
     #[inline]
     fn release(&mut self, index: u16) {
         if self.probing == Some(index) {
@@ -473,6 +492,7 @@ impl RequestQueue {
             self.point_at_slot(index);
         }
         let free = core::mem::replace(&mut self.free, usize::from(index)) as u16;
+        self.done -= 1;
         let slot = &mut self.slots[usize::from(index)];
         (slot.state, slot.next) = (SlotState::Free, free);
     }

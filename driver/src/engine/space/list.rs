@@ -12,39 +12,34 @@
 
 use super::Space;
 use super::order::MAX_BEHIND;
-use super::slab::{Index, NIL};
-use crate::addr::{Iova, IovaRange};
-use crate::engine::mapping::{Holder, ListId, MappingHandle, MappingState, Purpose};
+use super::slab::Index;
+use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::engine::mapping::{Holder, ListId, Making, MappingHandle, MappingState, Purpose};
 use crate::exchange::{Mapped, Run};
+use crate::prot::Prot;
 
-/// A list that is being made. Until its [end](Self::end) the space is not in order.
-#[must_use = "the space is not in order before the end"]
+/// A list that is about to be made.
 pub(crate) struct Parts<'a> {
     space: &'a mut Space,
-    purpose: Purpose,
-    list: ListId,
-    /// The record that had the addresses, which is the first part's then.
+    making: Making,
+    /// The record that has the addresses, which is the first part's then.
     first: Index,
+    range: IovaRange,
+    rank: i8,
     /// The record that follows the list.
     following: Index,
-    /// The last part so far, or [`NIL`].
-    last: Index,
-    /// How many there could be, and how many more there can be.
-    begun_with: usize,
-    room: usize,
-    /// How many bytes of the addresses are left, and where those end.
-    left: u64,
-    end: u64,
-    rank: i8,
+    /// How many parts there can be.
+    most: usize,
 }
 
 impl Space {
-    /// Begins to make mappings of addresses that were taken for a list, whose record the handle may name.
+    /// Begins to make so many mappings at most of addresses that were taken for a list, whose record the handle may name.
     #[inline(always)]
     pub(crate) fn begin_parts(
         &mut self,
         Mapped { range, record: handle }: Mapped,
         (purpose, list): (Purpose, ListId),
+        most: usize,
     ) -> Option<Parts<'_>> {
         let first = if handle == MappingHandle::UNKNOWN { self.find(range.start())? } else { handle.0 };
         let record = self.order.get(first)?;
@@ -54,29 +49,31 @@ impl Space {
         let (following, rank) = (record.next, record.rank.min(0));
         // The first one has a record, and what is left at the end needs one.
         let in_a_row = (MAX_BEHIND + rank) as usize + 1;
-        let room = self.room.mappings.saturating_sub(self.mappings).min(self.order.room()).min(in_a_row);
-        // It was taken: neither all of the space, nor its end.
-        let (left, end) = (range.len_bytes()?, range.last().checked_add(1)?.get());
-        // Where no record was in use before it names none, until one is made.
-        self.order[first].next = self.order.next_part();
-        Some(Parts {
-            space: self,
-            purpose,
-            list,
-            first,
-            following,
-            last: NIL,
-            begun_with: room,
-            room,
-            left,
-            end,
-            rank,
-        })
+        let room = self.room.mappings.saturating_sub(self.mappings).min(self.order.room());
+        let room = room.min(in_a_row).min(most);
+        let making = Making::new(purpose, list);
+        Some(Parts { space: self, making, first, range, rank, following, most: room })
     }
 
     /// So many parts of a list that were spoken for do not come.
     pub(crate) fn take_no_more_parts(&mut self, count: usize) {
         self.set_others(self.others - count);
+    }
+
+    /// The parts of a list from the one with this record on, in order, and what else follows it: where they lead to, and what
+    /// they allow.
+    #[inline(always)]
+    pub(crate) fn parts_from(
+        &self,
+        MappingHandle(first): MappingHandle,
+    ) -> impl Iterator<Item = (Mapped, PhysAddr, Prot)> {
+        let mut index = first;
+        core::iter::from_fn(move || {
+            let record = self.order.get(index)?;
+            let part = Mapped { range: record.range, record: MappingHandle(index) };
+            index = record.next;
+            Some((part, record.phys, record.prot()))
+        })
     }
 
     /// A part of a list by its record, and the record that follows. `None` where it is another's.
@@ -272,52 +269,68 @@ impl Space {
 }
 
 impl Parts<'_> {
-    /// Makes a mapping of the first of the addresses that are left. `None`, and nothing changed, where that cannot be: too
-    /// few are left, or there is no record for it.
-    #[inline(always)]
-    pub(crate) fn push(&mut self, run: Run) -> Option<Mapped> {
-        if self.room == 0 || run.len > self.left {
-            return None;
-        }
-        let start = self.end - self.left;
-        let range = IovaRange::new(Iova::new(start), Iova::new(start + (run.len - 1)))?;
-        let order = &mut self.space.order;
-        let index = if self.last == NIL {
-            let record = &mut order[self.first];
-            record.range = range;
-            record.begin(Holder::Head, run.phys, self.purpose, self.list);
-            self.first
-        } else {
-            self.rank -= 1;
-            let (index, record) = order.append_part(self.last)?;
-            record.begin_part((range, run.phys), self.purpose, self.list, (self.last, self.rank));
-            index
-        };
-        self.last = index;
-        self.room -= 1;
-        self.left -= run.len;
-        Some(Mapped { range, record: MappingHandle(index) })
+    /// The record of the first.
+    pub(crate) fn first(&self) -> MappingHandle {
+        MappingHandle(self.first)
     }
 
-    /// Puts the space in order. What is left is still taken: with its record.
-    pub(crate) fn end(self) -> Option<Mapped> {
-        let Self { space, first, following, last, begun_with, room, left, end, rank, .. } = self;
-        let count = begun_with - room;
+    /// Makes a mapping of each run, as long as there are addresses and records for it. How many, and what is left of the
+    /// addresses, which is still taken.
+    // By itself: inside of its callers there are too few registers for the loop.
+    #[inline(never)]
+    pub(crate) fn make(self, mut runs: impl Iterator<Item = Run>) -> (usize, Option<Mapped>) {
+        let Self { space, making, first, following, most, range: all, rank } = self;
+        let order = &mut space.order;
+        let (mut next, end) = (all.start(), all.last());
         // No range ends with the last address of all.
-        let rest = IovaRange::from_len(Iova::new(end - left), left);
+        let fits = |next: Iova, run: Run| {
+            let range = IovaRange::new(next, Iova::new(next.get().wrapping_add(run.len).wrapping_sub(1)))?;
+            (range.last() <= end).then_some((range, Iova::new(range.last().get() + 1)))
+        };
+        let run = if most > 0 { runs.next() } else { None };
+        let Some((run, (range, behind))) = run.and_then(|run| Some((run, fits(next, run)?))) else {
+            return (0, Some(Mapped { range: all, record: MappingHandle(first) }));
+        };
+        let mut vacant = order.vacant();
+        let record = &mut order[first];
+        record.range = range;
+        record.begin_listed(Holder::Head, run.phys, making);
+        // Each record that was in use before names the one that comes after it already.
+        record.next = vacant;
+        next = behind;
+        let (mut count, mut last, mut new, mut behind_first) = (1, first, 0, i32::from(rank));
+        while count < most
+            && let Some(run) = runs.next()
+            && let Some((range, behind)) = fits(next, run)
+        {
+            let mut index = vacant;
+            let record = match order.get_mut(vacant) {
+                Some(record) => record,
+                // Once for each record.
+                None => {
+                    let Some(added) = order.append_new(last) else { break };
+                    (index, new) = (added, new + 1);
+                    &mut order[added]
+                }
+            };
+            vacant = record.next;
+            behind_first -= 1;
+            record.range = range;
+            record.begin_listed(Holder::Part, run.phys, making);
+            (record.prev, record.rank) = (last, behind_first as i8);
+            (last, next) = (index, behind);
+            count += 1;
+        }
+        order.take_vacant(vacant, count - 1 - new);
         space.mappings += count;
         space.set_others(space.others - count);
-        if count == 0 {
-            space.order[first].next = following;
-            return rest.map(|range| Mapped { range, record: MappingHandle(first) });
-        }
-        let Some(range) = rest else {
+        let Some(range) = IovaRange::new(next, end) else {
             space.order.join(last, following);
             space.note_list(first, last, count);
-            return None;
+            return (count, None);
         };
-        let rest = space.order.append_rest(range, (last, following), rank);
+        let rest = space.order.append_rest(range, (last, following), behind_first as i8);
         debug_assert!(rest.is_some(), "there was room");
-        Some(Mapped { range, record: rest.map_or(MappingHandle::UNKNOWN, MappingHandle) })
+        (count, Some(Mapped { range, record: rest.map_or(MappingHandle::UNKNOWN, MappingHandle) }))
     }
 }

@@ -244,28 +244,23 @@ impl Order {
         Some(rest)
     }
 
-    /// The record that [`append_part`](Self::append_part) takes next, unless it is made then.
-    pub(super) fn next_part(&self) -> Index {
+    /// A record that was in use before, if there is one: each of them names another.
+    pub(super) fn vacant(&self) -> Index {
         self.slab.vacant()
     }
 
-    /// A record for a part of a list that is being made, behind the record `last`, to be written anew but for the one that
-    /// follows it. `last` names it, as it does [already](Self::next_part) where both were in use before.
-    #[inline(always)]
-    pub(super) fn append_part(&mut self, last: Index) -> Option<(Index, &mut Record)> {
-        // Not the one in the other, since what is returned is borrowed.
-        if self.slab.has_vacant() {
-            return self.slab.take_vacant();
-        }
-        self.append_new(last)
+    /// Takes so many of those, up to this one, which is the next then.
+    pub(super) fn take_vacant(&mut self, next: Index, count: usize) {
+        self.slab.take_vacant(next, count);
     }
 
-    /// Once for each record.
+    /// A new record for a part of a list that is being made, behind the record `last`, which names it then. The vacant ones are
+    /// taken, although the order does not know that yet.
     #[cold]
-    fn append_new(&mut self, last: Index) -> Option<(Index, &mut Record)> {
-        let index = self.slab.put(Record::new(self[last].range, Holder::Part))?;
+    pub(super) fn append_new(&mut self, last: Index) -> Option<Index> {
+        let index = self.slab.put_new(Record::new(self[last].range, Holder::Part))?;
         self[last].next = index;
-        Some((index, self.slab.get_mut(index)?))
+        Some(index)
     }
 
     /// Adds what is left of a list's addresses, behind the last part so far.

@@ -65,18 +65,23 @@ impl Slab {
 
     /// Puts a record into a place that is free. `None` where there is none. Allocates nothing.
     pub(super) fn put(&mut self, record: Record) -> Option<Index> {
+        let index = self.vacant;
+        if index == NIL {
+            return self.put_new(record);
+        }
+        let place = &mut self[index];
+        let next = place.next;
+        *place = record;
+        self.take_vacant(next, 1);
+        Some(index)
+    }
+
+    /// The same for a place that was never in use.
+    pub(super) fn put_new(&mut self, record: Record) -> Option<Index> {
         if self.room == 0 {
             return None;
         }
         self.room -= 1;
-        let index = self.vacant;
-        if index != NIL {
-            let place = &mut self[index];
-            let next = place.next;
-            *place = record;
-            self.vacant = next;
-            return Some(index);
-        }
         // Bounded by the number of chunks; there is room, so one of them has it.
         loop {
             let filling = self.filling;
@@ -90,25 +95,15 @@ impl Slab {
         }
     }
 
-    /// The record that was in use before and [comes next](Self::take_vacant).
+    /// A place that was in use before, or [`NIL`]. The record there names another.
     pub(super) fn vacant(&self) -> Index {
         self.vacant
     }
 
-    #[inline(always)]
-    pub(super) fn has_vacant(&self) -> bool {
-        self.vacant != NIL
-    }
-
-    /// A record that was in use before, to be written anew, which names the one that comes after it. `None` where there is
-    /// none.
-    #[inline(always)]
-    pub(super) fn take_vacant(&mut self) -> Option<(Index, &mut Record)> {
-        let index = self.vacant;
-        let next = self.get(index)?.next;
+    /// Takes so many of those, up to this one, which is the next then.
+    pub(super) fn take_vacant(&mut self, next: Index, count: usize) {
         self.vacant = next;
-        self.room -= 1;
-        Some((index, self.get_mut(index)?))
+        self.room -= count;
     }
 
     /// Gives the places of `count` records back, each of which names the next one. They stay as they are.

@@ -18,14 +18,13 @@ fn make(space: &mut Space, parts: &[u64], left_out: &[usize]) -> (IovaRange, Vec
     let mut rest = Mapped { range, record: MappingHandle::UNKNOWN };
     let mut made: Vec<Mapped> = Vec::new();
     loop {
-        let mut begun = space.begin_parts(rest, (purpose(), ListId::new(7))).expect("it was taken");
-        let before = made.len();
-        while let Some(part) = parts.get(made.len()).and_then(|pages| begun.push(run(*pages))) {
-            made.push(part);
-        }
-        let Some(behind) = begun.end() else { break };
+        let begun = space.begin_parts(rest, (purpose(), ListId::new(7)), usize::MAX).expect("it was taken");
+        let first = begun.first();
+        let (count, behind) = begun.make(parts[made.len()..].iter().map(|pages| run(*pages)));
+        assert!(count > 0);
+        made.extend(space.parts_from(first).take(count).map(|(part, _, _)| part));
+        let Some(behind) = behind else { break };
         space.check();
-        assert!(made.len() > before);
         rest = behind;
     }
     for (at, part) in made.iter().enumerate().filter(|(at, _)| !left_out.contains(at)) {
@@ -80,12 +79,13 @@ fn a_long_list_is_made_in_several_goes() {
     assert!(space.end_unmapped_run(first, range));
     space.check();
     let range = space.allocate(4 * GRANULE, GRANULE, ANYWHERE, 4).unwrap().unwrap();
-    let mut parts = space
-        .begin_parts(Mapped { range, record: MappingHandle::UNKNOWN }, (purpose(), ListId::new(1)))
-        .expect("taken");
-    let made = parts.push(run(1)).expect("there is room");
-    assert!(parts.push(run(4)).is_none(), "longer than what is left");
-    let rest = parts.end().expect("three pages");
+    let rest = Mapped { range, record: MappingHandle::UNKNOWN };
+    let parts = space.begin_parts(rest, (purpose(), ListId::new(1)), 9).expect("taken");
+    let first = parts.first();
+    let (count, rest) = parts.make([run(1), run(4)].into_iter());
+    assert_eq!(count, 1, "the other is longer than what is left");
+    let (made, _, _) = space.parts_from(first).next().expect("there was room");
+    let rest = rest.expect("three pages");
     assert_eq!(rest.range.start(), Iova::new(made.range.last().get() + 1));
     space.check();
     space.release(rest.range, 3);

@@ -197,15 +197,15 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
             let (page, taken, Who::Taken { parts }) = plain.ranges[at] else { return };
             plain.lists += 1;
             let rest = Mapped { range: pages(page, taken), record: MappingHandle::UNKNOWN };
-            let begun = space.begin_parts(rest, (purpose(), ListId::new(1_000 + plain.lists)));
-            let mut begun = begun.expect("it was taken");
-            let mut made = Vec::new();
-            for part in 0..parts {
+            let begun = space.begin_parts(rest, (purpose(), ListId::new(1_000 + plain.lists)), usize::MAX);
+            let runs = (0..parts).map(|part| {
                 let len = if part + 1 == parts { taken - part } else { 1 };
-                let run = Run { phys: PhysAddr::new(page * GRANULE), len: len * GRANULE };
-                made.extend(begun.push(run));
-            }
-            let rest = begun.end();
+                Run { phys: PhysAddr::new(page * GRANULE), len: len * GRANULE }
+            });
+            let begun = begun.expect("it was taken");
+            let first = begun.first();
+            let (count, rest) = begun.make(runs);
+            let made: Vec<_> = space.parts_from(first).take(count).map(|(part, _, _)| part).collect();
             plain.ranges.remove(at);
             for (number, part) in made.iter().enumerate() {
                 let Mapped { range, record: handle } = *part;
