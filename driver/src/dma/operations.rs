@@ -270,12 +270,23 @@ impl<P: Platform> Endpoint<P> {
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
         self.check_list(segments, iovas)?;
-        if let Some(PhysSegment { phys, len }) = as_one_of_pages(segments, self.view.granule) {
-            let mapping = self.map_in_place(phys, len, direction)?;
-            place_pages(mapping.iova, segments, iovas);
-            return Ok(mapping);
+        let Some(PhysSegment { phys, len }) = as_one_of_pages(segments, self.view.granule) else {
+            return self.map_several_now(segments, direction, iovas);
+        };
+        let run = Run { phys, len: len as u64 };
+        let straight = self.view.straight.load(Ordering::Acquire);
+        let mapped = if straight { self.map_straight(run, direction) } else { Err(None) };
+        match mapped {
+            Ok(mapped) => {
+                place_pages(mapped.range.start(), segments, iovas);
+                Ok(self.mapping(mapped, mapped.range.start(), len))
+            }
+            Err(sent) => {
+                let mapping = self.map_crooked(phys, len, direction, sent)?;
+                place_pages(mapping.iova, segments, iovas);
+                Ok(mapping)
+            }
         }
-        self.map_several_now(segments, direction, iovas)
     }
 
     /// The same for a list that is no run of pages.
@@ -328,9 +339,9 @@ impl<P: Platform> Endpoint<P> {
         Ok(self.mapping(mapped, mapped.range.start(), extent.len as usize))
     }
 
-    #[inline]
+    #[inline(always)]
     fn check_list(&self, segments: &[PhysSegment], iovas: &[Iova]) -> Result<(), DmaError> {
-        if segments.is_empty() || segments.len() != iovas.len() {
+        if segments.len() != iovas.len() || segments.is_empty() {
             return Err(DmaError::ListLength { segments: segments.len(), room: iovas.len() });
         }
         self.check_open()
@@ -424,18 +435,41 @@ impl<P: Platform> Endpoint<P> {
     ) -> Result<DmaMapping, DmaError> {
         let (view, run) = (&*self.view, Run { phys, len: len as u64 });
         if !view.straight.load(Ordering::Acquire) || !is_rounded(run, view.granule) {
-            return match self.map_again(phys, len, direction.prot()) {
-                Some(mapping) => Ok(mapping),
-                None => self.map_with_constraints(phys, len, direction),
-            };
+            return self.map_crooked(phys, len, direction, None);
         }
-        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
-        let (shared, key, placement) = (view.domain.shared(), view.domain.key(), Placement::ANYWHERE);
-        match exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, &mut None) {
+        let key = view.domain.key();
+        match self.map_straight(run, direction) {
             Ok(Mapped { range, record }) => {
                 Ok(DmaMapping { domain: key, iova: range.start(), len, range, record })
             }
             Err(sent) => self.map_rest(phys, len, direction, sent),
+        }
+    }
+
+    /// The first step with whole granules, where there is nothing else to be looked at.
+    #[inline(always)]
+    fn map_straight(&self, run: Run, direction: Direction) -> Result<Mapped, Option<SentMap>> {
+        let view = &*self.view;
+        let purpose = Purpose { prot: direction.prot(), tag: self.tag };
+        let (shared, key, placement) = (view.domain.shared(), view.domain.key(), Placement::ANYWHERE);
+        exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, &mut None)
+    }
+
+    /// All other ways, or the rest of that one.
+    #[inline(always)]
+    fn map_crooked(
+        &self,
+        phys: PhysAddr,
+        len: usize,
+        direction: Direction,
+        sent: Option<SentMap>,
+    ) -> Result<DmaMapping, DmaError> {
+        if sent.is_some() {
+            return self.map_rest(phys, len, direction, sent);
+        }
+        match self.map_again(phys, len, direction.prot()) {
+            Some(mapping) => Ok(mapping),
+            None => self.map_with_constraints(phys, len, direction),
         }
     }
 

@@ -80,7 +80,26 @@ pub(super) struct Extent {
 }
 
 /// Segments in a round of a loop over a list that is one run: what there is to do for one takes no longer than going round.
-const ROUND: usize = 16;
+const ROUND: usize = 32;
+
+/// Whether it is so for all of them, in order.
+#[inline(always)]
+fn all_in_rounds<T>(list: &[T], mut is: impl FnMut(&T) -> bool) -> bool {
+    let (rounds, rest) = list.as_chunks::<ROUND>();
+    for round in rounds {
+        for item in round {
+            if !is(item) {
+                return false;
+            }
+        }
+    }
+    for item in rest {
+        if !is(item) {
+            return false;
+        }
+    }
+    true
+}
 
 /// A list of segments that are all as long: whole granules, none of which ends beyond the last address. Most lists of pages
 /// are, and there is no more to be looked at.
@@ -96,12 +115,10 @@ impl<'a> Pages<'a> {
     pub(super) fn of(segments: &'a [PhysSegment], granule: u64) -> Option<Self> {
         let page = segments.first()?.len as u64;
         let mut bits = page;
-        let mut fits = |segment: &PhysSegment| {
+        let alike = all_in_rounds(segments, |segment| {
             bits |= segment.phys.get();
             segment.len as u64 == page
-        };
-        let (rounds, rest) = segments.as_chunks::<ROUND>();
-        let alike = rounds.iter().all(|round| round.iter().all(&mut fits)) && rest.iter().all(fits);
+        });
         // No address is above all of their bits.
         let whole = bits & (granule - 1) == 0 && page >= 2 && bits.checked_add(page).is_some();
         (alike && whole).then(|| Self { segments: segments.iter(), page })
@@ -138,17 +155,21 @@ impl Iterator for Pages<'_> {
 #[inline(always)]
 pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
     let start = segments.first()?.phys.get();
-    let (mut next, mut page) = (start, 0);
-    let mut follows = |segment: &PhysSegment| {
+    let mut next = start;
+    let touch = all_in_rounds(segments, |segment| {
         let begins = segment.phys.get() == next;
-        page |= segment.len;
         next = next.wrapping_add(segment.len as u64);
         begins
-    };
-    let (rounds, rest) = segments.as_chunks::<ROUND>();
-    if !(rounds.iter().all(|round| round.iter().all(&mut follows)) && rest.iter().all(follows)) {
+    });
+    if !touch {
         return None;
     }
+    // By itself: each length is then read where it is needed, and not kept.
+    let mut page = 0;
+    all_in_rounds(segments, |segment| {
+        page |= segment.len;
+        true
+    });
     // None is longer than all of their bits: if together they are as long as if each were, each is.
     let len = page.checked_mul(segments.len())?;
     let alike = next.checked_sub(start) == Some(len as u64);

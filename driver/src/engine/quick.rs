@@ -80,7 +80,7 @@ impl Engine {
     pub(crate) fn send_parts(
         &mut self,
         key: DomainKey,
-        (first, count): (MappingHandle, usize),
+        (first, count, prot): (MappingHandle, usize, Prot),
         requests: &mut RequestQueue,
         batch: &mut Batch,
     ) {
@@ -88,7 +88,7 @@ impl Engine {
         let mut filling = requests.filling();
         domain.counts.requests += count as u64;
         let id = domain.id;
-        for (part, phys, prot) in domain.space.parts_from(first).take(count) {
+        for (part, phys) in domain.space.parts_from(first).take(count) {
             let Mapped { range, record } = part;
             let request = Request::Map { domain: id, range, phys, prot };
             let put = filling.put(&request, Op::Map { domain: key, range, record });

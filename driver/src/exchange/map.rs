@@ -147,7 +147,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         }
         self.free = rest.map(|rest| rest.range);
         self.free_record = rest.map_or(MappingHandle::UNKNOWN, |rest| rest.record);
-        engine.send_parts(key, (first, count), requests, batch);
+        engine.send_parts(key, (first, count, purpose.prot), requests, batch);
     }
 
     /// Begins and submits the next run, if there is a slot for it.

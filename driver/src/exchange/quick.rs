@@ -163,7 +163,7 @@ pub(crate) fn map_list_first<P: Platform>(
         return Err(None);
     }
     let (slot, mut batch) = (requests.first_free(), Batch::default());
-    engine.send_parts(key, (mapped.record, begun), requests, &mut batch);
+    engine.send_parts(key, (mapped.record, begun, purpose.prot), requests, &mut batch);
     state.publish(Some(key), &shared.doorbell);
     drop(state);
     let sent = SentMap { slot, waiting: batch.len(), mapped, name, lent: false, begun, rest };

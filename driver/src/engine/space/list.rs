@@ -16,7 +16,6 @@ use super::slab::Index;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::engine::mapping::{Holder, ListId, Making, MappingHandle, MappingState, Purpose};
 use crate::exchange::{Mapped, Run};
-use crate::prot::Prot;
 
 /// A list that is about to be made.
 pub(crate) struct Parts<'a> {
@@ -60,19 +59,18 @@ impl Space {
         self.set_others(self.others - count);
     }
 
-    /// The parts of a list from the one with this record on, in order, and what else follows it: where they lead to, and what
-    /// they allow.
+    /// The parts of a list from the one with this record on, in order, and what else follows it, with where they lead to.
     #[inline(always)]
     pub(crate) fn parts_from(
         &self,
         MappingHandle(first): MappingHandle,
-    ) -> impl Iterator<Item = (Mapped, PhysAddr, Prot)> {
+    ) -> impl Iterator<Item = (Mapped, PhysAddr)> {
         let mut index = first;
         core::iter::from_fn(move || {
             let record = self.order.get(index)?;
             let part = Mapped { range: record.range, record: MappingHandle(index) };
             index = record.next;
-            Some((part, record.phys, record.prot()))
+            Some((part, record.phys))
         })
     }
 
@@ -298,8 +296,10 @@ impl Parts<'_> {
         // Each record that was in use before names the one that comes after it already.
         record.next = vacant;
         next = behind;
-        let (mut count, mut last, mut new, mut behind_first) = (1, first, 0, i32::from(rank));
-        while count < most
+        // Counts the parts too, since each lies behind the one before it.
+        let least = i32::from(rank) - (most - 1) as i32;
+        let (mut behind_it, mut last, mut new) = (i32::from(rank), first, 0);
+        while behind_it > least
             && let Some(run) = runs.next()
             && let Some((range, behind)) = fits(next, run)
         {
@@ -314,13 +314,13 @@ impl Parts<'_> {
                 }
             };
             vacant = record.next;
-            behind_first -= 1;
+            behind_it -= 1;
             record.range = range;
             record.begin_listed(Holder::Part, run.phys, making);
-            (record.prev, record.rank) = (last, behind_first as i8);
+            (record.prev, record.rank) = (last, behind_it as i8);
             (last, next) = (index, behind);
-            count += 1;
         }
+        let count = 1 + (i32::from(rank) - behind_it) as usize;
         order.take_vacant(vacant, count - 1 - new);
         space.mappings += count;
         space.set_others(space.others - count);
@@ -329,7 +329,7 @@ impl Parts<'_> {
             space.note_list(first, last, count);
             return (count, None);
         };
-        let rest = space.order.append_rest(range, (last, following), behind_first as i8);
+        let rest = space.order.append_rest(range, (last, following), behind_it as i8);
         debug_assert!(rest.is_some(), "there was room");
         (count, Some(Mapped { range, record: rest.map_or(MappingHandle::UNKNOWN, MappingHandle) }))
     }

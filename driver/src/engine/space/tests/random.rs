@@ -205,7 +205,7 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
             let begun = begun.expect("it was taken");
             let first = begun.first();
             let (count, rest) = begun.make(runs);
-            let made: Vec<_> = space.parts_from(first).take(count).map(|(part, _, _)| part).collect();
+            let made: Vec<_> = space.parts_from(first).take(count).map(|(part, _)| part).collect();
             plain.ranges.remove(at);
             for (number, part) in made.iter().enumerate() {
                 let Mapped { range, record: handle } = *part;
