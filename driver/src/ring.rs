@@ -203,13 +203,13 @@ impl Ring {
         self.avail_idx.wrapping_sub(self.used_idx)
     }
 
-    /// Adds a chain that is that many behind the last one. It counts once it is [`pushed`](Self::pushed).
+    /// Where the next chain goes, of several that are added [ahead](Self::pushed) and then counted.
     #[inline(always)]
-    pub(crate) fn push_behind(&mut self, count: usize, head: u16) {
-        self.memory.set_avail_entry(usize::from(self.avail_idx) + count, head);
+    pub(crate) fn next_avail(&self) -> usize {
+        self.avail_idx.into()
     }
 
-    /// Counts chains that were added [behind](Self::push_behind) each other.
+    /// Counts chains whose entries were written one behind the other, from the [next](Self::next_avail) on.
     #[inline(always)]
     pub(crate) fn pushed(&mut self, count: u16) {
         self.avail_idx = self.avail_idx.wrapping_add(count);
@@ -291,12 +291,10 @@ impl Ring {
         self.left
     }
 
-    /// The entry that is so many behind the next one, of those that are [ready](Self::ready).
+    /// Where the first of those that are [ready](Self::ready) is.
     #[inline(always)]
-    pub(crate) fn used_behind(&self, count: usize) -> Used {
-        debug_assert!(count < self.left.into());
-        let (id, len) = self.memory.used_entry(usize::from(self.used_idx) + count);
-        Used { id, len }
+    pub(crate) fn next_used(&self) -> usize {
+        self.used_idx.into()
     }
 
     /// The next entry that the device is done with, left where it is, where it is the only one that is there.

@@ -24,8 +24,11 @@ pub(crate) struct SharedMemory {
 const MIN_ALIGN: usize = 8;
 
 /// Where a ring's parts lie.
+///
+/// # Invariants
+/// All point into the memory that it was made for, which is valid as long as it is used, as [`SharedMemory::with_ring`] saw.
 #[derive(Clone, Copy, Debug)]
-struct Places {
+pub(crate) struct Places {
     avail: NonNull<u8>,
     used: NonNull<u8>,
     /// Where the device says after which available entry it wants a doorbell.
@@ -126,11 +129,24 @@ impl SharedMemory {
         unsafe { AtomicU16::from_ptr(self.placed(place, offset).cast()) }
     }
 
+    /// Where the ring's parts lie, for a loop over its entries: for all that the compiler knows, whatever is written could
+    /// change what is kept here. It is used with this memory only.
+    #[inline(always)]
+    pub(crate) fn places(&self) -> Places {
+        self.places
+    }
+
     /// Writes an entry of the available ring, by any index.
     #[inline]
     pub(crate) fn set_avail_entry(&mut self, index: usize, head: u16) {
-        let entry = index & self.places.mask;
-        self.placed_u16(self.places.avail, 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
+        self.set_avail_entry_at(self.places, index, head);
+    }
+
+    /// The same where the ring lies [there](Self::places).
+    #[inline(always)]
+    pub(crate) fn set_avail_entry_at(&mut self, places: Places, index: usize, head: u16) {
+        let entry = index & places.mask;
+        self.placed_u16(places.avail, 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
     }
 
     /// Publishes the available index: everything written before is visible to a device that sees it.
@@ -164,22 +180,23 @@ impl SharedMemory {
     /// An entry of the used ring, by any index: id and length.
     #[inline]
     pub(crate) fn used_entry(&self, index: usize) -> (u32, u32) {
-        self.entry_of(self.places.used, index)
+        self.used_entry_at(self.places, index)
     }
 
     /// The same of the last entry that the device has written; `None` where it is another.
     #[inline(always)]
     pub(crate) fn used_entry_if_last(&self, index: u16) -> Option<(u32, u32)> {
-        // Read once: for all that the compiler knows, the device's writes could change it.
-        let used = self.places.used;
-        let next = u16::from_le(self.placed_u16(used, 2).load(Ordering::Acquire));
-        (next == index.wrapping_add(1)).then(|| self.entry_of(used, index.into()))
+        // Read once, as `places` says.
+        let places = self.places;
+        let next = u16::from_le(self.placed_u16(places.used, 2).load(Ordering::Acquire));
+        (next == index.wrapping_add(1)).then(|| self.used_entry_at(places, index.into()))
     }
 
+    /// An entry of the used ring, by any index, where the ring lies [there](Self::places).
     #[inline(always)]
-    fn entry_of(&self, used: NonNull<u8>, index: usize) -> (u32, u32) {
-        let entry = index & self.places.mask;
-        let at = self.placed(used, 4 + 8 * entry).cast::<u32>();
+    pub(crate) fn used_entry_at(&self, places: Places, index: usize) -> (u32, u32) {
+        let entry = index & places.mask;
+        let at = self.placed(places.used, 4 + 8 * entry).cast::<u32>();
         // SAFETY: inside the region and aligned by the invariant; volatile, since the device may write at any time.
         let (id, len) = unsafe { (at.read_volatile(), at.add(1).read_volatile()) };
         (u32::from_le(id), u32::from_le(len))

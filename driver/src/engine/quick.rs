@@ -8,7 +8,7 @@ use super::domain::DomainRecord;
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::{Parts, Space};
 use super::{DomainKey, Engine, Op, Placement, Spot};
-use crate::addr::{Iova, IovaRange};
+use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
 use crate::prot::Prot;
@@ -97,25 +97,23 @@ impl Engine {
         filling.end(batch);
     }
 
-    /// Takes addresses for that: so many bytes, where this allows, for so many parts at most, which are
-    /// [spoken for](Self::take_no_more_parts) then.
+    /// The same at addresses that are taken for it: so many bytes, where this allows, in so many parts at most, and so many of
+    /// them at most now.
     #[inline(always)]
-    pub(crate) fn allocate_list(
+    pub(crate) fn begin_list_of(
         &mut self,
         key: DomainKey,
-        (len, Placement { limit, align }, most): (u64, Placement, usize),
-        prot: Prot,
-    ) -> Option<Mapped> {
-        let granule = self.geometry.granule;
-        let space = &mut self.usual_domain(key, prot)?.space;
-        space.allocate_at(len, align.max(granule), (Iova::new(granule), limit), most).ok()?
+        wanted: (u64, Placement),
+        (purpose, list): (Purpose, ListId),
+        most: (usize, usize),
+    ) -> Option<Parts<'_>> {
+        self.usual_domain(key, purpose.prot)?.space.begin_list(wanted, (purpose, list), most)
     }
 
-    /// So many parts of a list that were spoken for do not come.
-    #[inline(always)]
-    pub(crate) fn take_no_more_parts(&mut self, key: DomainKey, count: usize) {
+    /// So many parts at addresses that were taken for a list are still to be made.
+    pub(crate) fn expect_parts(&mut self, key: DomainKey, count: usize) {
         if let Some(domain) = self.domain_mut(key) {
-            domain.space.take_no_more_parts(count);
+            domain.space.expect_parts(count);
         }
     }
 

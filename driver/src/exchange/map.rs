@@ -139,7 +139,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let (Some(range), Some(slots)) = (self.free, requests.free_slots()) else { return };
         let rest = Mapped { range, record: self.free_record };
         let Some(parts) = engine.begin_parts(key, rest, (purpose, name), slots) else { return };
-        let first = parts.first();
+        let first = parts.whole().record;
         let runs = self.run.into_iter().chain(self.runs.clone());
         let (count, rest) = parts.make(runs.take_while(|run| run.is_whole(granule)));
         for _ in 0..count {

@@ -8,7 +8,9 @@
 use super::{Access, InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Placement, Purpose, Spot, stamp};
+use crate::engine::{
+    Deferral, DomainKey, Engine, ListId, MappingHandle, Op, Placement, Purpose, Spot, stamp,
+};
 #[cfg(feature = "bench")]
 use crate::error::RequestError;
 use crate::exchange::Run;
@@ -137,48 +139,60 @@ pub(crate) fn map_list_first<P: Platform>(
 ) -> Result<Mapped, Option<SentMap>> {
     let Some(mut state) = shared.state.usual() else { return Err(None) };
     let State { engine, requests, .. } = &mut *state;
-    let Some(slots) = requests.free_slots() else { return Err(None) };
-    let Some(mapped) = engine.allocate_list(key, (len, placement, most), purpose.prot) else {
-        return Err(None);
-    };
+    let Some(slots) = requests.free_slots().filter(|slots| *slots > 0) else { return Err(None) };
     let name = engine.begin_list();
-    let (mut rest, mut begun) = (Some(mapped), 0);
-    // The records first, then the requests: both at once take more registers than there are. Bounded by the runs: each round
-    // begins one, or is the last.
-    while let Some(free) = rest
-        && let Some(parts) = engine.begin_parts(key, free, (purpose, name), slots - begun)
-    {
-        let count;
-        (count, rest) = parts.make(runs.clone());
-        begun += count;
-        if rest.is_none() || count == 0 {
-            break;
+    let begun = engine.begin_list_of(key, (len, placement), (purpose, name), (most, slots));
+    let Some(parts) = begun else { return Err(None) };
+    let mapped = parts.whole();
+    // The records first, then the requests: both at once take more registers than there are.
+    let (mut begun, mut rest) = parts.make(runs.clone());
+    if rest.is_some() {
+        (begun, rest) = make_more(engine, key, (purpose, name), (begun, rest), (&mut runs, slots));
+        if begun == 0 {
+            engine.give_back(key, mapped.range, 0);
+            return Err(None);
         }
-        runs.nth(count - 1);
-    }
-    let left = if rest.is_some() { runs.count() } else { 0 };
-    engine.take_no_more_parts(key, most - begun - left);
-    if begun == 0 {
-        engine.give_back(key, mapped.range, left);
-        return Err(None);
     }
     let (slot, mut batch) = (requests.first_free(), Batch::default());
     engine.send_parts(key, (mapped.record, begun, purpose.prot), requests, &mut batch);
     state.publish(Some(key), &shared.doorbell);
     drop(state);
-    let sent = SentMap { slot, waiting: batch.len(), mapped, name, lent: false, begun, rest };
+    let sent = |slot, waiting| SentMap { slot, waiting, mapped, name, lent: false, begun, rest };
     shared.ring();
-    let Some(mut state) = shared.state.usual() else { return Err(Some(sent)) };
+    let Some(mut state) = shared.state.usual() else { return Err(Some(sent(slot, batch.len()))) };
     let _none = state.requests.take_successes(&mut batch, |_| true);
     let whole = batch.is_empty() && rest.is_none();
     if !(whole && state.engine.mapped_list(key, mapped)) {
         state.take_parts(key, (mapped, name), begun - usize::from(batch.len()));
     }
-    let sent = SentMap { slot: batch.slot(), waiting: batch.len(), ..sent };
     if state.requests.has_left_any() {
         Access::go_on(state).drain();
     }
-    if whole { Ok(mapped) } else { Err(Some(sent)) }
+    if whole { Ok(mapped) } else { Err(Some(sent(batch.slot(), batch.len()))) }
+}
+
+/// Makes more parts of a list, of more than lie behind one record, as long as there are slots for them. How many there are then,
+/// and what is left of the addresses.
+#[cold]
+fn make_more(
+    engine: &mut Engine,
+    key: DomainKey,
+    making: (Purpose, ListId),
+    (mut begun, mut rest): (usize, Option<Mapped>),
+    (runs, slots): (&mut (impl Iterator<Item = Run> + Clone), usize),
+) -> (usize, Option<Mapped>) {
+    let Some(last) = begun.checked_sub(1) else { return (begun, rest) };
+    runs.nth(last);
+    engine.expect_parts(key, runs.clone().count());
+    // Bounded by the runs: each round begins one, or is the last.
+    while let Some(free) = rest {
+        let Some(parts) = engine.begin_parts(key, free, making, slots - begun) else { break };
+        let (count, left) = parts.make(runs.clone());
+        (begun, rest) = (begun + count, left);
+        let Some(last) = count.checked_sub(1) else { break };
+        runs.nth(last);
+    }
+    (begun, rest)
 }
 
 /// Unmaps live mappings that touch each other, the first of which `record` may be the record of. Where it did not succeed

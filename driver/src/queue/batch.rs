@@ -2,8 +2,8 @@
 
 use super::slot::{Slot, SlotState, head_of};
 use crate::engine::Op;
-use crate::ring::Ring;
-use crate::shared_memory::SharedMemory;
+use crate::ring::{Ring, Used};
+use crate::shared_memory::{Places, SharedMemory};
 use crate::wire::request::Request;
 
 /// Requests that are submitted together and waited for together: a list through their slots, so that it takes
@@ -58,28 +58,31 @@ impl Batch {
         mut take: impl FnMut(&Op) -> bool,
     ) -> Option<Op> {
         let first = usize::from(self.head);
-        let most = ring.ready().min(self.len).into();
-        let (mut count, mut index, mut last, mut rest) = (0, first, first, None);
-        while count < most {
-            let used = ring.used_behind(count);
+        let (at, places) = (ring.next_used(), ring.memory().places());
+        let end = at + usize::from(ring.ready().min(self.len));
+        let (mut next, mut index, mut last, mut rest) = (at, first, first, None);
+        while next < end {
+            let (id, len) = ring.memory().used_entry_at(places, next);
+            let used = Used { id, len };
             let Some(slot) = slots.get_mut(index) else { break };
             if !slot.succeeded(used, index, ring.memory()) {
                 break;
             }
             slot.state = SlotState::Free;
             (last, index) = (index, usize::from(slot.next));
-            count += 1;
+            next += 1;
             if !take(&slot.op) {
                 rest = Some(slot.op);
                 break;
             }
         }
+        let count = (next - at) as u16;
         if count > 0 {
             // They are linked already.
             slots[last].next = *free as u16;
             *free = first;
-            ring.pass(count as u16);
-            (self.head, self.len) = (index as u16, self.len - count as u16);
+            ring.pass(count);
+            (self.head, self.len) = (index as u16, self.len - count);
         }
         rest
     }
@@ -97,14 +100,18 @@ pub(crate) struct Filling<'a> {
     free: &'a mut usize,
     /// The one that is free now.
     unused: usize,
-    count: usize,
+    /// Where the first entry goes, and the next one.
+    first: usize,
+    next: usize,
+    places: Places,
 }
 
 impl<'a> Filling<'a> {
     #[inline(always)]
     pub(super) fn new(ring: &'a mut Ring, slots: &'a mut [Slot], free: &'a mut usize) -> Self {
-        let unused = *free;
-        Self { ring, slots, free, unused, count: 0 }
+        let (unused, first) = (*free, ring.next_avail());
+        let places = ring.memory().places();
+        Self { ring, slots, free, unused, first, next: first, places }
     }
 
     /// Whether there is a slot for one more.
@@ -117,7 +124,7 @@ impl<'a> Filling<'a> {
     /// How many there are.
     #[inline(always)]
     pub(crate) fn len(&self) -> usize {
-        self.count
+        self.next - self.first
     }
 
     /// Puts a request that is no PROBE, or that was written, into a slot. False, and nothing done, where there is none.
@@ -132,19 +139,20 @@ impl<'a> Filling<'a> {
     #[inline(always)]
     pub(super) fn next(&mut self) -> Option<(&mut Slot, &mut SharedMemory)> {
         let slot = self.slots.get_mut(self.unused)?;
-        self.ring.push_behind(self.count, head_of(self.unused));
+        let memory = self.ring.memory_mut();
+        memory.set_avail_entry_at(self.places, self.next, head_of(self.unused));
         self.unused = usize::from(slot.next);
-        self.count += 1;
-        Some((slot, self.ring.memory_mut()))
+        self.next += 1;
+        Some((slot, memory))
     }
 
     /// Puts the queue in order, and the requests behind those of a batch. The device sees them after
     /// [`publish`](super::RequestQueue::publish).
     #[inline(always)]
     pub(crate) fn end(self, batch: &mut Batch) {
-        let Self { ring, free, unused, count, .. } = self;
         // There are fewer slots than that.
-        let count = count as u16;
+        let count = self.len() as u16;
+        let Self { ring, free, unused, .. } = self;
         ring.pushed(count);
         if batch.len == 0 {
             batch.head = *free as u16;

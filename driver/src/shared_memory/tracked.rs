@@ -22,7 +22,7 @@ pub(crate) struct SharedMemory {
 
 /// As in `shared_memory.rs`.
 #[derive(Clone, Copy, Debug, Default)]
-struct Places {
+pub(crate) struct Places {
     avail: usize,
     used: usize,
     mask: u16,
@@ -87,9 +87,17 @@ impl SharedMemory {
         Cell { offset, descriptor_len: 16 * usize::from(descriptor) + 8 }
     }
 
+    pub(crate) fn places(&self) -> Places {
+        self.places
+    }
+
     pub(crate) fn set_avail_entry(&mut self, index: usize, head: u16) {
-        let entry = index & usize::from(self.places.mask);
-        self.cells.store(self.places.avail + 4 + 2 * entry, head, Ordering::Relaxed);
+        self.set_avail_entry_at(self.places, index, head);
+    }
+
+    pub(crate) fn set_avail_entry_at(&mut self, places: Places, index: usize, head: u16) {
+        let entry = index & usize::from(places.mask);
+        self.cells.store(places.avail + 4 + 2 * entry, head, Ordering::Relaxed);
     }
 
     pub(crate) fn publish_avail_index(&mut self, index: u16) {
@@ -114,7 +122,11 @@ impl SharedMemory {
     }
 
     pub(crate) fn used_entry(&self, index: usize) -> (u32, u32) {
-        let at = self.places.used + 4 + 8 * (index & usize::from(self.places.mask));
+        self.used_entry_at(self.places, index)
+    }
+
+    pub(crate) fn used_entry_at(&self, places: Places, index: usize) -> (u32, u32) {
+        let at = places.used + 4 + 8 * (index & usize::from(places.mask));
         (self.read_u32(at), self.read_u32(at + 4))
     }
 

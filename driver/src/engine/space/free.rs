@@ -4,8 +4,7 @@ use super::order::Wanted;
 use super::slab::{Index, NIL};
 use super::{ListFull, ReserveError, Space};
 use crate::addr::{Iova, IovaRange};
-use crate::engine::mapping::{Holder, MappingHandle};
-use crate::exchange::Mapped;
+use crate::engine::mapping::Holder;
 
 impl Space {
     /// Takes `len` bytes (a multiple of the granule) as high as possible, starting at a multiple of `align` (a power of
@@ -20,18 +19,6 @@ impl Space {
         (lowest, limit): (Iova, Iova),
         parts: usize,
     ) -> Result<Option<IovaRange>, ListFull> {
-        Ok(self.allocate_at(len, align, (lowest, limit), parts)?.map(|mapped| mapped.range))
-    }
-
-    /// The same, with where the record is.
-    #[inline(always)]
-    pub(crate) fn allocate_at(
-        &mut self,
-        len: u64,
-        align: u64,
-        (lowest, limit): (Iova, Iova),
-        parts: usize,
-    ) -> Result<Option<Mapped>, ListFull> {
         if parts > self.room_left() {
             return Err(ListFull);
         }
@@ -54,7 +41,7 @@ impl Space {
         let Some((index, range)) = found else { return Ok(None) };
         self.set_others(self.others + parts);
         self.remember(index, range.start());
-        Ok(Some(Mapped { range, record: MappingHandle(index) }))
+        Ok(Some(range))
     }
 
     pub(super) fn search(&mut self, wanted: Wanted) -> Option<(Index, IovaRange)> {

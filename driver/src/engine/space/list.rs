@@ -12,8 +12,10 @@
 
 use super::Space;
 use super::order::MAX_BEHIND;
-use super::slab::Index;
+use super::quick::suits;
+use super::slab::{Index, NIL};
 use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::engine::Placement;
 use crate::engine::mapping::{Holder, ListId, Making, MappingHandle, MappingState, Purpose};
 use crate::exchange::{Mapped, Run};
 
@@ -29,10 +31,13 @@ pub(crate) struct Parts<'a> {
     following: Index,
     /// How many parts there can be.
     most: usize,
+    /// Whether they are [expected](Space::expect_parts).
+    expected: bool,
 }
 
 impl Space {
-    /// Begins to make so many mappings at most of addresses that were taken for a list, whose record the handle may name.
+    /// Begins to make so many mappings at most of addresses that were taken for a list, whose record the handle may name, and
+    /// of which these are expected.
     #[inline(always)]
     pub(crate) fn begin_parts(
         &mut self,
@@ -45,18 +50,55 @@ impl Space {
         if record.holder != Holder::Taken || record.range != range {
             return None;
         }
-        let (following, rank) = (record.next, record.rank.min(0));
+        let mut parts = self.parts_of(first, (purpose, list), most)?;
+        parts.expected = true;
+        Some(parts)
+    }
+
+    #[inline(always)]
+    fn parts_of(
+        &mut self,
+        first: Index,
+        (purpose, list): (Purpose, ListId),
+        most: usize,
+    ) -> Option<Parts<'_>> {
+        let record = self.order.get(first)?;
+        let (range, following, rank) = (record.range, record.next, record.rank.min(0));
         // The first one has a record, and what is left at the end needs one.
         let in_a_row = (MAX_BEHIND + rank) as usize + 1;
         let room = self.room.mappings.saturating_sub(self.mappings).min(self.order.room());
-        let room = room.min(in_a_row).min(most);
+        let most = room.min(in_a_row).min(most);
         let making = Making::new(purpose, list);
-        Some(Parts { space: self, making, first, range, rank, following, most: room })
+        Some(Parts { space: self, making, first, range, rank, following, most, expected: false })
     }
 
-    /// So many parts of a list that were spoken for do not come.
-    pub(crate) fn take_no_more_parts(&mut self, count: usize) {
-        self.set_others(self.others - count);
+    /// Takes so many bytes of addresses where this allows, for as many parts at most, and begins to make mappings of them, so
+    /// many at most now. `None`, and nothing changed, where that cannot be. Of what is not made then the caller
+    /// [says](Self::expect_parts) how much is to come.
+    #[inline(always)]
+    pub(crate) fn begin_list(
+        &mut self,
+        (len, placement): (u64, Placement),
+        (purpose, list): (Purpose, ListId),
+        (most, now): (usize, usize),
+    ) -> Option<Parts<'_>> {
+        if most > self.most.saturating_sub(self.mappings) {
+            return None;
+        }
+        let granules = self.order.page(Iova::new(len));
+        let first = match self.magazines.pop(&mut self.order, granules, |range| suits(placement, range)) {
+            Some((index, record)) => {
+                record.holder = Holder::Taken;
+                index
+            }
+            None => self.search_for_one(len, placement.align, placement.limit)?,
+        };
+        self.parts_of(first, (purpose, list), now)
+    }
+
+    /// So many parts of addresses that were taken for a list are still to be made.
+    pub(crate) fn expect_parts(&mut self, count: usize) {
+        self.set_others(self.others + count);
     }
 
     /// The parts of a list from the one with this record on, in order, and what else follows it, with where they lead to.
@@ -126,6 +168,7 @@ impl Space {
     }
 
     /// Takes note of a list that was made in one go.
+    #[inline(always)]
     fn note_list(&mut self, first: Index, last: Index, count: usize) {
         if count == 1 {
             // It is like any other mapping.
@@ -267,17 +310,19 @@ impl Space {
 }
 
 impl Parts<'_> {
-    /// The record of the first.
-    pub(crate) fn first(&self) -> MappingHandle {
-        MappingHandle(self.first)
+    /// All of the addresses, and the record of the first.
+    #[inline(always)]
+    pub(crate) fn whole(&self) -> Mapped {
+        Mapped { range: self.range, record: MappingHandle(self.first) }
     }
 
     /// Makes a mapping of each run, as long as there are addresses and records for it. How many, and what is left of the
     /// addresses, which is still taken.
     // By itself: inside of its callers there are too few registers for the loop.
     #[inline(never)]
-    pub(crate) fn make(self, mut runs: impl Iterator<Item = Run>) -> (usize, Option<Mapped>) {
-        let Self { space, making, first, following, most, range: all, rank } = self;
+    pub(crate) fn make(self, runs: impl Iterator<Item = Run>) -> (usize, Option<Mapped>) {
+        let mut runs = runs;
+        let Self { space, making, first, following, most, range: all, rank, expected } = self;
         let order = &mut space.order;
         let (mut next, end) = (all.start(), all.last());
         // No range ends with the last address of all.
@@ -298,32 +343,44 @@ impl Parts<'_> {
         next = behind;
         // Counts the parts too, since each lies behind the one before it.
         let least = i32::from(rank) - (most - 1) as i32;
-        let (mut behind_it, mut last, mut new) = (i32::from(rank), first, 0);
+        let (mut behind_it, mut last) = (i32::from(rank), first);
+        let mut fit = true;
         while behind_it > least
+            && let Some(record) = order.get_mut(vacant)
+            && let Some(run) = runs.next()
+        {
+            let Some((range, behind)) = fits(next, run) else {
+                fit = false;
+                break;
+            };
+            behind_it -= 1;
+            record.range = range;
+            record.begin_listed(Holder::Part, run.phys, making);
+            (record.prev, record.rank) = (last, behind_it as i8);
+            (last, vacant, next) = (vacant, record.next, behind);
+        }
+        let again = i32::from(rank) - behind_it;
+        order.take_vacant(vacant, again as usize);
+        // Once for each record.
+        while vacant == NIL
+            && fit
+            && behind_it > least
             && let Some(run) = runs.next()
             && let Some((range, behind)) = fits(next, run)
+            && let Some(index) = order.append_new(last)
         {
-            let mut index = vacant;
-            let record = match order.get_mut(vacant) {
-                Some(record) => record,
-                // Once for each record.
-                None => {
-                    let Some(added) = order.append_new(last) else { break };
-                    (index, new) = (added, new + 1);
-                    &mut order[added]
-                }
-            };
-            vacant = record.next;
             behind_it -= 1;
+            let record = &mut order[index];
             record.range = range;
             record.begin_listed(Holder::Part, run.phys, making);
             (record.prev, record.rank) = (last, behind_it as i8);
             (last, next) = (index, behind);
         }
         let count = 1 + (i32::from(rank) - behind_it) as usize;
-        order.take_vacant(vacant, count - 1 - new);
         space.mappings += count;
-        space.set_others(space.others - count);
+        if expected {
+            space.set_others(space.others - count);
+        }
         let Some(range) = IovaRange::new(next, end) else {
             space.order.join(last, following);
             space.note_list(first, last, count);

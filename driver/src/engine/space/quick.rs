@@ -24,16 +24,12 @@ impl Space {
         if self.mappings >= self.most {
             return None;
         }
-        let suits = |range: IovaRange| match spot {
-            // All ranges of a magazine are as long, and only 0 lies below the lowest address.
-            Spot::Within(Placement { limit, align }) => {
-                let (start, last) = (range.start().get(), range.last().get());
-                start != 0 && last <= limit.get() && start & (align - 1) == 0
-            }
+        let is_it = |range: IovaRange| match spot {
+            Spot::Within(placement) => suits(placement, range),
             Spot::At(wanted) => range == wanted,
         };
         let granules = self.order.page(Iova::new(run.len));
-        let (index, record) = match (self.magazines.pop(&mut self.order, granules, suits), spot) {
+        let (index, record) = match (self.magazines.pop(&mut self.order, granules, is_it), spot) {
             (Some(cached), _) => cached,
             (None, Spot::Within(Placement { limit, align })) => {
                 let index = self.search_for_one(run.len, align, limit)?;
@@ -51,7 +47,7 @@ impl Space {
     }
 
     #[cold]
-    fn search_for_one(&mut self, len: u64, align: u64, limit: Iova) -> Option<Index> {
+    pub(super) fn search_for_one(&mut self, len: u64, align: u64, limit: Iova) -> Option<Index> {
         let granule = self.order.granule();
         let wanted = Wanted { len, align: align.max(granule), lowest: granule, limit: limit.get() };
         let (index, range) = self.search(wanted)?;
@@ -275,6 +271,13 @@ impl Space {
         self.order[index].holder = Holder::Taken;
         self.free(index);
     }
+}
+
+/// Whether a range of a magazine, all of which are as long, is one that this allows: only 0 lies below the lowest address.
+#[inline(always)]
+pub(super) fn suits(Placement { limit, align }: Placement, range: IovaRange) -> bool {
+    let (start, last) = (range.start().get(), range.last().get());
+    start != 0 && last <= limit.get() && start & (align - 1) == 0
 }
 
 /// Whether it is the record of exactly this range, and no more, and waited for an UNMAP's answer.

@@ -19,7 +19,7 @@ fn make(space: &mut Space, parts: &[u64], left_out: &[usize]) -> (IovaRange, Vec
     let mut made: Vec<Mapped> = Vec::new();
     loop {
         let begun = space.begin_parts(rest, (purpose(), ListId::new(7)), usize::MAX).expect("it was taken");
-        let first = begun.first();
+        let first = begun.whole().record;
         let (count, behind) = begun.make(parts[made.len()..].iter().map(|pages| run(*pages)));
         assert!(count > 0);
         made.extend(space.parts_from(first).take(count).map(|(part, _)| part));
@@ -81,7 +81,7 @@ fn a_long_list_is_made_in_several_goes() {
     let range = space.allocate(4 * GRANULE, GRANULE, ANYWHERE, 4).unwrap().unwrap();
     let rest = Mapped { range, record: MappingHandle::UNKNOWN };
     let parts = space.begin_parts(rest, (purpose(), ListId::new(1)), 9).expect("taken");
-    let first = parts.first();
+    let first = parts.whole().record;
     let (count, rest) = parts.make([run(1), run(4)].into_iter());
     assert_eq!(count, 1, "the other is longer than what is left");
     let (made, _) = space.parts_from(first).next().expect("there was room");

@@ -203,7 +203,7 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
                 Run { phys: PhysAddr::new(page * GRANULE), len: len * GRANULE }
             });
             let begun = begun.expect("it was taken");
-            let first = begun.first();
+            let first = begun.whole().record;
             let (count, rest) = begun.make(runs);
             let made: Vec<_> = space.parts_from(first).take(count).map(|(part, _)| part).collect();
             plain.ranges.remove(at);
