@@ -47,7 +47,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 use space::Room;
-pub(crate) use space::Space;
+pub(crate) use space::{Parts, Space};
 use tag::Tags;
 
 /// Names a domain's record: its place in the lower half, and a generation that tells it from a later one there in the

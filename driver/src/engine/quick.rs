@@ -7,13 +7,12 @@ use super::deferred::Deferral;
 use super::domain::DomainRecord;
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::{Parts, Space};
-use super::{DomainKey, Engine, Op, Placement, Spot};
+use super::{DomainKey, Engine, Placement, Spot};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
+use crate::id::DomainId;
 use crate::prot::Prot;
-use crate::queue::{Batch, RequestQueue};
-use crate::wire::request::Request;
 
 /// Confirmed requests that are counted together, and the bytes that they mapped or unmapped.
 #[derive(Default)]
@@ -62,7 +61,8 @@ impl Engine {
         (domain.mappable == key).then_some(domain)
     }
 
-    /// Begins to map a list for reading, writing or both at addresses that were taken for it, in so many parts at most.
+    /// Begins to map a list for reading, writing or both at addresses that were taken for it, in so many parts at most. With the
+    /// number that its requests carry.
     #[inline(always)]
     pub(crate) fn begin_parts(
         &mut self,
@@ -70,31 +70,17 @@ impl Engine {
         rest: Mapped,
         (purpose, list): (Purpose, ListId),
         most: usize,
-    ) -> Option<Parts<'_>> {
-        self.usual_domain(key, purpose.prot)?.space.begin_parts(rest, (purpose, list), most)
+    ) -> Option<(DomainId, Parts<'_>)> {
+        let domain = self.usual_domain(key, purpose.prot)?;
+        Some((domain.id, domain.space.begin_parts(rest, (purpose, list), most)?))
     }
 
-    /// Puts the requests for so many parts of a list that begins with this record into slots, which there are, and counts them.
-    // By itself: inside of its callers there are too few registers for the loop.
-    #[inline(never)]
-    pub(crate) fn send_parts(
-        &mut self,
-        key: DomainKey,
-        (first, count, prot): (MappingHandle, usize, Prot),
-        requests: &mut RequestQueue,
-        batch: &mut Batch,
-    ) {
-        let Some(domain) = self.domain_mut(key) else { return };
-        let mut filling = requests.filling();
-        domain.counts.requests += count as u64;
-        let id = domain.id;
-        for (part, phys) in domain.space.parts_from(first).take(count) {
-            let Mapped { range, record } = part;
-            let request = Request::Map { domain: id, range, phys, prot };
-            let put = filling.put(&request, Op::Map { domain: key, range, record });
-            debug_assert!(put, "there is a slot");
+    /// Counts requests of a domain.
+    #[inline(always)]
+    pub(crate) fn count_requests(&mut self, key: DomainKey, count: usize) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.counts.requests += count as u64;
         }
-        filling.end(batch);
     }
 
     /// The same at addresses that are taken for it: so many bytes, where this allows, in so many parts at most, and so many of
@@ -106,8 +92,9 @@ impl Engine {
         wanted: (u64, Placement),
         (purpose, list): (Purpose, ListId),
         most: (usize, usize),
-    ) -> Option<Parts<'_>> {
-        self.usual_domain(key, purpose.prot)?.space.begin_list(wanted, (purpose, list), most)
+    ) -> Option<(DomainId, Parts<'_>)> {
+        let domain = self.usual_domain(key, purpose.prot)?;
+        Some((domain.id, domain.space.begin_list(wanted, (purpose, list), most)?))
     }
 
     /// So many parts at addresses that were taken for a list are still to be made.

@@ -1,6 +1,7 @@
 //! Mapping lists of runs.
 
 use super::flush::flush_all_the_same;
+use super::list::send_parts;
 use super::quick::SentMap;
 use super::unmap::{Owned, unmap};
 use super::{InFlight, Mapped, Need, Shared, State};
@@ -138,16 +139,17 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let (key, granule) = (self.key, engine.geometry.granule);
         let (Some(range), Some(slots)) = (self.free, requests.free_slots()) else { return };
         let rest = Mapped { range, record: self.free_record };
-        let Some(parts) = engine.begin_parts(key, rest, (purpose, name), slots) else { return };
-        let first = parts.whole().record;
+        let parts = engine.begin_parts(key, rest, (purpose, name), slots);
+        let Some((domain, parts)) = parts else { return };
         let runs = self.run.into_iter().chain(self.runs.clone());
-        let (count, rest) = parts.make(runs.take_while(|run| run.is_whole(granule)));
+        let runs = runs.take_while(|run| run.is_whole(granule));
+        let (count, rest) = send_parts(parts, runs, (key, domain, purpose.prot), requests, batch);
+        engine.count_requests(key, count);
         for _ in 0..count {
             self.run = self.runs.next();
         }
         self.free = rest.map(|rest| rest.range);
         self.free_record = rest.map_or(MappingHandle::UNKNOWN, |rest| rest.record);
-        engine.send_parts(key, (first, count, purpose.prot), requests, batch);
     }
 
     /// Begins and submits the next run, if there is a slot for it.

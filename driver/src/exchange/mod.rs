@@ -7,6 +7,7 @@
 mod attach;
 mod each;
 mod flush;
+mod list;
 #[cfg(all(test, loom))]
 mod loom;
 mod map;
@@ -20,8 +21,9 @@ mod wait;
 pub(crate) use attach::{attach_first, detach_first};
 pub(crate) use each::{map_each, unmap_each};
 pub(crate) use flush::{flush, flush_all_the_same, flush_due, unmap_by_policy};
+pub(crate) use list::map_list_first;
 pub(crate) use map::{Place, Run, map};
-pub(crate) use quick::{Mapped, SentMap, defer_first, map_first, map_list_first, unmap_first};
+pub(crate) use quick::{Mapped, SentMap, defer_first, map_first, unmap_first};
 pub(crate) use revive::{revive_list, revive_one};
 pub(crate) use sleepers::{Need, Sleepers, Wake};
 pub(crate) use state::{Access, State, StateLock};

@@ -5,12 +5,10 @@
 //! over, which knows the rare states and the words for what is wrong. What these functions return has no destructor, so
 //! that it costs nothing on the way of success.
 
-use super::{Access, InFlight, Shared, State};
+use super::{InFlight, Shared, State};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
-use crate::engine::{
-    Deferral, DomainKey, Engine, ListId, MappingHandle, Op, Placement, Purpose, Spot, stamp,
-};
+use crate::engine::{Deferral, DomainKey, ListId, MappingHandle, Op, Purpose, Spot, stamp};
 #[cfg(feature = "bench")]
 use crate::error::RequestError;
 use crate::exchange::Run;
@@ -37,8 +35,8 @@ impl Mapped {
 #[derive(Clone, Copy)]
 pub(crate) struct SentMap {
     /// The slot of the first one that is not, and how many there are.
-    slot: usize,
-    waiting: u16,
+    pub(super) slot: usize,
+    pub(super) waiting: u16,
     /// All of the list.
     pub mapped: Mapped,
     pub name: ListId,
@@ -124,75 +122,6 @@ pub(crate) fn map_first<P: Platform>(
         state.succeeded(Op::Map { domain: key, range, record });
     }
     Ok(sent.mapped)
-}
-
-/// Maps a list of whole runs for reading, writing or both: so many bytes, where this allows, of so many runs at most.
-/// [`map`](super::map) takes over where it did not succeed, with what was sent.
-// By itself: inside of its callers there are too few registers for the loops.
-#[inline(never)]
-pub(crate) fn map_list_first<P: Platform>(
-    shared: &Shared<P>,
-    key: DomainKey,
-    (len, placement, most): (u64, Placement, usize),
-    mut runs: impl Iterator<Item = Run> + Clone,
-    purpose: Purpose,
-) -> Result<Mapped, Option<SentMap>> {
-    let Some(mut state) = shared.state.usual() else { return Err(None) };
-    let State { engine, requests, .. } = &mut *state;
-    let Some(slots) = requests.free_slots().filter(|slots| *slots > 0) else { return Err(None) };
-    let name = engine.begin_list();
-    let begun = engine.begin_list_of(key, (len, placement), (purpose, name), (most, slots));
-    let Some(parts) = begun else { return Err(None) };
-    let mapped = parts.whole();
-    // The records first, then the requests: both at once take more registers than there are.
-    let (mut begun, mut rest) = parts.make(runs.clone());
-    if rest.is_some() {
-        (begun, rest) = make_more(engine, key, (purpose, name), (begun, rest), (&mut runs, slots));
-        if begun == 0 {
-            engine.give_back(key, mapped.range, 0);
-            return Err(None);
-        }
-    }
-    let (slot, mut batch) = (requests.first_free(), Batch::default());
-    engine.send_parts(key, (mapped.record, begun, purpose.prot), requests, &mut batch);
-    state.publish(Some(key), &shared.doorbell);
-    drop(state);
-    let sent = |slot, waiting| SentMap { slot, waiting, mapped, name, lent: false, begun, rest };
-    shared.ring();
-    let Some(mut state) = shared.state.usual() else { return Err(Some(sent(slot, batch.len()))) };
-    let _none = state.requests.take_successes(&mut batch, |_| true);
-    let whole = batch.is_empty() && rest.is_none();
-    if !(whole && state.engine.mapped_list(key, mapped)) {
-        state.take_parts(key, (mapped, name), begun - usize::from(batch.len()));
-    }
-    if state.requests.has_left_any() {
-        Access::go_on(state).drain();
-    }
-    if whole { Ok(mapped) } else { Err(Some(sent(batch.slot(), batch.len()))) }
-}
-
-/// Makes more parts of a list, of more than lie behind one record, as long as there are slots for them. How many there are then,
-/// and what is left of the addresses.
-#[cold]
-fn make_more(
-    engine: &mut Engine,
-    key: DomainKey,
-    making: (Purpose, ListId),
-    (mut begun, mut rest): (usize, Option<Mapped>),
-    (runs, slots): (&mut (impl Iterator<Item = Run> + Clone), usize),
-) -> (usize, Option<Mapped>) {
-    let Some(last) = begun.checked_sub(1) else { return (begun, rest) };
-    runs.nth(last);
-    engine.expect_parts(key, runs.clone().count());
-    // Bounded by the runs: each round begins one, or is the last.
-    while let Some(free) = rest {
-        let Some(parts) = engine.begin_parts(key, free, making, slots - begun) else { break };
-        let (count, left) = parts.make(runs.clone());
-        (begun, rest) = (begun + count, left);
-        let Some(last) = count.checked_sub(1) else { break };
-        runs.nth(last);
-    }
-    (begun, rest)
 }
 
 /// Unmaps live mappings that touch each other, the first of which `record` may be the record of. Where it did not succeed

@@ -14,7 +14,7 @@ use super::Space;
 use super::order::MAX_BEHIND;
 use super::quick::suits;
 use super::slab::{Index, NIL};
-use crate::addr::{Iova, IovaRange, PhysAddr};
+use crate::addr::{Iova, IovaRange};
 use crate::engine::Placement;
 use crate::engine::mapping::{Holder, ListId, Making, MappingHandle, MappingState, Purpose};
 use crate::exchange::{Mapped, Run};
@@ -99,21 +99,6 @@ impl Space {
     /// So many parts of addresses that were taken for a list are still to be made.
     pub(crate) fn expect_parts(&mut self, count: usize) {
         self.set_others(self.others + count);
-    }
-
-    /// The parts of a list from the one with this record on, in order, and what else follows it, with where they lead to.
-    #[inline(always)]
-    pub(crate) fn parts_from(
-        &self,
-        MappingHandle(first): MappingHandle,
-    ) -> impl Iterator<Item = (Mapped, PhysAddr)> {
-        let mut index = first;
-        core::iter::from_fn(move || {
-            let record = self.order.get(index)?;
-            let part = Mapped { range: record.range, record: MappingHandle(index) };
-            index = record.next;
-            Some((part, record.phys))
-        })
     }
 
     /// A part of a list by its record, and the record that follows. `None` where it is another's.
@@ -316,11 +301,14 @@ impl Parts<'_> {
         Mapped { range: self.range, record: MappingHandle(self.first) }
     }
 
-    /// Makes a mapping of each run, as long as there are addresses and records for it. How many, and what is left of the
-    /// addresses, which is still taken.
-    // By itself: inside of its callers there are too few registers for the loop.
-    #[inline(never)]
-    pub(crate) fn make(self, runs: impl Iterator<Item = Run>) -> (usize, Option<Mapped>) {
+    /// Makes a mapping of each run, as long as there are addresses and records for it, and says which. How many, and what is
+    /// left of the addresses, which is still taken.
+    #[inline(always)]
+    pub(crate) fn make(
+        self,
+        runs: impl Iterator<Item = Run>,
+        mut each: impl FnMut(Mapped, Run),
+    ) -> (usize, Option<Mapped>) {
         let mut runs = runs;
         let Self { space, making, first, following, most, range: all, rank, expected } = self;
         let order = &mut space.order;
@@ -340,6 +328,7 @@ impl Parts<'_> {
         record.begin_listed(Holder::Head, run.phys, making);
         // Each record that was in use before names the one that comes after it already.
         record.next = vacant;
+        each(Mapped { range, record: MappingHandle(first) }, run);
         next = behind;
         // Counts the parts too, since each lies behind the one before it.
         let least = i32::from(rank) - (most - 1) as i32;
@@ -357,6 +346,7 @@ impl Parts<'_> {
             record.range = range;
             record.begin_listed(Holder::Part, run.phys, making);
             (record.prev, record.rank) = (last, behind_it as i8);
+            each(Mapped { range, record: MappingHandle(vacant) }, run);
             (last, vacant, next) = (vacant, record.next, behind);
         }
         let again = i32::from(rank) - behind_it;
@@ -374,6 +364,7 @@ impl Parts<'_> {
             record.range = range;
             record.begin_listed(Holder::Part, run.phys, making);
             (record.prev, record.rank) = (last, behind_it as i8);
+            each(Mapped { range, record: MappingHandle(index) }, run);
             (last, next) = (index, behind);
         }
         let count = 1 + (i32::from(rank) - behind_it) as usize;

@@ -19,10 +19,10 @@ fn make(space: &mut Space, parts: &[u64], left_out: &[usize]) -> (IovaRange, Vec
     let mut made: Vec<Mapped> = Vec::new();
     loop {
         let begun = space.begin_parts(rest, (purpose(), ListId::new(7)), usize::MAX).expect("it was taken");
-        let first = begun.whole().record;
-        let (count, behind) = begun.make(parts[made.len()..].iter().map(|pages| run(*pages)));
-        assert!(count > 0);
-        made.extend(space.parts_from(first).take(count).map(|(part, _)| part));
+        let runs = parts[made.len()..].iter().map(|pages| run(*pages));
+        let before = made.len();
+        let (count, behind) = begun.make(runs, |part, _| made.push(part));
+        assert!(count > 0 && made.len() == before + count);
         let Some(behind) = behind else { break };
         space.check();
         rest = behind;
@@ -81,10 +81,10 @@ fn a_long_list_is_made_in_several_goes() {
     let range = space.allocate(4 * GRANULE, GRANULE, ANYWHERE, 4).unwrap().unwrap();
     let rest = Mapped { range, record: MappingHandle::UNKNOWN };
     let parts = space.begin_parts(rest, (purpose(), ListId::new(1)), 9).expect("taken");
-    let first = parts.whole().record;
-    let (count, rest) = parts.make([run(1), run(4)].into_iter());
-    assert_eq!(count, 1, "the other is longer than what is left");
-    let (made, _) = space.parts_from(first).next().expect("there was room");
+    let mut made = Vec::new();
+    let (count, rest) = parts.make([run(1), run(4)].into_iter(), |part, _| made.push(part));
+    assert_eq!((count, made.len()), (1, 1), "the other is longer than what is left");
+    let made = made[0];
     let rest = rest.expect("three pages");
     assert_eq!(rest.range.start(), Iova::new(made.range.last().get() + 1));
     space.check();

@@ -203,9 +203,9 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
                 Run { phys: PhysAddr::new(page * GRANULE), len: len * GRANULE }
             });
             let begun = begun.expect("it was taken");
-            let first = begun.whole().record;
-            let (count, rest) = begun.make(runs);
-            let made: Vec<_> = space.parts_from(first).take(count).map(|(part, _)| part).collect();
+            let mut made = Vec::new();
+            let (count, rest) = begun.make(runs, |part, _| made.push(part));
+            assert_eq!(made.len(), count);
             plain.ranges.remove(at);
             for (number, part) in made.iter().enumerate() {
                 let Mapped { range, record: handle } = *part;
