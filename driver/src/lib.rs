@@ -89,6 +89,7 @@ mod prot;
 mod queue;
 mod recover;
 mod ring;
+mod rounds;
 #[cfg_attr(loom, path = "shared_memory/tracked.rs")]
 mod shared_memory;
 mod shutdown;

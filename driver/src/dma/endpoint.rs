@@ -296,7 +296,7 @@ impl<P: Platform> DmaDevice for Endpoint<P> {
     }
 
     fn unmap_each(&self, mappings: &mut [Option<DmaMapping>]) -> Result<Unmapped, UnmapError> {
-        self.block_on(self.unmap_each_async(mappings))
+        self.unmap_each_now(mappings)
     }
 
     unsafe fn map_scatter(

@@ -11,6 +11,7 @@ use crate::error::{DmaError, MapError, UnmapError};
 use crate::exchange::{self, Mapped, Place, Run, SentMap, Shared};
 use crate::platform::Platform;
 use crate::prot::{Direction, Prot};
+use crate::rounds;
 use crate::wire::feature::Features;
 use core::future::Future;
 use core::iter;
@@ -201,6 +202,31 @@ impl<P: Platform> Endpoint<P> {
         Ok(exchange::map_each(shared, key, (segments, &view.reach), purpose, mappings).await?)
     }
 
+    /// The same as [`unmap_each_async`](Self::unmap_each_async) for whoever blocks.
+    pub(super) fn unmap_each_now(&self, mappings: &mut [Option<DmaMapping>]) -> Result<Unmapped, UnmapError> {
+        let domain = &self.view.domain;
+        if domain.defers() {
+            return self.block_on(self.unmap_each_async(mappings));
+        }
+        self.check_ours(mappings)?;
+        exchange::unmap_each_now(domain.shared(), domain.key(), mappings).map(|()| Unmapped::Now)
+    }
+
+    /// Refuses handles of other domains.
+    #[inline(always)]
+    fn check_ours(&self, mappings: &[Option<DmaMapping>]) -> Result<(), UnmapError> {
+        let key = self.view.domain.key();
+        let is_ours = |mapping: &Option<DmaMapping>| match mapping {
+            Some(mapping) => mapping.domain == key,
+            None => true,
+        };
+        if rounds::all(mappings, is_ours) {
+            return Ok(());
+        }
+        let foreign = mappings.iter().flatten().find(|mapping| mapping.domain != key);
+        foreign.map_or(Ok(()), |foreign| Err(UnmapError::NotMapped(foreign.iova)))
+    }
+
     /// [`DmaDevice::unmap_each`](super::DmaDevice::unmap_each) as a future. Dropped before its end it leaves what it sent
     /// in quarantine, and what it did not send in the list.
     ///
@@ -211,12 +237,7 @@ impl<P: Platform> Endpoint<P> {
         mappings: &mut [Option<DmaMapping>],
     ) -> Result<Unmapped, UnmapError> {
         let domain = &self.view.domain;
-        let key = domain.key();
-        for mapping in mappings.iter().flatten() {
-            if mapping.domain != key {
-                return Err(UnmapError::NotMapped(mapping.iova));
-            }
-        }
+        self.check_ours(mappings)?;
         if !domain.defers() {
             let unmapped = exchange::unmap_each(domain.shared(), domain.key(), mappings).await;
             return unmapped.map(|()| Unmapped::Now);

@@ -4,6 +4,7 @@ use super::PhysSegment;
 use crate::addr::{Iova, IovaRange, PhysAddr};
 use crate::error::MapError;
 use crate::exchange::Run;
+use crate::rounds;
 
 /// The whole granules around a segment.
 #[inline(always)]
@@ -79,28 +80,6 @@ pub(super) struct Extent {
     pub runs: usize,
 }
 
-/// Segments in a round of a loop over a list that is one run: what there is to do for one takes no longer than going round.
-const ROUND: usize = 32;
-
-/// Whether it is so for all of them, in order.
-#[inline(always)]
-fn all_in_rounds<T>(list: &[T], mut is: impl FnMut(&T) -> bool) -> bool {
-    let (rounds, rest) = list.as_chunks::<ROUND>();
-    for round in rounds {
-        for item in round {
-            if !is(item) {
-                return false;
-            }
-        }
-    }
-    for item in rest {
-        if !is(item) {
-            return false;
-        }
-    }
-    true
-}
-
 /// A list of segments that are all as long: whole granules, none of which ends beyond the last address. Most lists of pages
 /// are, and there is no more to be looked at.
 #[derive(Clone)]
@@ -115,7 +94,7 @@ impl<'a> Pages<'a> {
     pub(super) fn of(segments: &'a [PhysSegment], granule: u64) -> Option<Self> {
         let page = segments.first()?.len as u64;
         let mut bits = page;
-        let alike = all_in_rounds(segments, |segment| {
+        let alike = rounds::all(segments, |segment| {
             bits |= segment.phys.get();
             segment.len as u64 == page
         });
@@ -156,7 +135,7 @@ impl Iterator for Pages<'_> {
 pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
     let start = segments.first()?.phys.get();
     let mut next = start;
-    let touch = all_in_rounds(segments, |segment| {
+    let touch = rounds::all(segments, |segment| {
         let begins = segment.phys.get() == next;
         next = next.wrapping_add(segment.len as u64);
         begins
@@ -166,7 +145,7 @@ pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<
     }
     // By itself: each length is then read where it is needed, and not kept.
     let mut page = 0;
-    all_in_rounds(segments, |segment| {
+    rounds::all(segments, |segment| {
         page |= segment.len;
         true
     });
@@ -182,14 +161,11 @@ pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<
 pub(super) fn place_pages(start: Iova, segments: &[PhysSegment], iovas: &mut [Iova]) {
     let page = segments.first().map_or(0, |first| first.len as u64);
     let mut next = start.get();
-    let mut put = |iova: &mut Iova| {
+    rounds::change(iovas, |iova| {
         *iova = Iova::new(next);
         // Behind the last one it may be the end of all addresses.
         next = next.wrapping_add(page);
-    };
-    let (rounds, rest) = iovas.as_chunks_mut::<ROUND>();
-    rounds.iter_mut().for_each(|round| round.iter_mut().for_each(&mut put));
-    rest.iter_mut().for_each(put);
+    });
 }
 
 /// All of a list as one run of whole granules, if each segment begins where the one before it ends, with a granule of its
@@ -201,7 +177,7 @@ pub(super) fn as_one(segments: &[PhysSegment], granule: u64) -> Option<PhysSegme
     let start = first.phys.get();
     let (mut next, mut borders) = (start.wrapping_add(first.len as u64), 0);
     let goes_on = next > start;
-    let mut follows = |segment: &PhysSegment| {
+    let touch = others.iter().all(|segment| {
         let begins = segment.phys.get() == next;
         let end = next.wrapping_add(segment.len as u64);
         // Neither empty, nor beyond the last address.
@@ -209,9 +185,7 @@ pub(super) fn as_one(segments: &[PhysSegment], granule: u64) -> Option<PhysSegme
         borders |= next;
         next = end;
         begins && goes_on
-    };
-    let (rounds, rest) = others.as_chunks::<ROUND>();
-    let touch = rounds.iter().all(|round| round.iter().all(&mut follows)) && rest.iter().all(follows);
+    });
     let mask = granule - 1;
     // Two in one granule are mapped each, as anywhere in a list.
     if !(goes_on && touch && borders & mask == 0) {
@@ -227,17 +201,11 @@ pub(super) fn as_one(segments: &[PhysSegment], granule: u64) -> Option<PhysSegme
 pub(super) fn place_one(range: IovaRange, segments: &[PhysSegment], granule: u64, iovas: &mut [Iova]) {
     let offset = segments.first().map_or(0, |first| first.phys.get() & (granule - 1));
     let mut next = range.start().get() + offset;
-    let mut put = |segment: &PhysSegment, iova: &mut Iova| {
+    for (segment, iova) in segments.iter().zip(iovas) {
         *iova = Iova::new(next);
         // Behind the last one it may be the end of all addresses.
         next = next.wrapping_add(segment.len as u64);
-    };
-    let (rounds, rest) = segments.as_chunks::<ROUND>();
-    let (places, last) = iovas.as_chunks_mut::<ROUND>();
-    for (round, place) in rounds.iter().zip(places) {
-        round.iter().zip(place).for_each(|(segment, iova)| put(segment, iova));
     }
-    rest.iter().zip(last).for_each(|(segment, iova)| put(segment, iova));
 }
 
 /// Looks at each segment once. Where each lies in the addresses of the list goes to `offsets`, which are as many.
@@ -313,10 +281,10 @@ mod tests {
         assert_eq!(offsets.map(Iova::get), [0, 0x1000, 0x2000, 0x3000]);
     }
 
-    /// Fails when a segment is left out, or its address is not where its bytes are: in rounds and behind them.
+    /// Fails when a segment is left out, or its address is not where its bytes are.
     #[test]
     fn a_list_that_touches_is_one_run() {
-        for count in 1..3 * ROUND {
+        for count in 1..20 {
             // The first may begin, and the last may end, within a granule.
             for (head, tail) in [(0, 0), (0x200, 0), (0, 0x30), (0xff0, 0xffe)] {
                 let mut list: Vec<_> =
@@ -338,7 +306,7 @@ mod tests {
     /// Fails when any segment passes that is empty, lies elsewhere, or ends where addresses do.
     #[test]
     fn any_other_list_is_not() {
-        let good: Vec<_> = (0..2 * ROUND + 3).map(|index| segment(index as u64 * 0x1000, 0x1000)).collect();
+        let good: Vec<_> = (0..20).map(|index| segment(index as u64 * 0x1000, 0x1000)).collect();
         assert!(as_one(&good, 0x1000).is_some() && as_one(&[], 0x1000).is_none());
         for index in 0..good.len() {
             for change in [

@@ -2,12 +2,13 @@
 //! the ring takes.
 
 use super::unmap::{Owned, unmap};
-use super::{Mapped, Need, Shared, State};
+use super::{Access, Mapped, Need, Shared, State};
 use crate::dma::{DmaMapping, PhysSegment, rounded};
 use crate::engine::{DomainKey, ListId, Made, Op, Purpose, Reach, Spot, UnmapPlan};
 use crate::error::{MapError, UnmapError};
 use crate::platform::Platform;
 use crate::queue::Batch;
+use crate::rounds;
 use crate::wire::request::Request;
 
 /// Mappings on their way to their owner. Where they do not get there they are in quarantine.
@@ -184,26 +185,46 @@ pub(crate) async fn unmap_each<P: Platform>(
     key: DomainKey,
     mappings: &mut [Option<DmaMapping>],
 ) -> Result<(), UnmapError> {
-    // What is not begun stays in the list where this ends early.
+    unmap_rest(Rest { shared, key, mappings, next: 0 }, None).await
+}
+
+/// The same for whoever blocks.
+pub(crate) fn unmap_each_now<P: Platform>(
+    shared: &Shared<P>,
+    key: DomainKey,
+    mappings: &mut [Option<DmaMapping>],
+) -> Result<(), UnmapError> {
     let mut rest = Rest { shared, key, mappings, next: 0 };
+    match rest.unmap_first() {
+        Some(batch) if batch.is_empty() && rest.is_empty() => Ok(()),
+        first => shared.block_on(unmap_rest(rest, first)),
+    }
+}
+
+/// What is left after the first step, of which these requests are not answered yet.
+async fn unmap_rest<P: Platform>(mut rest: Rest<'_, P>, mut sent: Option<Batch>) -> Result<(), UnmapError> {
+    let (shared, key) = (rest.shared, rest.key);
     let mut result = Ok(());
-    while rest.next < rest.mappings.len() {
-        let first = rest.next;
-        let batch = match shared.with_slot(Need::Slot, |state| rest.submit(state, &mut result)).await {
-            Ok(batch) => batch,
-            // In a dead domain it takes no request, so no slot.
-            Err(_) => {
-                while let Some(place) = rest.mappings.get_mut(rest.next) {
-                    rest.next += 1;
-                    if let Some(mapping) = place.take() {
-                        let owned = Owned::new(shared, key, mapping.range());
-                        result = result.and(unmap(owned, mapping.range(), None).await);
+    // Bounded by the mappings: each round begins one, or is the last.
+    while sent.is_some() || !rest.is_empty() {
+        let first = if sent.is_some() { 0 } else { rest.next };
+        let in_flight = match sent.take() {
+            Some(batch) => shared.in_flight(batch),
+            None => match shared.with_slot(Need::Slot, |state| rest.submit(state, &mut result)).await {
+                Ok(batch) => shared.begin_with(batch, |state, batch| state.take_unmaps(key, batch)),
+                // In a dead domain it takes no request, so no slot.
+                Err(_) => {
+                    while let Some(place) = rest.mappings.get_mut(rest.next) {
+                        rest.next += 1;
+                        if let Some(mapping) = place.take() {
+                            let owned = Owned::new(shared, key, mapping.range());
+                            result = result.and(unmap(owned, mapping.range(), None).await);
+                        }
                     }
+                    return result;
                 }
-                return result;
-            }
+            },
         };
-        let in_flight = shared.begin_with(batch, |state, batch| state.take_unmaps(key, batch));
         if let Some(in_flight) = in_flight {
             let answer = |state: &mut State, answer| {
                 let Err((op, error)) = answer else { return };
@@ -214,13 +235,7 @@ pub(crate) async fn unmap_each<P: Platform>(
             };
             in_flight.wait(answer).await;
         }
-        let done = &mut rest.mappings[first..rest.next];
-        if shared.state.lock().engine.has_released() {
-            for mapping in done.iter().flatten() {
-                shared.release_unmapped(key, mapping.range());
-            }
-        }
-        done.fill_with(|| None);
+        rest.give_back(first);
     }
     result
 }
@@ -236,11 +251,58 @@ struct Rest<'a, P: Platform> {
 impl<P: Platform> Drop for Rest<'_, P> {
     fn drop(&mut self) {
         // The records say what became of those that were begun.
-        self.mappings[..self.next].fill_with(|| None);
+        rounds::change(&mut self.mappings[..self.next], |mapping| *mapping = None);
     }
 }
 
 impl<P: Platform> Rest<'_, P> {
+    /// Whether all are begun.
+    fn is_empty(&self) -> bool {
+        self.next >= self.mappings.len()
+    }
+
+    /// The first step, without a future: sends as many as there are slots for, as long as there is nothing special about them,
+    /// and looks at the ring once. What is not answered yet with success; `None` where nothing was done.
+    #[inline(always)]
+    fn unmap_first(&mut self) -> Option<Batch> {
+        let (shared, key) = (self.shared, self.key);
+        let mut batch = Batch::default();
+        {
+            let mut state = shared.state.usual()?;
+            self.submit_usual(&mut state, &mut batch);
+            state.publish(Some(key), &shared.doorbell);
+        }
+        shared.ring();
+        let mut state = shared.state.usual();
+        if let Some(state) = &mut state {
+            state.take_unmaps(key, &mut batch);
+        }
+        let released = match state {
+            Some(state) if state.requests.has_left_any() => {
+                let mut state = Access::go_on(state);
+                state.drain();
+                state.engine.has_released()
+            }
+            Some(state) => state.engine.has_released(),
+            None => false,
+        };
+        if released {
+            self.give_back(0);
+        }
+        Some(batch)
+    }
+
+    /// Gives memory back that was held for those from `first` to the next one, and is out of the device's reach.
+    #[cold]
+    fn give_back(&self, first: usize) {
+        if !{ self.shared.state.lock().engine.has_released() } {
+            return;
+        }
+        for mapping in self.mappings[first..self.next].iter().flatten() {
+            self.shared.release_unmapped(self.key, mapping.range());
+        }
+    }
+
     /// Begins and submits as long as they are live mappings.
     // By itself, as above.
     #[inline(never)]

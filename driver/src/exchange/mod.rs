@@ -19,7 +19,7 @@ mod unmap;
 mod wait;
 
 pub(crate) use attach::{attach_first, detach_first};
-pub(crate) use each::{map_each, unmap_each};
+pub(crate) use each::{map_each, unmap_each, unmap_each_now};
 pub(crate) use flush::{flush, flush_all_the_same, flush_due, unmap_by_policy};
 pub(crate) use list::map_list_first;
 pub(crate) use map::{Place, Run, map};

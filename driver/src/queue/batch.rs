@@ -60,7 +60,7 @@ impl Batch {
         let first = usize::from(self.head);
         let (at, places) = (ring.next_used(), ring.memory().places());
         let end = at + usize::from(ring.ready().min(self.len));
-        let (mut next, mut index, mut last, mut rest) = (at, first, first, None);
+        let (mut next, mut index, mut last, mut all) = (at, first, first, true);
         while next < end {
             let (id, len) = ring.memory().used_entry_at(places, next);
             let used = Used { id, len };
@@ -71,13 +71,14 @@ impl Batch {
             slot.state = SlotState::Free;
             (last, index) = (index, usize::from(slot.next));
             next += 1;
-            if !take(&slot.op) {
-                rest = Some(slot.op);
+            all = take(&slot.op);
+            if !all {
                 break;
             }
         }
-        let count = (next - at) as u16;
+        let (count, mut rest) = ((next - at) as u16, None);
         if count > 0 {
+            rest = (!all).then(|| slots[last].op);
             // They are linked already.
             slots[last].next = *free as u16;
             *free = first;
