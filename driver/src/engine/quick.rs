@@ -17,16 +17,8 @@ use crate::prot::Prot;
 /// Confirmed requests that are counted together, and the bytes that they mapped or unmapped.
 #[derive(Default)]
 pub(crate) struct Sum {
-    count: u64,
-    bytes: u64,
-}
-
-impl Sum {
-    #[inline(always)]
-    pub(crate) fn add(&mut self, range: IovaRange) {
-        self.count += 1;
-        self.bytes += range.len_of_mapping();
-    }
+    pub count: u64,
+    pub bytes: u64,
 }
 
 impl Engine {

@@ -106,13 +106,13 @@ impl State {
         batch: &mut Batch,
         take: impl Fn(&mut Space, &Op) -> Option<IovaRange>,
     ) -> Sum {
-        let mut sum = Sum::default();
+        let (all, mut bytes, mut others) = (batch.len(), 0, 0);
         loop {
             let Self { engine, requests, .. } = self;
             let rest = match engine.space_of_living(key) {
                 Some(space) => requests.take_successes(batch, |op| match take(space, op) {
                     Some(range) => {
-                        sum.add(range);
+                        bytes += range.len_of_mapping();
                         true
                     }
                     None => false,
@@ -121,8 +121,9 @@ impl State {
             };
             match rest {
                 Some(op) => self.succeeded(op),
-                None => return sum,
+                None => return Sum { count: (all - batch.len() - others).into(), bytes },
             }
+            others += 1;
         }
     }
 
@@ -136,7 +137,7 @@ impl State {
             next = behind;
             let living = self.engine.space_of_living(key);
             if living.is_some_and(|space| space.confirm_part(record, range)) {
-                sum.add(range);
+                sum = Sum { count: sum.count + 1, bytes: sum.bytes + range.len_of_mapping() };
             } else {
                 self.succeeded(Op::Map { domain: key, range, record });
             }
