@@ -186,10 +186,11 @@ impl SharedMemory {
     /// The same of the last entry that the device has written; `None` where it is another.
     #[inline(always)]
     pub(crate) fn used_entry_if_last(&self, index: u16) -> Option<(u32, u32)> {
-        // Read once, as `places` says.
-        let places = self.places;
-        let next = u16::from_le(self.placed_u16(places.used, 2).load(Ordering::Acquire));
-        (next == index.wrapping_add(1)).then(|| self.used_entry_at(places, index.into()))
+        // Read once, as `places` says, and no more before it is needed.
+        let used = self.places.used;
+        let next = u16::from_le(self.placed_u16(used, 2).load(Ordering::Acquire));
+        (next == index.wrapping_add(1))
+            .then(|| self.used_entry_at(Places { used, ..self.places }, index.into()))
     }
 
     /// An entry of the used ring, by any index, where the ring lies [there](Self::places).

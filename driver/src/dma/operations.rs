@@ -290,47 +290,41 @@ impl<P: Platform> Endpoint<P> {
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
-        self.check_list(segments, iovas)?;
-        let Some(PhysSegment { phys, len }) = as_one_of_pages(segments, self.view.granule) else {
-            return self.map_several_now(segments, direction, iovas);
-        };
-        let run = Run { phys, len: len as u64 };
-        let straight = self.view.straight.load(Ordering::Acquire);
-        let mapped = if straight { self.map_straight(run, direction) } else { Err(None) };
-        match mapped {
-            Ok(mapped) => {
-                place_pages(mapped.range.start(), segments, iovas);
-                Ok(self.mapping(mapped, mapped.range.start(), len))
-            }
-            Err(sent) => {
-                let mapping = self.map_crooked(phys, len, direction, sent)?;
-                place_pages(mapping.iova, segments, iovas);
-                Ok(mapping)
-            }
+        let straight = self.view.straight.load(Ordering::Acquire) && segments.len() == iovas.len();
+        if straight && let Some(PhysSegment { phys, len }) = as_one_of_pages(segments, self.view.granule) {
+            return match self.map_straight(Run { phys, len: len as u64 }, direction) {
+                Ok(mapped) => {
+                    place_pages(mapped.range.start(), segments, iovas);
+                    Ok(self.mapping(mapped, mapped.range.start(), len))
+                }
+                Err(sent) => {
+                    let mapping = self.map_rest(phys, len, direction, sent)?;
+                    place_pages(mapping.iova, segments, iovas);
+                    Ok(mapping)
+                }
+            };
         }
+        self.map_any_list_now(segments, direction, iovas)
     }
 
-    /// The same for a list that is no run of pages.
+    /// The same whatever list it is.
     #[inline(never)]
-    fn map_several_now(
+    fn map_any_list_now(
         &self,
         segments: &[PhysSegment],
         direction: Direction,
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
+        self.check_list(segments, iovas)?;
         let (prot, granule) = (direction.prot(), self.view.granule);
+        if let Some(PhysSegment { phys, len }) = as_one(segments, granule) {
+            let mapping = self.map_in_place(phys, len, direction)?;
+            place_one(mapping.range, segments, granule, iovas);
+            return Ok(mapping);
+        }
         let mapping = match self.map_pages(segments, prot, iovas) {
             Ok(mapping) => mapping,
-            Err(sent) => {
-                if sent.is_none()
-                    && let Some(PhysSegment { phys, len }) = as_one(segments, granule)
-                {
-                    let mapping = self.map_in_place(phys, len, direction)?;
-                    place_one(mapping.range, segments, granule, iovas);
-                    return Ok(mapping);
-                }
-                self.block_on(self.map_list(segments, prot, iovas, sent))?
-            }
+            Err(sent) => self.block_on(self.map_list(segments, prot, iovas, sent))?,
         };
         self.view.domain.flush_if_overdue();
         Ok(mapping)
@@ -456,7 +450,7 @@ impl<P: Platform> Endpoint<P> {
     ) -> Result<DmaMapping, DmaError> {
         let (view, run) = (&*self.view, Run { phys, len: len as u64 });
         if !view.straight.load(Ordering::Acquire) || !is_rounded(run, view.granule) {
-            return self.map_crooked(phys, len, direction, None);
+            return self.map_crooked(phys, len, direction);
         }
         let key = view.domain.key();
         match self.map_straight(run, direction) {
@@ -476,18 +470,9 @@ impl<P: Platform> Endpoint<P> {
         exchange::map_first(shared, key, (run, Spot::Within(placement)), purpose, &mut None)
     }
 
-    /// All other ways, or the rest of that one.
+    /// All other ways.
     #[inline(always)]
-    fn map_crooked(
-        &self,
-        phys: PhysAddr,
-        len: usize,
-        direction: Direction,
-        sent: Option<SentMap>,
-    ) -> Result<DmaMapping, DmaError> {
-        if sent.is_some() {
-            return self.map_rest(phys, len, direction, sent);
-        }
+    fn map_crooked(&self, phys: PhysAddr, len: usize, direction: Direction) -> Result<DmaMapping, DmaError> {
         match self.map_again(phys, len, direction.prot()) {
             Some(mapping) => Ok(mapping),
             None => self.map_with_constraints(phys, len, direction),
