@@ -7,7 +7,7 @@ use super::deferred::Deferral;
 use super::domain::DomainRecord;
 use super::mapping::{ListId, MappingHandle, Purpose};
 use super::space::{Parts, Space};
-use super::{DomainKey, Engine, Placement, Spot};
+use super::{DomainKey, Engine, Op, Placement, Spot};
 use crate::addr::IovaRange;
 use crate::dma::HeldMemory;
 use crate::exchange::{Mapped, Run};
@@ -158,6 +158,27 @@ impl Engine {
         let held = domain.space.end_unmapped_held(record, range)?;
         domain.counts.unmapped(1, range.len_of_mapping());
         Some(held)
+    }
+
+    /// Takes note of a MAP that the device confirmed, or of an UNMAP of whole mappings that hold no memory. False, and nothing
+    /// done, where it is another request, or there is more to it.
+    pub(crate) fn confirmed(&mut self, op: &Op) -> bool {
+        match *op {
+            Op::Map { domain, range, record } => {
+                let Some(domain) = self.domain_mut(domain).filter(|domain| domain.possible > 0) else {
+                    return false;
+                };
+                let done = domain.space.confirm_part(record, range);
+                if done {
+                    domain.counts.mapped(1, range.len_of_mapping());
+                }
+                done
+            }
+            Op::Unmap { domain, range, record } => {
+                self.unmapped_one(domain, range, record) || self.unmapped_run(domain, range, record)
+            }
+            _ => false,
+        }
     }
 
     /// The addresses of a domain where a confirmed MAP or UNMAP changes no more than its records.

@@ -71,8 +71,9 @@ impl State {
     /// Takes the first requests of a batch, where all is [usual](Self::is_usual), as far as their successes are the next in
     /// the ring. Bounded by the batch.
     pub(crate) fn take_successes(&mut self, batch: &mut Batch) {
-        while let Some(op) = self.requests.take_successes(batch, |_| false) {
-            self.succeeded(op);
+        let Self { engine, requests, .. } = self;
+        while let Some(op) = requests.take_successes(batch, |op| engine.confirmed(op)) {
+            engine.settle(&Completion { op, outcome: Ok(()), abandoned: false });
         }
     }
 
