@@ -6,13 +6,14 @@ pub(crate) const ROUND: usize = 32;
 /// Whether it is so for all of them, in order.
 #[inline(always)]
 pub(crate) fn all<T>(list: &[T], mut is: impl FnMut(&T) -> bool) -> bool {
-    let (rounds, rest) = list.as_chunks::<ROUND>();
-    for round in rounds {
+    let mut rest = list;
+    while let Some((round, behind)) = rest.split_first_chunk::<ROUND>() {
         for item in round {
             if !is(item) {
                 return false;
             }
         }
+        rest = behind;
     }
     for item in rest {
         if !is(item) {
@@ -36,6 +37,22 @@ pub(crate) fn change<T>(list: &mut [T], mut change: impl FnMut(&mut T)) {
     }
 }
 
+/// Changes each of them with the one of another list, in order, as far as both go.
+#[inline(always)]
+pub(crate) fn change_with<T, U>(list: &mut [T], with: &[U], mut change: impl FnMut(&mut T, &U)) {
+    let len = list.len().min(with.len());
+    let (rounds, rest) = list[..len].as_chunks_mut::<ROUND>();
+    let (with, rest_with) = with[..len].as_chunks::<ROUND>();
+    for (round, with) in rounds.iter_mut().zip(with) {
+        for (item, with) in round.iter_mut().zip(with) {
+            change(item, with);
+        }
+    }
+    for (item, with) in rest.iter_mut().zip(rest_with) {
+        change(item, with);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +69,14 @@ mod tests {
                 (*item, next) = (*item + 1, next + 1);
             });
             assert_eq!(next, count);
+            // One list is longer than the other, each time.
+            for (more, less) in [(0, 1), (1, 0), (0, 0)] {
+                let with: Vec<_> = (0..count + more).map(|item| 10 * item).collect();
+                let mut sums: Vec<_> = (0..count + less).collect();
+                change_with(&mut sums, &with, |item, with| *item += with);
+                assert!(sums[..count].iter().enumerate().all(|(item, sum)| *sum == 11 * item));
+                assert!(less == 0 || sums[count] == count, "there is none for it");
+            }
             let mut seen = 0;
             assert!(all(&list, |item| {
                 seen += 1;

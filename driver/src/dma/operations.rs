@@ -2,9 +2,10 @@
 
 use super::endpoint::View;
 use super::scatter::{
-    Extent, Pages, Runs, as_one, as_one_of_pages, is_rounded, place, place_one, place_pages, rounded, survey,
+    Extent, Pages, Runs, as_one, as_touching, is_rounded, place, place_one, place_pages, place_touching,
+    rounded, survey,
 };
-use super::{CoherentMemory, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
+use super::{CoherentMemory, DmaDevice as _, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
 use crate::engine::{Placement, Purpose, Spot, Wish};
 use crate::error::{DmaError, MapError, UnmapError};
@@ -291,18 +292,42 @@ impl<P: Platform> Endpoint<P> {
         iovas: &mut [Iova],
     ) -> Result<DmaMapping, DmaError> {
         let straight = self.view.straight.load(Ordering::Acquire) && segments.len() == iovas.len();
-        if straight && let Some(PhysSegment { phys, len }) = as_one_of_pages(segments, self.view.granule) {
-            return match self.map_straight(Run { phys, len: len as u64 }, direction) {
-                Ok(mapped) => {
-                    place_pages(mapped.range.start(), segments, iovas);
-                    Ok(self.mapping(mapped, mapped.range.start(), len))
-                }
+        if straight && let Some(PhysSegment { phys, len }) = as_touching(segments, self.view.granule) {
+            let key = self.view.domain.key();
+            let mapped = match self.map_straight(Run { phys, len: len as u64 }, direction) {
+                Ok(mapped) => mapped,
                 Err(sent) => {
-                    let mapping = self.map_rest(phys, len, direction, sent)?;
-                    place_pages(mapping.iova, segments, iovas);
-                    Ok(mapping)
+                    let DmaMapping { range, record, .. } = self.map_rest(phys, len, direction, sent)?;
+                    Mapped { range, record }
                 }
             };
+            let Mapped { range, record } = mapped;
+            return match place_touching((range.start(), len), segments, iovas) {
+                true => Ok(DmaMapping { domain: key, iova: range.start(), len, range, record }),
+                false => self.place_otherwise((mapped, len), segments, direction, iovas),
+            };
+        }
+        self.map_any_list_now(segments, direction, iovas)
+    }
+
+    /// The same for what was mapped as one already, but is no list of segments that are all as long.
+    #[cold]
+    fn place_otherwise(
+        &self,
+        (mapped, len): (Mapped, usize),
+        segments: &[PhysSegment],
+        direction: Direction,
+        iovas: &mut [Iova],
+    ) -> Result<DmaMapping, DmaError> {
+        let (range, granule) = (mapped.range, self.view.granule);
+        let mapping = self.mapping(mapped, range.start(), len);
+        if as_one(segments, granule).is_some_and(|one| one.len == len) {
+            place_one(range, segments, granule, iovas);
+            return Ok(mapping);
+        }
+        // One is empty, or they go round all addresses: there are words for that.
+        if let Err(UnmapError::Request { error, .. }) = self.unmap(mapping) {
+            return Err(MapError::Quarantined { range, error }.into());
         }
         self.map_any_list_now(segments, direction, iovas)
     }

@@ -129,10 +129,11 @@ impl Iterator for Pages<'_> {
     }
 }
 
-/// All of a list of [`Pages`] as one, if each of them begins where the one before it ends. `None` where it is another list, or
-/// anything is wrong with it.
+/// All of a list as whole granules, if each segment begins where the one before it ends: so far as its first and its last
+/// address go. What it leads to is what the segments name and nothing else; whether one of them is empty, or they go round all
+/// addresses, [`place_touching`] says.
 #[inline(always)]
-pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
+pub(super) fn as_touching(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
     let start = segments.first()?.phys.get();
     let mut next = start;
     let touch = rounds::all(segments, |segment| {
@@ -143,17 +144,30 @@ pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<
     if !touch {
         return None;
     }
-    // By itself: each length is then read where it is needed, and not kept.
-    let mut page = 0;
-    rounds::all(segments, |segment| {
-        page |= segment.len;
-        true
+    // Neither empty, nor beyond the last address.
+    let len = next.checked_sub(start).filter(|len| *len > 0)?;
+    let whole = (start | len) & (granule - 1) == 0;
+    whole.then_some(PhysSegment { phys: PhysAddr::new(start), len: usize::try_from(len).ok()? })
+}
+
+/// Where each segment of such a list of so many bytes is, if they are all as long: most lists of pages. False where they are
+/// not, or one of them is empty, or they are longer together.
+#[inline(always)]
+pub(super) fn place_touching(
+    (start, len): (Iova, usize),
+    segments: &[PhysSegment],
+    iovas: &mut [Iova],
+) -> bool {
+    let page = segments.first().map_or(0, |first| first.len);
+    let (mut next, mut longest) = (start.get(), 0);
+    rounds::change_with(iovas, segments, |iova, segment| {
+        *iova = Iova::new(next);
+        // Behind the last one it may be the end of all addresses.
+        next = next.wrapping_add(page as u64);
+        longest |= segment.len;
     });
     // None is longer than all of their bits: if together they are as long as if each were, each is.
-    let len = page.checked_mul(segments.len())?;
-    let alike = next.checked_sub(start) == Some(len as u64);
-    let whole = (start | page as u64) & (granule - 1) == 0 && page >= 2;
-    (alike && whole).then(|| PhysSegment { phys: PhysAddr::new(start), len })
+    longest.checked_mul(segments.len()) == Some(len)
 }
 
 /// Where each of [`Pages`] is, of which the first is at `start`.
@@ -161,9 +175,9 @@ pub(super) fn as_one_of_pages(segments: &[PhysSegment], granule: u64) -> Option<
 pub(super) fn place_pages(start: Iova, segments: &[PhysSegment], iovas: &mut [Iova]) {
     let page = segments.first().map_or(0, |first| first.len as u64);
     let mut next = start.get();
-    rounds::change(iovas, |iova| {
+    rounds::change_with(iovas, segments, |iova, _| {
         *iova = Iova::new(next);
-        // Behind the last one it may be the end of all addresses.
+        // As above.
         next = next.wrapping_add(page);
     });
 }
