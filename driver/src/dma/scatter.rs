@@ -183,8 +183,7 @@ pub(super) fn place_pages(start: Iova, segments: &[PhysSegment], iovas: &mut [Io
 }
 
 /// All of a list as one run of whole granules, if each segment begins where the one before it ends, with a granule of its
-/// own: most lists of pages.
-/// `None` where it is another list, or anything is wrong with it, which [`survey`] has the words for.
+/// own. `None` where it is another list, or anything is wrong with it, which [`survey`] has the words for.
 #[inline]
 pub(super) fn as_one(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
     let (first, others) = segments.split_first()?;

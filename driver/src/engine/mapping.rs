@@ -222,7 +222,8 @@ impl Record {
         self.kept = Some(held.into_kept());
     }
 
-    /// The same for one of a list, of a record that was in use before or has its addresses.
+    /// What [`begin`](Self::begin) does, for one of a list, of a record that was in use before or has the addresses of the list.
+    /// Where it lies is said by the caller; what is kept of the tree, and of lists, is what it was before.
     #[inline(always)]
     pub(super) fn begin_listed(&mut self, holder: Holder, phys: PhysAddr, making: Making) {
         debug_assert!(self.kept.is_none(), "it was a mapping");

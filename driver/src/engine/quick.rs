@@ -67,14 +67,6 @@ impl Engine {
         Some((domain.id, domain.space.begin_parts(rest, (purpose, list), most)?))
     }
 
-    /// Counts requests of a domain.
-    #[inline(always)]
-    pub(crate) fn count_requests(&mut self, key: DomainKey, count: usize) {
-        if let Some(domain) = self.domain_mut(key) {
-            domain.counts.requests += count as u64;
-        }
-    }
-
     /// The same at addresses that are taken for it: so many bytes, where this allows, in so many parts at most, and so many of
     /// them at most now.
     #[inline(always)]
@@ -87,6 +79,14 @@ impl Engine {
     ) -> Option<(DomainId, Parts<'_>)> {
         let domain = self.usual_domain(key, purpose.prot)?;
         Some((domain.id, domain.space.begin_list(wanted, (purpose, list), most)?))
+    }
+
+    /// Counts requests of a domain.
+    #[inline(always)]
+    pub(crate) fn count_requests(&mut self, key: DomainKey, count: usize) {
+        if let Some(domain) = self.domain_mut(key) {
+            domain.counts.requests += count as u64;
+        }
     }
 
     /// So many parts at addresses that were taken for a list are still to be made.

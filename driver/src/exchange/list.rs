@@ -10,7 +10,7 @@ use crate::queue::{Batch, RequestQueue};
 use crate::wire::request::Request;
 
 /// Maps a list of whole runs for reading, writing or both: so many bytes, where this allows, of so many runs at most.
-/// [`map`](super::map) takes over where it did not succeed, with what was sent.
+/// [`map`](super::map()) takes over where it did not succeed, with what was sent.
 // By itself: inside of its callers there are too few registers for the loops.
 #[inline(never)]
 pub(crate) fn map_list_first<P: Platform>(

@@ -31,10 +31,10 @@ impl Mapped {
     }
 }
 
-/// MAPs of a list that were sent, not all of which are answered yet with success.
+/// MAPs of a list that were sent: not all of them, or not all are answered yet with success.
 #[derive(Clone, Copy)]
 pub(crate) struct SentMap {
-    /// The slot of the first one that is not, and how many there are.
+    /// The slot of the first one that is not answered, and how many there are. There may be none.
     pub(super) slot: usize,
     pub(super) waiting: u16,
     /// All of the list.

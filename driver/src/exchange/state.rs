@@ -121,6 +121,8 @@ impl State {
                 None => requests.take_successes(batch, |_| false),
             };
             match rest {
+                // What is counted by itself: a list, or one that holds memory.
+                Some(op) if engine.confirmed(&op) => {}
                 Some(op) => self.succeeded(op),
                 None => return Sum { count: (all - batch.len() - others).into(), bytes },
             }

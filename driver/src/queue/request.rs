@@ -86,8 +86,9 @@ pub(crate) struct RequestQueue {
     probe_size: usize,
     /// Set when the device broke the ring: nothing is sent or read any more.
     broken: Option<UsedIndexJumped>,
-    /// Used entries whose id names no request in flight.
+    /// Used entries whose id names no request in flight, and how many there were when the device forgot the queue.
     stray: u64,
+    stray_before: u64,
     /// For each slot, whom to wake when the device is done with it.
     wakers: Vec<Option<Waker>>,
     /// How many of them there are, and how many of their slots are done.
@@ -126,6 +127,7 @@ impl RequestQueue {
             probe_size,
             broken: None,
             stray: 0,
+            stray_before: 0,
             wakers: (0..slot_count).map(|_| None).collect(),
             sleepers: 0,
             due: 0,
@@ -278,11 +280,11 @@ impl RequestQueue {
     }
 
     /// How many slots are free, of a queue that is not broken, without a look at them: all that are not with the device, and
-    /// have no answer that waits. `None` where the device ever answered what it was not asked, since that counts too much.
+    /// have no answer that waits. `None` where the device answered what it was not asked, since that counts too much.
     #[inline(always)]
     pub(crate) fn free_slots(&self) -> Option<usize> {
         let taken = usize::from(self.ring.in_flight()) + usize::from(self.done);
-        if self.stray == 0 { self.slots.len().checked_sub(taken) } else { None }
+        if self.stray == self.stray_before { self.slots.len().checked_sub(taken) } else { None }
     }
 
     /// Takes the success of a request that was [sent](FreeSlot::send), where all is [usual](Self::is_usual), if it is the
@@ -398,6 +400,7 @@ impl RequestQueue {
     /// may have broken all that it can write.
     pub(crate) fn restart(&mut self) {
         self.ring.restart();
+        self.stray_before = self.stray;
         self.broken = None;
         // Also where whoever sent a PROBE did not look at what came of it yet.
         self.probing = None;

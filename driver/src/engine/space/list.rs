@@ -19,6 +19,9 @@ use crate::engine::Placement;
 use crate::engine::mapping::{Holder, ListId, Making, MappingHandle, MappingState, Purpose};
 use crate::exchange::{Mapped, Run};
 
+/// In place of how often something had happened to a part by itself, which is never so seldom: the list is not whole.
+const NO_NOTE: u32 = 0;
+
 /// A list that is about to be made.
 pub(crate) struct Parts<'a> {
     space: &'a mut Space,
@@ -158,11 +161,11 @@ impl Space {
         if count == 1 {
             // It is like any other mapping.
             self.order[first].holder = Holder::Mapping;
-        } else if self.touched < u32::MAX {
-            let touched = self.touched;
+        } else {
+            let note = if self.touched < u32::MAX { self.touched } else { NO_NOTE };
             let second = self.order[first].next;
             let second = &mut self.order[second];
-            (second.left, second.right, second.gap) = (last, count as u32, touched);
+            (second.left, second.right, second.gap) = (last, count as u32, note);
         }
     }
 
@@ -377,6 +380,11 @@ impl Parts<'_> {
             space.note_list(first, last, count);
             return (count, None);
         };
+        if count > 1 {
+            // What it was before may have left one there, and more of this list are to come.
+            let second = space.order[first].next;
+            space.order[second].gap = NO_NOTE;
+        }
         let rest = space.order.append_rest(range, (last, following), behind_it as i8);
         debug_assert!(rest.is_some(), "there was room");
         (count, Some(Mapped { range, record: rest.map_or(MappingHandle::UNKNOWN, MappingHandle) }))

@@ -95,7 +95,7 @@ impl Bench {
             free.push(index);
             next = self.queue.slots[usize::from(index)].next;
         }
-        let counted = (self.queue.stray() == 0).then_some(free.len());
+        let counted = (self.queue.stray() == self.queue.stray_before).then_some(free.len());
         assert_eq!(self.queue.free_slots(), counted);
         free
     }

@@ -34,6 +34,26 @@ fn make(space: &mut Space, parts: &[u64], left_out: &[usize]) -> (IovaRange, Vec
     (range, made)
 }
 
+/// Makes as many parts of a page as there are slots for, at addresses that were taken. What is left of those.
+fn make_some(space: &mut Space, rest: Mapped, slots: usize) -> Option<Mapped> {
+    let left = space.order.granules(rest.range) as usize;
+    let parts = space.begin_parts(rest, (purpose(), ListId::new(7)), slots).expect("it was taken");
+    let mut made = Vec::new();
+    let (count, rest) = parts.make((0..left).map(|_| run(1)), |part, _| made.push(part));
+    assert_eq!(count, slots.min(left));
+    for part in made {
+        assert!(space.confirm_part(part.record, part.range));
+    }
+    space.check();
+    rest
+}
+
+fn unmap(space: &mut Space, range: IovaRange) {
+    let first = space.begin_unmap(range, MappingHandle::UNKNOWN).expect("all live");
+    assert!(space.end_unmapped_plain(first, range) || space.end_unmapped_run(first, range));
+    space.check();
+}
+
 fn states(space: &Space, range: IovaRange) -> Vec<MappingState> {
     space.iter_in(range).map(|record| record.state).collect()
 }
@@ -228,4 +248,49 @@ fn a_run_is_flushed_as_a_whole_or_not_at_all() {
     assert!(space.begin_flush(&run) && space.end_flush(&run));
     assert!(space.is_empty());
     space.check();
+}
+
+/// A list that finds fewer slots than it has parts is made in several goes, of records that were those of another list. Fails
+/// when what was noted of that is taken for a note of this one, which then ends with as many parts as the other had.
+#[test]
+fn a_list_of_several_goes_has_no_note() {
+    let one_by_one = (2..8).flat_map(|before| (2..8).map(move |parts| (before, parts)));
+    let lists = one_by_one.flat_map(|(before, parts)| (1..4).map(move |slots| (before, parts, slots)));
+    for ((before, parts, slots), between) in lists.flat_map(|list| (0..4).map(move |between| (list, between)))
+    {
+        let mut space = space(pages(1, 2000), 100);
+        // Addresses that were given back lately: the list's own record is none of the other list's.
+        let kept = live(&mut space, parts);
+        unmap(&mut space, kept);
+        let (range, _) = make(&mut space, &alloc::vec![1; before], &[]);
+        unmap(&mut space, range);
+        let range = space.allocate(parts * GRANULE, GRANULE, ANYWHERE, parts as usize).unwrap().unwrap();
+        let mut rest = Some(Mapped { range, record: MappingHandle::UNKNOWN });
+        let (mut others, mut goes) = (Vec::new(), 0);
+        while let Some(left) = rest {
+            rest = make_some(&mut space, left, if goes == 0 { slots.max(2) } else { slots });
+            goes += 1;
+            // Meanwhile somebody else maps, for good or for a while, with records that the other list had.
+            if between > 0 {
+                others.push(live(&mut space, 300 + goes));
+            }
+            if between == 2 || between == 3 && goes == 2 {
+                others.drain(..).for_each(|other| unmap(&mut space, other));
+            }
+            let whole = is_whole(&space, range);
+            assert_eq!(whole, goes == 1 && rest.is_none(), "{before} {parts} {slots} {between}");
+        }
+        assert_eq!(space.len(), parts as usize + others.len());
+        unmap(&mut space, range);
+        assert_eq!(space.len(), others.len(), "all of its parts are gone, and no other");
+        others.into_iter().for_each(|other| unmap(&mut space, other));
+        assert!(space.is_empty());
+    }
+}
+
+/// A live mapping of so many pages.
+fn live(space: &mut Space, pages: u64) -> IovaRange {
+    let (range, handle) = map(space, pages * GRANULE);
+    assert!(space.confirm_part(handle, range));
+    range
 }

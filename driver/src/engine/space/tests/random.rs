@@ -31,10 +31,11 @@ enum Op {
     MakeAt {
         which: usize,
     },
-    /// As many parts as there are to be, in one go.
+    /// As many parts as there are to be, in one go, or so many of them.
     List {
         which: usize,
         answered: u64,
+        most: usize,
     },
     /// From one mapping on, so many.
     Unmap {
@@ -74,8 +75,12 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (0..PAGES, 1..12u64).prop_map(|(page, len)| Op::Take { page, len }),
         8 => (any::<usize>(), 1..4u64).prop_map(|(which, len)| Op::Insert { which, len }),
         4 => any::<usize>().prop_map(|which| Op::MakeAt { which }),
-        4 => (any::<usize>(), prop_oneof![4 => Just(u64::MAX), 1 => any::<u64>()])
-            .prop_map(|(which, answered)| Op::List { which, answered }),
+        4 => (
+            any::<usize>(),
+            prop_oneof![4 => Just(u64::MAX), 1 => any::<u64>()],
+            prop_oneof![2 => Just(usize::MAX), 1 => 1..5usize],
+        )
+            .prop_map(|(which, answered, most)| Op::List { which, answered, most }),
         6 => (any::<usize>(), 1..6usize).prop_map(|(which, count)| Op::Unmap { which, count }),
         2 => any::<usize>().prop_map(|which| Op::Release { which }),
         4 => any::<usize>().prop_map(|which| Op::Remove { which }),
@@ -192,12 +197,12 @@ fn apply(space: &mut Space, plain: &mut Plain, op: Op) {
                 plain.had_again += 1;
             }
         }
-        Op::List { which, answered } => {
+        Op::List { which, answered, most } => {
             let Some(at) = plain.nth(which, |who| matches!(who, Who::Taken { .. })) else { return };
             let (page, taken, Who::Taken { parts }) = plain.ranges[at] else { return };
             plain.lists += 1;
             let rest = Mapped { range: pages(page, taken), record: MappingHandle::UNKNOWN };
-            let begun = space.begin_parts(rest, (purpose(), ListId::new(1_000 + plain.lists)), usize::MAX);
+            let begun = space.begin_parts(rest, (purpose(), ListId::new(1_000 + plain.lists)), most);
             let runs = (0..parts).map(|part| {
                 let len = if part + 1 == parts { taken - part } else { 1 };
                 Run { phys: PhysAddr::new(page * GRANULE), len: len * GRANULE }
