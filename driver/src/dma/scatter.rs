@@ -182,28 +182,27 @@ pub(super) fn place_pages(start: Iova, segments: &[PhysSegment], iovas: &mut [Io
     });
 }
 
-/// All of a list as one run of whole granules, if each segment begins where the one before it ends, with a granule of its
-/// own. `None` where it is another list, or anything is wrong with it, which [`survey`] has the words for.
+/// All of a list as one run of whole granules, if each segment begins where the one before it ends: two that share a granule
+/// then share it at the device too. `None` where it is another list, or anything is wrong with it, which [`survey`] has the
+/// words for.
 #[inline]
 pub(super) fn as_one(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
     let (first, others) = segments.split_first()?;
     let start = first.phys.get();
-    let (mut next, mut borders) = (start.wrapping_add(first.len as u64), 0);
+    let mut next = start.wrapping_add(first.len as u64);
     let goes_on = next > start;
     let touch = others.iter().all(|segment| {
         let begins = segment.phys.get() == next;
         let end = next.wrapping_add(segment.len as u64);
         // Neither empty, nor beyond the last address.
         let goes_on = end > next;
-        borders |= next;
         next = end;
         begins && goes_on
     });
-    let mask = granule - 1;
-    // Two in one granule are mapped each, as anywhere in a list.
-    if !(goes_on && touch && borders & mask == 0) {
+    if !(goes_on && touch) {
         return None;
     }
+    let mask = granule - 1;
     let start = start & !mask;
     let len = (((next - 1) | mask) - start).checked_add(1)?;
     Some(PhysSegment { phys: PhysAddr::new(start), len: usize::try_from(len).ok()? })
@@ -316,6 +315,58 @@ mod tests {
         }
     }
 
+    /// Every list of up to four segments of these lengths, each of which goes on where the one before it ends, or elsewhere.
+    fn lists() -> impl Iterator<Item = Vec<PhysSegment>> {
+        let lens = [0, 1, 0x800, 0x1000, 0x3000, usize::MAX / 2 + 1, usize::MAX - 0xfff];
+        let kinds = 2 * lens.len();
+        (1..=4u32).flat_map(move |count| (0..kinds.pow(count)).map(move |number| (count, number))).map(
+            move |(count, mut number)| {
+                let mut next = 0x8000u64;
+                let mut list = Vec::new();
+                for _ in 0..count {
+                    let (len, elsewhere) = (lens[number % kinds / 2], number % 2 == 1);
+                    number /= kinds;
+                    let phys = if elsewhere { next.wrapping_add(0x5000) } else { next };
+                    next = phys.wrapping_add(len as u64);
+                    list.push(segment(phys, len));
+                }
+                list
+            },
+        )
+    }
+
+    /// Fails when what is looked at shortly is not what a look at each segment finds.
+    #[test]
+    fn lists_of_pages_are_what_they_seem() {
+        let (mut touching, mut pages) = (0, 0);
+        for list in lists() {
+            let (mut quick, mut slow) = ([Iova::new(0); 4], [Iova::new(0); 4]);
+            let (quick, slow) = (&mut quick[..list.len()], &mut slow[..list.len()]);
+            let at = Iova::new(0x10_0000);
+            if let Some(one) = as_touching(&list, 0x1000)
+                && place_touching((at, one.len), &list, quick)
+            {
+                assert_eq!(as_one(&list, 0x1000), Some(one), "{list:?}");
+                place_one(IovaRange::from_len(at, one.len as u64).unwrap(), &list, 0x1000, slow);
+                assert_eq!(quick, slow, "{list:?}");
+                touching += 1;
+            }
+            if let Some(of_pages) = Pages::of(&list, 0x1000)
+                && let Some(extent) = of_pages.extent()
+            {
+                let surveyed = survey(&list, 0x1000, slow).unwrap();
+                let all: Vec<_> = of_pages.collect();
+                assert_eq!((surveyed.len, surveyed.runs), (extent.len, all.len()), "{list:?}");
+                assert!(all.len() <= extent.runs && all.iter().copied().eq(runs(&list)), "{list:?}");
+                place_pages(at, &list, quick);
+                place(IovaRange::from_len(at, extent.len).unwrap(), slow);
+                assert_eq!(quick, slow, "{list:?}");
+                pages += 1;
+            }
+        }
+        assert!(touching >= 8 && pages >= 30, "{touching} {pages}");
+    }
+
     /// Fails when any segment passes that is empty, lies elsewhere, or ends where addresses do.
     #[test]
     fn any_other_list_is_not() {
@@ -338,7 +389,8 @@ mod tests {
         let top = segment(u64::MAX - 0xfff, 0x1000);
         assert_eq!((as_one(&[top], 0x1000), as_one(&[top, segment(0, 0x1000)], 0x1000)), (None, None));
         let halves = [segment(0x1000, 0x800), segment(0x1800, 0x800)];
-        assert_eq!(as_one(&halves, 0x1000), None, "two in one granule");
+        let whole = segment(0x1000, 0x1000);
+        assert_eq!(as_one(&halves, 0x1000), Some(whole), "two in one granule, which are mapped together");
         // Half of all addresses, twice, and then what looks like a list again.
         let half = usize::MAX / 2 + 1;
         assert_eq!(as_one(&[segment(0, half), segment(half as u64, half), segment(0, 0x1000)], 0x1000), None);

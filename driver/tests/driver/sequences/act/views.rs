@@ -348,12 +348,23 @@ fn physical(part: Segment, granule: u64) -> PhysSegment {
     PhysSegment { phys: PhysAddr::new(phys), len: (u64::from(part.len) * unit) as usize }
 }
 
-/// Whole granules around each segment, those that touch in memory together: address and length.
+/// Whole granules around each segment, those that touch in memory together: address and length. A list that touches from end
+/// to end is one segment.
 fn runs(segments: &[PhysSegment], granule: u64) -> Vec<(u64, u64)> {
+    let end = |segment: &PhysSegment| segment.phys.get() + segment.len as u64;
+    let around = |start: u64, end: u64| {
+        let first = start / granule * granule;
+        (first, end.next_multiple_of(granule) - first)
+    };
+    if segments.windows(2).all(|pair| end(&pair[0]) == pair[1].phys.get())
+        && let [first, ..] = segments
+        && let [.., last] = segments
+    {
+        return vec![around(first.phys.get(), end(last))];
+    }
     let mut runs: Vec<(u64, u64)> = Vec::new();
     for segment in segments {
-        let first = segment.phys.get() / granule * granule;
-        let len = (segment.phys.get() + segment.len as u64).next_multiple_of(granule) - first;
+        let (first, len) = around(segment.phys.get(), end(segment));
         match runs.last_mut() {
             Some((start, before)) if *start + *before == first => *before += len,
             _ => runs.push((first, len)),
