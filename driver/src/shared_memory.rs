@@ -145,6 +145,7 @@ impl SharedMemory {
     /// The same where the ring lies [there](Self::places).
     #[inline(always)]
     pub(crate) fn set_avail_entry_at(&mut self, places: Places, index: usize, head: u16) {
+        debug_assert_eq!(places.avail, self.places.avail, "they are of another ring");
         let entry = index & places.mask;
         self.placed_u16(places.avail, 4 + 2 * entry).store(head.to_le(), Ordering::Relaxed);
     }
@@ -196,6 +197,7 @@ impl SharedMemory {
     /// An entry of the used ring, by any index, where the ring lies [there](Self::places).
     #[inline(always)]
     pub(crate) fn used_entry_at(&self, places: Places, index: usize) -> (u32, u32) {
+        debug_assert_eq!(places.used, self.places.used, "they are of another ring");
         let entry = index & places.mask;
         let at = self.placed(places.used, 4 + 8 * entry).cast::<u32>();
         // SAFETY: inside the region and aligned by the invariant; volatile, since the device may write at any time.
