@@ -342,6 +342,13 @@ impl<P: Platform> Domain<P> {
         due.is_set() && self.0.shared.platform.now_ns().is_some_and(|now_ns| due.may_be_past(now_ns))
     }
 
+    /// The same as a future.
+    pub(crate) async fn flush_if_overdue_async(&self) {
+        if self.may_be_overdue() && self.is_overdue() {
+            exchange::flush_all_the_same(&self.0.shared, self.0.key).await;
+        }
+    }
+
     /// The same for a mapping on its way to its owner, which is in quarantine where it does not get there.
     pub(crate) async fn flush_if_overdue_for(&self, made: IovaRange) {
         if self.may_be_overdue() && self.is_overdue() {

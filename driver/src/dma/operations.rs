@@ -199,6 +199,8 @@ impl<P: Platform> Endpoint<P> {
         }
         self.check_open()?;
         let (view, purpose) = (&*self.view, Purpose { prot: direction.prot(), tag: self.tag });
+        // Before there is anything that would have to be kept meanwhile.
+        view.domain.flush_if_overdue_async().await;
         let (shared, key) = (view.domain.shared(), view.domain.key());
         Ok(exchange::map_each(shared, key, (segments, &view.reach), purpose, mappings).await?)
     }

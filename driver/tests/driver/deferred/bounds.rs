@@ -1,7 +1,7 @@
 //! When a domain flushes by itself.
 
 use super::*;
-use virtio_iommu::{DmaError, Options};
+use virtio_iommu::{DmaError, Options, PhysSegment};
 use virtio_iommu_model::{Execute, Inject};
 
 /// Maps and unmaps `count` pages one after the other, and says for which of them unmapping flushed.
@@ -44,14 +44,36 @@ fn at_so_many_bytes() {
     assert_eq!(churn(&opened, 7), [3, 6]);
 }
 
+/// What may look at the clock, with a mapping that it may unmap.
+type Look<'a> = &'a dyn Fn(&Opened, DmaMapping);
+
 /// Fails when any of the places does not look at the clock.
 #[test]
 fn at_such_an_age() {
     let bounds = DeferredBounds { age_ns: 1_000_000, ..LOOSE };
-    let look: [fn(&Opened, DmaMapping); 3] = [
-        |opened, _| assert_eq!(opened.viommu.poll(), 0),
-        |opened, _| drop(opened.adopt()),
-        |opened, other| assert_eq!(opened.endpoint.unmap(other), Ok(Unmapped::Now)),
+    let list = |opened: &Opened, segments: &[PhysSegment]| {
+        let mut iovas = vec![Iova::new(0); segments.len()];
+        // SAFETY: nobody but the test uses the memory.
+        drop(unsafe { opened.endpoint.map_scatter(segments, Direction::Both, &mut iovas) }.unwrap());
+    };
+    let memory = |opened: &Opened| opened.machine.memory(8 * PAGE).phys;
+    let look: [Look<'_>; 8] = [
+        &|opened, _| list(opened, &apart(memory(opened), 4)),
+        &|opened, _| {
+            list(opened, &[PhysSegment { phys: memory(opened), len: 5 }, apart(memory(opened), 1)[0]])
+        },
+        &|opened, _| list(opened, &apart(memory(opened), 1)),
+        &|opened, _| {
+            let mut mapped = [None];
+            // SAFETY: as above.
+            unsafe { opened.endpoint.map_each(&apart(memory(opened), 1), Direction::Both, &mut mapped) }
+                .unwrap();
+        },
+        // SAFETY: as above.
+        &|opened, _| _ = unsafe { opened.domain.map(memory(opened), PAGE, RW, ANYWHERE) }.unwrap(),
+        &|opened, _| assert_eq!(opened.viommu.poll(), 0),
+        &|opened, _| drop(opened.adopt()),
+        &|opened, other| assert_eq!(opened.endpoint.unmap(other), Ok(Unmapped::Now)),
     ];
     for (index, look) in look.into_iter().enumerate() {
         let opened = opened(bounds);
