@@ -31,10 +31,7 @@ pub(crate) fn map_list_first<P: Platform>(
     let (mut begun, mut rest) =
         send_parts(parts, runs.clone(), (key, domain, purpose.prot), requests, &mut batch);
     if rest.is_some() {
-        if begun == 0 {
-            engine.give_back(key, mapped.range, 0);
-            return Err(None);
-        }
+        debug_assert!(begun > 0, "there are slots and records");
         runs.nth(begun - 1);
         let more =
             send_more(engine, requests, (key, rest, runs), (purpose, name), (slots - begun, &mut batch));

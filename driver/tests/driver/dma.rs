@@ -8,7 +8,9 @@ use virtio_iommu::{
 };
 use virtio_iommu_model::{Config, Execute, Inject, Release, Request};
 
-use crate::support::{ANYWHERE, EP, EP2, Machine, PAGE, POISON, RW, TestPlatform, bytes_of, fill};
+use crate::support::{
+    ANYWHERE, EP, EP2, Machine, Opened, PAGE, POISON, RW, Task, TestPlatform, bytes_of, fill,
+};
 
 struct Bench {
     endpoint: Endpoint<TestPlatform>,
@@ -158,8 +160,11 @@ fn a_list_takes_one_doorbell_and_as_few_requests_as_it_can() {
     let mut iovas = [Iova::new(0); 5];
     // SAFETY: nobody but the test uses the memory.
     let map = || unsafe { bench.endpoint.map_scatter(&list, Direction::Both, &mut iovas) };
+    let before = bench.domain.stats();
     let (mapping, requests, kicks) = bench.machine.traffic(map);
     assert_eq!((requests, kicks), (3, 1));
+    let stats = bench.domain.stats();
+    assert_eq!((stats.requests - before.requests, stats.maps - before.maps), (3, 3));
     for (index, (segment, at)) in list.iter().zip(iovas).enumerate() {
         for offset in [0, segment.len as u64 - 1] {
             bench.machine.dma_write(EP, at.get() + offset, &[index as u8 + 1]).unwrap();
@@ -216,6 +221,52 @@ fn a_list_that_touches_is_looked_at_more_closely() {
     let (mapped, _) = map(&bench, &round);
     assert!(mapped.is_err(), "{mapped:?}");
     assert_eq!(bench.machine.device().mappings(bench.domain.id().get()).count(), 0);
+}
+
+/// Ranges that were given back lately keep their records until somebody needs one. Fails when a list that finds none left is
+/// not mapped, or loses addresses.
+#[test]
+fn lists_find_the_records_that_ranges_keep() {
+    let config = Config { input_range: 0x1000..=0x10_0fff, ..Config::default() };
+    let options = DomainOptions { mappings: 8, ..DomainOptions::default() };
+    let Opened { endpoint, domain, machine, .. } = Opened::new(config, options, EndpointOptions::default());
+    let base = machine.memory(32 * PAGE).phys;
+    for round in 0..100 {
+        for pages in 1..=24 {
+            // SAFETY: nobody but the test uses the memory.
+            let mapped = unsafe { endpoint.map(base, (pages * PAGE) as usize, Direction::Both) };
+            endpoint.unmap(mapped.unwrap()).unwrap();
+            for parts in [2, 8] {
+                let mut iovas = vec![Iova::new(0); parts as usize];
+                // SAFETY: as above.
+                let mapped =
+                    unsafe { endpoint.map_scatter(&apart(base, parts), Direction::Both, &mut iovas) };
+                let mapped = mapped.unwrap_or_else(|error| panic!("{parts} in round {round}: {error}"));
+                assert!(iovas.iter().all(|at| machine.reaches(EP, at.get())));
+                endpoint.unmap(mapped).unwrap();
+            }
+        }
+        assert_eq!(domain.mapping_count(), 0);
+    }
+}
+
+/// Fails when answers behind those of a list stay where they were seen, which the next request takes for its own.
+#[test]
+fn a_list_takes_in_what_came_behind_its_answers() {
+    let bench = bench();
+    let base = bench.machine.memory(16 * PAGE).phys;
+    bench.machine.inject([Inject::Hold(Execute::Now)]);
+    // SAFETY: nobody but the test uses the memory.
+    let mut other = Task::new(unsafe { bench.endpoint.map_async(base, PAGE as usize, Direction::Both) });
+    other.sleep();
+    bench.machine.device().inject.pass(2);
+    bench.machine.inject([Inject::Twice]);
+    let mut iovas = [Iova::new(0); 3];
+    // SAFETY: as above.
+    let list = unsafe { bench.endpoint.map_scatter(&apart(base, 3), Direction::Both, &mut iovas) };
+    assert_eq!(bench.viommu.stats().stray_answers, 1);
+    assert!(iovas.iter().all(|at| bench.machine.reaches(EP, at.get())));
+    bench.endpoint.unmap(list.unwrap()).unwrap();
 }
 
 #[test]

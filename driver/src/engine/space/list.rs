@@ -85,7 +85,8 @@ impl Space {
         (purpose, list): (Purpose, ListId),
         (most, now): (usize, usize),
     ) -> Option<Parts<'_>> {
-        if most > self.most.saturating_sub(self.mappings) {
+        // Ranges that were given back keep records, which they have to give away first. What is searched takes one.
+        if most > self.most.saturating_sub(self.mappings) || most >= self.order.room() {
             return None;
         }
         let granules = self.order.page(Iova::new(len));

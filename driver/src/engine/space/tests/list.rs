@@ -89,6 +89,26 @@ fn a_list_is_made_and_unmapped_in_one_step() {
     }
 }
 
+/// Fails when a list counts as confirmed that does not wait for that, or is another one.
+#[test]
+fn a_list_is_confirmed_once() {
+    let mut space = space(pages(1, 1000), 100);
+    let (range, made) = make(&mut space, &[1, 2, 1], &[0, 1, 2]);
+    assert_eq!(states(&space, range), [Mapping; 3]);
+    let part = IovaRange::new(range.start(), made[1].range.last()).unwrap();
+    assert_eq!(
+        (space.confirm_list(made[0].record, part), space.confirm_list(made[1].record, range)),
+        (None, None)
+    );
+    assert_eq!(states(&space, range), [Mapping; 3]);
+    assert_eq!(space.confirm_list(made[0].record, range), Some(3));
+    assert_eq!(states(&space, range), [Live; 3]);
+    assert_eq!(space.confirm_list(made[0].record, range), None, "twice");
+    space.begin_unmap(range, made[0].record).expect("all live");
+    assert_eq!(space.confirm_list(made[0].record, range), None, "it is on its way out");
+    assert_eq!(states(&space, range), [Unmapping; 3]);
+}
+
 /// A list of more parts than may lie behind one record, and one that ends early.
 #[test]
 fn a_long_list_is_made_in_several_goes() {
