@@ -208,8 +208,11 @@ fn answers_that_name_nobody_are_counted_and_passed_over() {
     bench.answer(0, 0);
     let completion = bench.queue.complete().unwrap();
     assert_eq!((completion.outcome, bench.queue.stray()), (Ok(()), 3));
+    // They left the ring as if they had been somebody's.
+    bench.free_slots();
     assert!(bench.queue.take(&mut batch).is_some());
     assert!(bench.queue.take(&mut batch).is_none());
+    assert_eq!(bench.free_slots(), [0]);
 }
 
 #[test]
