@@ -1,6 +1,7 @@
 //! Lists that are made in one go.
 
 use super::*;
+use crate::engine::Placement;
 use crate::engine::mapping::MappingState;
 use crate::engine::mapping::MappingState::{
     Deferred, Live, Mapping, Quarantined, QuarantinedInFlight, Unmapping,
@@ -107,6 +108,30 @@ fn a_list_is_confirmed_once() {
     space.begin_unmap(range, made[0].record).expect("all live");
     assert_eq!(space.confirm_list(made[0].record, range), None, "it is on its way out");
     assert_eq!(states(&space, range), [Unmapping; 3]);
+}
+
+/// Ranges that were given back lately keep their records. Fails when a list begins that has none for its parts.
+#[test]
+fn a_list_begins_where_there_are_records_for_it() {
+    let mut space = space(pages(1, 1000), 2);
+    let mut refused = 0;
+    for pages in (2..30).rev() {
+        let range = live(&mut space, pages);
+        unmap(&mut space, range);
+        let wanted = (2 * GRANULE, Placement::ANYWHERE);
+        match space.begin_list(wanted, (purpose(), ListId::new(1)), (2, 2)) {
+            Some(parts) => {
+                let whole = parts.whole();
+                let (count, rest) = parts.make([run(1), run(1)].into_iter(), |_, _| {});
+                assert!(count == 2 && rest.is_none(), "{count}");
+                assert_eq!(space.confirm_list(whole.record, whole.range), Some(2));
+                unmap(&mut space, whole.range);
+            }
+            None => refused += 1,
+        }
+        space.check();
+    }
+    assert!(refused > 0);
 }
 
 /// A list of more parts than may lie behind one record, and one that ends early.
