@@ -320,21 +320,6 @@ impl<P: Platform> Domain<P> {
         exchange::flush(&self.0.shared, self.0.key).await
     }
 
-    /// Whether something waits for a flush for longer than it should.
-    fn is_overdue(&self) -> bool {
-        let now_ns = self.0.shared.platform.now_ns();
-        self.with(|engine| engine.look_if_overdue(self.0.key, now_ns))
-    }
-
-    /// Flushes what waits for longer than it should.
-    #[inline]
-    pub(crate) fn flush_if_overdue(&self) {
-        let shared = &self.0.shared;
-        if self.may_be_overdue() && self.is_overdue() {
-            shared.block_on(exchange::flush_all_the_same(shared, self.0.key));
-        }
-    }
-
     /// A look without the lock.
     #[inline]
     fn may_be_overdue(&self) -> bool {
@@ -342,16 +327,34 @@ impl<P: Platform> Domain<P> {
         due.is_set() && self.0.shared.platform.now_ns().is_some_and(|now_ns| due.may_be_past(now_ns))
     }
 
+    /// Whether something waits for a flush for longer than it should.
+    #[inline]
+    fn is_overdue(&self) -> bool {
+        self.may_be_overdue() && {
+            let now_ns = self.0.shared.platform.now_ns();
+            self.with(|engine| engine.look_if_overdue(self.0.key, now_ns))
+        }
+    }
+
+    /// Flushes what waits for longer than it should.
+    #[inline]
+    pub(crate) fn flush_if_overdue(&self) {
+        if self.is_overdue() {
+            let shared = &self.0.shared;
+            shared.block_on(exchange::flush_all_the_same(shared, self.0.key));
+        }
+    }
+
     /// The same as a future.
     pub(crate) async fn flush_if_overdue_async(&self) {
-        if self.may_be_overdue() && self.is_overdue() {
+        if self.is_overdue() {
             exchange::flush_all_the_same(&self.0.shared, self.0.key).await;
         }
     }
 
     /// The same for a mapping on its way to its owner, which is in quarantine where it does not get there.
     pub(crate) async fn flush_if_overdue_for(&self, made: IovaRange) {
-        if self.may_be_overdue() && self.is_overdue() {
+        if self.is_overdue() {
             let mut owned = Owned::new(&self.0.shared, self.0.key, made);
             exchange::flush_all_the_same(&self.0.shared, self.0.key).await;
             owned.settled();

@@ -2,8 +2,7 @@
 
 use super::endpoint::View;
 use super::scatter::{
-    Extent, Pages, Runs, as_one, as_touching, is_rounded, place, place_one, place_pages, place_touching,
-    rounded, survey,
+    Extent, Pages, Runs, as_one, as_touching, is_rounded, place, place_alike, place_one, rounded, survey,
 };
 use super::{CoherentMemory, DmaDevice as _, DmaMapping, Endpoint, HeldMemory, PhysSegment, Unmapped};
 use crate::addr::{Iova, PhysAddr};
@@ -304,7 +303,7 @@ impl<P: Platform> Endpoint<P> {
                 }
             };
             let Mapped { range, record } = mapped;
-            return match place_touching((range.start(), len), segments, iovas) {
+            return match place_alike((range.start(), len), segments, iovas) {
                 true => Ok(DmaMapping { domain: key, iova: range.start(), len, range, record }),
                 false => self.place_otherwise((mapped, len), segments, direction, iovas),
             };
@@ -368,6 +367,7 @@ impl<P: Platform> Endpoint<P> {
         let view = &*self.view;
         let pages = Pages::of(segments, view.granule).ok_or(None)?;
         let extent = pages.extent().ok_or(None)?;
+        let len = usize::try_from(extent.len).map_err(|_| None)?;
         let mapped = match self.revive_list(pages.clone(), extent.len, prot) {
             Some(mapped) => mapped,
             None => {
@@ -377,8 +377,10 @@ impl<P: Platform> Endpoint<P> {
                 exchange::map_list_first(shared, key, wanted, pages, purpose)?
             }
         };
-        place_pages(mapped.range.start(), segments, iovas);
-        Ok(self.mapping(mapped, mapped.range.start(), extent.len as usize))
+        let start = mapped.range.start();
+        let placed = place_alike((start, len), segments, iovas);
+        debug_assert!(placed, "they are pages");
+        Ok(self.mapping(mapped, start, len))
     }
 
     #[inline(always)]

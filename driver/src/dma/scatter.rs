@@ -131,7 +131,7 @@ impl Iterator for Pages<'_> {
 
 /// All of a list as whole granules, if each segment begins where the one before it ends: so far as its first and its last
 /// address go. What it leads to is what the segments name and nothing else; whether one of them is empty, or they go round all
-/// addresses, [`place_touching`] says.
+/// addresses, [`place_alike`] says.
 #[inline(always)]
 pub(super) fn as_touching(segments: &[PhysSegment], granule: u64) -> Option<PhysSegment> {
     let start = segments.first()?.phys.get();
@@ -150,14 +150,10 @@ pub(super) fn as_touching(segments: &[PhysSegment], granule: u64) -> Option<Phys
     whole.then_some(PhysSegment { phys: PhysAddr::new(start), len: usize::try_from(len).ok()? })
 }
 
-/// Where each segment of such a list of so many bytes is, if they are all as long: most lists of pages. False where they are
-/// not, or one of them is empty, or they are longer together.
+/// Where each segment of a list of so many bytes is, if they are all as long: most lists of pages. False where they are not, or
+/// one of them is empty, or they are longer together.
 #[inline(always)]
-pub(super) fn place_touching(
-    (start, len): (Iova, usize),
-    segments: &[PhysSegment],
-    iovas: &mut [Iova],
-) -> bool {
+pub(super) fn place_alike((start, len): (Iova, usize), segments: &[PhysSegment], iovas: &mut [Iova]) -> bool {
     let page = segments.first().map_or(0, |first| first.len);
     let (mut next, mut longest) = (start.get(), 0);
     rounds::change_with(iovas, segments, |iova, segment| {
@@ -168,18 +164,6 @@ pub(super) fn place_touching(
     });
     // None is longer than all of their bits: if together they are as long as if each were, each is.
     longest.checked_mul(segments.len()) == Some(len)
-}
-
-/// Where each of [`Pages`] is, of which the first is at `start`.
-#[inline(always)]
-pub(super) fn place_pages(start: Iova, segments: &[PhysSegment], iovas: &mut [Iova]) {
-    let page = segments.first().map_or(0, |first| first.len as u64);
-    let mut next = start.get();
-    rounds::change_with(iovas, segments, |iova, _| {
-        *iova = Iova::new(next);
-        // As above.
-        next = next.wrapping_add(page);
-    });
 }
 
 /// All of a list as one run of whole granules, if each segment begins where the one before it ends: two that share a granule
@@ -344,7 +328,7 @@ mod tests {
             let (quick, slow) = (&mut quick[..list.len()], &mut slow[..list.len()]);
             let at = Iova::new(0x10_0000);
             if let Some(one) = as_touching(&list, 0x1000)
-                && place_touching((at, one.len), &list, quick)
+                && place_alike((at, one.len), &list, quick)
             {
                 assert_eq!(as_one(&list, 0x1000), Some(one), "{list:?}");
                 place_one(IovaRange::from_len(at, one.len as u64).unwrap(), &list, 0x1000, slow);
@@ -358,7 +342,7 @@ mod tests {
                 let all: Vec<_> = of_pages.collect();
                 assert_eq!((surveyed.len, surveyed.runs), (extent.len, all.len()), "{list:?}");
                 assert!(all.len() <= extent.runs && all.iter().copied().eq(runs(&list)), "{list:?}");
-                place_pages(at, &list, quick);
+                assert!(place_alike((at, extent.len as usize), &list, quick), "{list:?}");
                 place(IovaRange::from_len(at, extent.len).unwrap(), slow);
                 assert_eq!(quick, slow, "{list:?}");
                 pages += 1;

@@ -346,9 +346,15 @@ impl Engine {
 
     /// Counts a request that was sent, for its domain where it has one.
     pub(crate) fn count_request(&mut self, key: Option<DomainKey>) {
+        self.count_requests(key, 1);
+    }
+
+    /// The same for several of one domain.
+    #[inline]
+    pub(crate) fn count_requests(&mut self, key: Option<DomainKey>, count: usize) {
         match key.and_then(|key| self.domain_mut(key)) {
-            Some(domain) => domain.counts.requests += 1,
-            None => self.totals.requests += 1,
+            Some(domain) => domain.counts.requests += count as u64,
+            None => self.totals.requests += count as u64,
         }
     }
 

@@ -15,7 +15,6 @@ use crate::id::DomainId;
 use crate::prot::Prot;
 
 /// Confirmed requests that are counted together, and the bytes that they mapped or unmapped.
-#[derive(Default)]
 pub(crate) struct Sum {
     pub count: u64,
     pub bytes: u64,
@@ -79,14 +78,6 @@ impl Engine {
     ) -> Option<(DomainId, Parts<'_>)> {
         let domain = self.usual_domain(key, purpose.prot)?;
         Some((domain.id, domain.space.begin_list(wanted, (purpose, list), most)?))
-    }
-
-    /// Counts requests of a domain.
-    #[inline(always)]
-    pub(crate) fn count_requests(&mut self, key: DomainKey, count: usize) {
-        if let Some(domain) = self.domain_mut(key) {
-            domain.counts.requests += count as u64;
-        }
     }
 
     /// So many parts at addresses that were taken for a list are still to be made.

@@ -37,7 +37,7 @@ pub(crate) fn map_list_first<P: Platform>(
             send_more(engine, requests, (key, rest, runs), (purpose, name), (slots - begun, &mut batch));
         (begun, rest) = (begun + more.0, more.1);
     }
-    engine.count_requests(key, begun);
+    engine.count_requests(Some(key), begun);
     state.publish(Some(key), &shared.doorbell);
     drop(state);
     let sent = |slot, waiting| SentMap { slot, waiting, mapped, name, lent: false, begun, rest };

@@ -144,7 +144,7 @@ impl<'a, P: Platform, I: Iterator<Item = Run> + Clone> List<'a, P, I> {
         let runs = self.run.into_iter().chain(self.runs.clone());
         let runs = runs.take_while(|run| run.is_whole(granule));
         let (count, rest) = send_parts(parts, runs, (key, domain, purpose.prot), requests, batch);
-        engine.count_requests(key, count);
+        engine.count_requests(Some(key), count);
         for _ in 0..count {
             self.run = self.runs.next();
         }

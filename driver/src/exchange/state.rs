@@ -133,19 +133,16 @@ impl State {
     /// Takes note of the first so many parts of a list, whose MAPs succeeded in time, one by one.
     #[cold]
     pub(super) fn take_parts(&mut self, key: DomainKey, (whole, list): (Mapped, ListId), count: usize) {
-        let (mut next, mut sum) = (whole.record, Sum::default());
+        let mut next = whole.record;
         for _ in 0..count {
             let Some(space) = self.engine.space_of(key) else { break };
             let Some((Mapped { range, record }, behind)) = space.part(next, list) else { break };
             next = behind;
-            let living = self.engine.space_of_living(key);
-            if living.is_some_and(|space| space.confirm_part(record, range)) {
-                sum = Sum { count: sum.count + 1, bytes: sum.bytes + range.len_of_mapping() };
-            } else {
-                self.succeeded(Op::Map { domain: key, range, record });
+            let op = Op::Map { domain: key, range, record };
+            if !self.engine.confirmed(&op) {
+                self.succeeded(op);
             }
         }
-        self.engine.count_mapped(key, sum);
     }
 
     /// Puts a request into the ring. The caller made sure of a slot.

@@ -8,9 +8,7 @@ use virtio_iommu::{
 };
 use virtio_iommu_model::{Config, Execute, Inject, Release, Request};
 
-use crate::support::{
-    ANYWHERE, EP, EP2, Machine, Opened, PAGE, POISON, RW, Task, TestPlatform, bytes_of, fill,
-};
+use crate::support::{ANYWHERE, EP, EP2, Machine, PAGE, POISON, RW, Task, TestPlatform, bytes_of, fill};
 
 struct Bench {
     endpoint: Endpoint<TestPlatform>,
@@ -221,31 +219,6 @@ fn a_list_that_touches_is_looked_at_more_closely() {
     let (mapped, _) = map(&bench, &round);
     assert!(mapped.is_err(), "{mapped:?}");
     assert_eq!(bench.machine.device().mappings(bench.domain.id().get()).count(), 0);
-}
-
-/// Ranges that were given back lately keep their records until somebody needs one. Fails when a list that finds none left is
-/// not mapped, or loses addresses.
-#[test]
-fn lists_find_the_records_that_ranges_keep() {
-    let config = Config { input_range: 0x1000..=0x400_0fff, ..Config::default() };
-    let options = DomainOptions { mappings: 8, ..DomainOptions::default() };
-    let Opened { endpoint, domain, machine, .. } = Opened::new(config, options, EndpointOptions::default());
-    let base = machine.memory(128 * PAGE).phys;
-    for parts in [2, 8, 3, 7] {
-        // The sizes that lists have come last, and are kept.
-        for pages in (1..=128).rev() {
-            // SAFETY: nobody but the test uses the memory.
-            let mapped = unsafe { endpoint.map(base, (pages * PAGE) as usize, Direction::Both) };
-            endpoint.unmap(mapped.unwrap()).unwrap();
-        }
-        let mut iovas = vec![Iova::new(0); parts as usize];
-        // SAFETY: as above.
-        let mapped = unsafe { endpoint.map_scatter(&apart(base, parts), Direction::Both, &mut iovas) };
-        let mapped = mapped.unwrap_or_else(|error| panic!("{parts}: {error}"));
-        assert!(iovas.iter().all(|at| machine.reaches(EP, at.get())));
-        endpoint.unmap(mapped).unwrap();
-        assert_eq!(domain.mapping_count(), 0);
-    }
 }
 
 /// Fails when answers behind those of a list stay where they were seen, which the next request takes for its own.
