@@ -5,6 +5,7 @@ mod cpu;
 mod device;
 mod endpoint;
 mod held;
+mod lists;
 mod msi;
 mod operations;
 mod pool;
