@@ -18,6 +18,7 @@ mod groups;
 mod hostile_device;
 mod identity;
 mod ladder;
+mod lists;
 mod locks;
 mod map;
 mod mappings;
